@@ -1,0 +1,1 @@
+"""Distil, prune and physically shrink transformers classifiers for text, images and speech."""

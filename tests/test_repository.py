@@ -1,0 +1,67 @@
+"""The repository keeps what its README and its package metadata promise."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+REQUIREMENTS = [
+    Requirement(line)
+    for group in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
+    for line in group
+]
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(name): pinned for name, pinned in pairs}
+
+
+@pytest.mark.parametrize("requirement", REQUIREMENTS, ids=lambda r: r.name)
+def test_the_tested_set_pins_each_requirement_within_its_range(requirement: Requirement) -> None:
+    assert requirement.specifier.contains(pins()[canonicalize_name(requirement.name)])
+
+
+def test_pins_are_plain_versions_from_any_index() -> None:
+    assert [pin for pin in pins().values() if not re.fullmatch(r"\d+(\.\d+)*", pin)] == []
+
+
+@pytest.mark.parametrize("line", PROJECT["dependencies"])
+def test_the_tests_run_on_the_tested_set(line: str) -> None:
+    name = Requirement(line).name
+    assert version(name).split("+")[0] == pins()[canonicalize_name(name)]
+
+
+def test_each_make_command_of_the_readme_is_a_documented_target() -> None:
+    named = set(re.findall(r"\bmake ([a-z]+)", (ROOT / "README.md").read_text()))
+    listing = subprocess.run(
+        ["make", "--no-print-directory", "help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert {"quickstart", "test"} <= named
+    assert named <= set(re.findall(r"make (\S+)", listing))
+
+
+def test_importing_the_package_loads_none_of_its_heavy_parts() -> None:
+    heavy = ["hfslim.measure", "hfslim.report", "hfslim.distill", "datasets", "rich", "sklearn"]
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import hfslim, sys; print(*sys.modules)"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert "hfslim" in loaded
+    assert set(heavy) & set(loaded) == set()
