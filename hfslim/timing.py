@@ -1,0 +1,237 @@
+"""How long a model takes: single calls, one model or two in turn."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+__all__ = ["Comparison", "Latency", "compare", "describe_inputs", "evaluating", "latency", "placed"]
+
+Inputs = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Times of single forward calls, and all that is needed to read them.
+
+    Attributes:
+        p50_ms: Median time of a call, in milliseconds.
+        p95_ms: 95th percentile of the time of a call, in milliseconds.
+        throughput: Examples per second over all timed calls.
+        batch_size: Examples per call.
+        calls: Number of timed calls.
+        threads: CPU threads that torch may use inside an operator.
+        dtype: Type of the weights.
+        device: Where the model ran.
+    """
+
+    p50_ms: float
+    p95_ms: float
+    throughput: float
+    batch_size: int
+    calls: int
+    threads: int
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How much faster one model is than another, measured in one run.
+
+    Attributes:
+        speedup: Median time of `before` over median time of `after`.
+        low: Lower end of the 95 % bootstrap interval of the speedup.
+        high: Upper end of the 95 % bootstrap interval of the speedup.
+        before: Times of the first model.
+        after: Times of the second model.
+    """
+
+    speedup: float
+    low: float
+    high: float
+    before: Latency
+    after: Latency
+
+
+def latency(model: nn.Module, inputs: Inputs, *, calls: int = 30, warmup: int = 5) -> Latency:
+    """Time single forward calls.
+
+    On CUDA a call is timed by events and synchronised, elsewhere by the wall clock.
+
+    Args:
+        model: Model to run, in eval mode, without gradients.
+        inputs: Keyword arguments of `model.forward`; the first axis is the batch.
+        calls: Number of timed calls.
+        warmup: Number of calls before the first timed one.
+
+    Returns:
+        Times of the calls with threads, dtype and device.
+
+    Raises:
+        ValueError: `calls` is less than 1, or the inputs hold no tensor.
+    """
+    return _summary(model, inputs, _interleaved([model], inputs, calls, warmup)[0])
+
+
+def compare(
+    before: nn.Module, after: nn.Module, inputs: Inputs, *, calls: int = 50, warmup: int = 5
+) -> Comparison:
+    """Time two models in turn, call by call, so that a change of load touches both.
+
+    Args:
+        before: Model to compare with.
+        after: Model that should be faster.
+        inputs: Keyword arguments of both models' `forward`.
+        calls: Number of timed calls of each model.
+        warmup: Number of calls of each model before the first timed one.
+
+    Returns:
+        The speedup (above 1 where `after` is faster) with a bootstrap interval over pairs of calls.
+
+    Raises:
+        ValueError: `calls` is less than 1, or the inputs hold no tensor.
+    """
+    first, second = _interleaved([before, after], inputs, calls, warmup)
+    resampled = np.random.default_rng(0).integers(0, calls, size=(2000, calls))
+    ratios = np.median(first[resampled], axis=1) / np.median(second[resampled], axis=1)
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return Comparison(
+        speedup=float(np.median(first) / np.median(second)),
+        low=float(low),
+        high=float(high),
+        before=_summary(before, inputs, first),
+        after=_summary(after, inputs, second),
+    )
+
+
+def describe_inputs(inputs: Inputs) -> str:
+    """Names and shapes of the tensors, as in `input_ids [1, 128], attention_mask [1, 128]`.
+
+    Args:
+        inputs: Keyword arguments of a model's `forward`.
+    """
+    return ", ".join(f"{name} {list(t.shape)}" for name, t in _tensors(inputs).items())
+
+
+@contextlib.contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Put models in eval mode without gradients, and each module back in its mode afterwards.
+
+    Args:
+        models: Models to run inside the context.
+
+    Yields:
+        Nothing.
+    """
+    training = [(m, m.training) for model in models for m in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        # Not inference mode: a tensor that a model caches there could never be trained with.
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+
+
+def _reference(model: nn.Module) -> torch.Tensor:
+    return next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+
+
+def _tensors(inputs: Inputs) -> dict[str, torch.Tensor]:
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    if not tensors:
+        raise ValueError(
+            f"The inputs hold no tensor: {sorted(inputs)} was given, keyword arguments of "
+            "model.forward were expected, such as input_ids or pixel_values of shape [batch, ...]."
+        )
+    return tensors
+
+
+def placed(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
+    """Move tensors to the model's device, and floating-point ones to its dtype.
+
+    Args:
+        model: Model that will run on them.
+        inputs: Keyword arguments of `model.forward`.
+
+    Returns:
+        The same arguments, values that are not tensors untouched.
+
+    Raises:
+        ValueError: The inputs hold no tensor.
+    """
+    reference = _reference(model)
+    moved = dict(inputs)
+    for name, tensor in _tensors(inputs).items():
+        dtype = reference.dtype if tensor.is_floating_point() else None
+        moved[name] = tensor.to(reference.device, dtype)
+    return moved
+
+
+def _interleaved(
+    models: list[nn.Module], inputs: Inputs, calls: int, warmup: int
+) -> list[np.ndarray]:
+    if calls < 1:
+        raise ValueError(f"calls={calls} was given, at least 1 timed call was expected.")
+    clocks = [_clock(model, placed(model, inputs)) for model in models]
+    seconds = np.empty((len(models), calls))
+    with evaluating(*models):
+        for _ in range(warmup):
+            for clock in clocks:
+                clock()
+        for call in range(calls):
+            # Each goes first in turn, so that neither always finds the other's data in the caches.
+            order = range(len(models)) if call % 2 == 0 else reversed(range(len(models)))
+            for index in order:
+                seconds[index, call] = clocks[index]()
+    return list(seconds)
+
+
+def _clock(model: nn.Module, inputs: dict[str, Any]) -> Callable[[], float]:
+    if _reference(model).device.type == "cuda":
+        return lambda: _cuda_seconds(model, inputs)
+    return lambda: _wall_seconds(model, inputs)
+
+
+def _wall_seconds(model: nn.Module, inputs: dict[str, Any]) -> float:
+    start = time.perf_counter()
+    model(**inputs)
+    return time.perf_counter() - start
+
+
+def _cuda_seconds(model: nn.Module, inputs: dict[str, Any]) -> float:
+    device = _reference(model).device
+    with torch.cuda.device(device):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        model(**inputs)
+        end.record()
+        end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def _summary(model: nn.Module, inputs: Inputs, seconds: np.ndarray) -> Latency:
+    reference = _reference(model)
+    device = str(reference.device)
+    if reference.device.type == "cuda":
+        device = f"{device} ({torch.cuda.get_device_name(reference.device)})"
+    batch_size = len(next(iter(_tensors(inputs).values())))
+    return Latency(
+        p50_ms=float(np.percentile(seconds, 50) * 1000),
+        p95_ms=float(np.percentile(seconds, 95) * 1000),
+        throughput=float(batch_size * len(seconds) / seconds.sum()),
+        batch_size=batch_size,
+        calls=len(seconds),
+        threads=torch.get_num_threads(),
+        dtype=str(reference.dtype).removeprefix("torch."),
+        device=device,
+    )
