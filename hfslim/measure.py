@@ -12,13 +12,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hfslim.timing import (
-    Comparison,
     Inputs,
     Latency,
-    compare,
     describe_inputs,
     evaluating,
     latency,
+    paired_latency,
     placed,
 )
 
@@ -29,7 +28,6 @@ __all__ = [
     "compare",
     "count_bytes",
     "count_parameters",
-    "describe_inputs",
     "latency",
     "macs",
     "macs_by_module",
@@ -64,6 +62,29 @@ class Measurement:
 
     def to_dict(self) -> dict[str, Any]:
         """The measurement as nested dictionaries of plain values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models measured at one stated input, timed in turn.
+
+    Attributes:
+        before: What the first model costs.
+        after: What the second model costs.
+        speedup: Median time of a call before over median time after: above 1 is faster.
+        low: Lower end of the 95 % bootstrap interval of the speedup.
+        high: Upper end of the 95 % bootstrap interval of the speedup.
+    """
+
+    before: Measurement
+    after: Measurement
+    speedup: float
+    low: float
+    high: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The comparison as nested dictionaries of plain values."""
         return asdict(self)
 
 
@@ -164,13 +185,45 @@ def measure(model: nn.Module, inputs: Inputs, *, calls: int = 30, warmup: int = 
     Raises:
         ValueError: `calls` is less than 1, or the inputs hold no tensor.
     """
+    return _measurement(model, inputs, latency(model, inputs, calls=calls, warmup=warmup))
+
+
+def compare(
+    before: nn.Module, after: nn.Module, inputs: Inputs, *, calls: int = 30, warmup: int = 5
+) -> Comparison:
+    """Measure two models at the same input, their calls timed in turn.
+
+    Args:
+        before: Model to compare with.
+        after: Model that should cost less.
+        inputs: Keyword arguments of both models' `forward`; the first axis is the batch.
+        calls: Number of timed calls of each model.
+        warmup: Number of calls of each model before the first timed one.
+
+    Returns:
+        Both measurements, and the speedup with its interval.
+
+    Raises:
+        ValueError: `calls` is less than 1, or the inputs hold no tensor.
+    """
+    times = paired_latency(before, after, inputs, calls=calls, warmup=warmup)
+    return Comparison(
+        before=_measurement(before, inputs, times.before),
+        after=_measurement(after, inputs, times.after),
+        speedup=times.speedup,
+        low=times.low,
+        high=times.high,
+    )
+
+
+def _measurement(model: nn.Module, inputs: Inputs, time: Latency) -> Measurement:
     return Measurement(
         inputs=describe_inputs(inputs),
         parameters=count_parameters(model),
         parameters_without_embeddings=count_parameters(model, embeddings=False),
         macs=macs(model, inputs),
         bytes=count_bytes(model),
-        latency=latency(model, inputs, calls=calls, warmup=warmup),
+        latency=time,
     )
 
 

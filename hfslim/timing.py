@@ -10,7 +10,16 @@ import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["Comparison", "Latency", "compare", "describe_inputs", "evaluating", "latency", "placed"]
+__all__ = [
+    "Inputs",
+    "Latency",
+    "PairedLatency",
+    "describe_inputs",
+    "evaluating",
+    "latency",
+    "paired_latency",
+    "placed",
+]
 
 Inputs = Mapping[str, Any]
 
@@ -41,22 +50,22 @@ class Latency:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """How much faster one model is than another, measured in one run.
+class PairedLatency:
+    """Times of two models that ran in turn, and how much faster the second is.
 
     Attributes:
-        speedup: Median time of `before` over median time of `after`.
-        low: Lower end of the 95 % bootstrap interval of the speedup.
-        high: Upper end of the 95 % bootstrap interval of the speedup.
         before: Times of the first model.
         after: Times of the second model.
+        speedup: Median time of the first over median time of the second.
+        low: Lower end of the 95 % bootstrap interval of the speedup.
+        high: Upper end of the 95 % bootstrap interval of the speedup.
     """
 
+    before: Latency
+    after: Latency
     speedup: float
     low: float
     high: float
-    before: Latency
-    after: Latency
 
 
 def latency(model: nn.Module, inputs: Inputs, *, calls: int = 30, warmup: int = 5) -> Latency:
@@ -79,20 +88,20 @@ def latency(model: nn.Module, inputs: Inputs, *, calls: int = 30, warmup: int = 
     return _summary(model, inputs, _interleaved([model], inputs, calls, warmup)[0])
 
 
-def compare(
-    before: nn.Module, after: nn.Module, inputs: Inputs, *, calls: int = 50, warmup: int = 5
-) -> Comparison:
+def paired_latency(
+    before: nn.Module, after: nn.Module, inputs: Inputs, *, calls: int = 30, warmup: int = 5
+) -> PairedLatency:
     """Time two models in turn, call by call, so that a change of load touches both.
 
     Args:
         before: Model to compare with.
         after: Model that should be faster.
-        inputs: Keyword arguments of both models' `forward`.
+        inputs: Keyword arguments of both models' `forward`; the first axis is the batch.
         calls: Number of timed calls of each model.
         warmup: Number of calls of each model before the first timed one.
 
     Returns:
-        The speedup (above 1 where `after` is faster) with a bootstrap interval over pairs of calls.
+        Both models' times and the speedup, with a bootstrap interval over pairs of calls.
 
     Raises:
         ValueError: `calls` is less than 1, or the inputs hold no tensor.
@@ -101,12 +110,12 @@ def compare(
     resampled = np.random.default_rng(0).integers(0, calls, size=(2000, calls))
     ratios = np.median(first[resampled], axis=1) / np.median(second[resampled], axis=1)
     low, high = np.percentile(ratios, [2.5, 97.5])
-    return Comparison(
+    return PairedLatency(
+        before=_summary(before, inputs, first),
+        after=_summary(after, inputs, second),
         speedup=float(np.median(first) / np.median(second)),
         low=float(low),
         high=float(high),
-        before=_summary(before, inputs, first),
-        after=_summary(after, inputs, second),
     )
 
 

@@ -217,7 +217,7 @@ def test_comparing_gives_the_ratio_of_medians_inside_its_interval() -> None:
     result = compare(Sleeper(0.02), Sleeper(0.01), {"x": torch.zeros(1)}, calls=9, warmup=1)
     assert 1.5 < result.speedup < 2.1
     assert result.low <= result.speedup <= result.high
-    assert result.speedup == pytest.approx(result.before.p50_ms / result.after.p50_ms)
+    assert result.speedup == pytest.approx(result.before.latency_ms / result.after.latency_ms)
 
 
 def test_a_measurement_states_its_input_and_becomes_plain_values() -> None:
