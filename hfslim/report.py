@@ -1,0 +1,248 @@
+"""What compression did to a model: one table on the screen, in JSON and in Markdown."""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from hfslim.measure import Comparison
+from hfslim.timing import Latency
+
+__all__ = ["Quality", "Report"]
+
+BAR_WIDTH = 24
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A metric of the compressed model beside its teacher's, on the same examples.
+
+    Attributes:
+        metric: Name of the metric, such as `accuracy`.
+        value: The compressed model's value.
+        teacher: The teacher's value.
+        data: Name of the examples, such as `test, 1,421 examples`.
+    """
+
+    metric: str
+    value: float
+    teacher: float
+    data: str
+
+    @property
+    def difference(self) -> float:
+        """Value less the teacher's value."""
+        return self.value - self.teacher
+
+
+class Row(NamedTuple):
+    """A line of the table of figures: what it is, before, after, and how they relate."""
+
+    figure: str
+    before: str
+    after: str
+    change: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """Cost and quality of a model before and after compression, and how it was made.
+
+    Attributes:
+        model: Name of the model.
+        comparisons: Both models measured, once for each stated input.
+        quality: Metrics on held-out examples.
+        structure: A row `{"kind", "path", "kept", "total"}` for each place where units can be
+            removed, as `Structure.table` gives them.
+        stages: The path taken, as in a recipe: each stage's name to its settings.
+    """
+
+    model: str
+    comparisons: Sequence[Comparison]
+    quality: Sequence[Quality] = ()
+    structure: Sequence[Mapping[str, Any]] = ()
+    stages: Sequence[Mapping[str, Mapping[str, Any]]] = field(default=())
+
+    def __post_init__(self) -> None:
+        if not self.comparisons:
+            raise ValueError(
+                "A report without a measurement was given, at least one comparison was expected: "
+                "pass comparisons=[hfslim.measure.compare(before, after, inputs)]."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as nested dictionaries and lists of plain values, ready for JSON.
+
+        A metric that is not finite, such as the correlation of constant predictions, is `None`.
+        """
+        return {
+            "model": self.model,
+            "comparisons": [comparison.to_dict() for comparison in self.comparisons],
+            "quality": [_finite({**vars(q), "difference": q.difference}) for q in self.quality],
+            "structure": [dict(row) for row in self.structure],
+            "stages": [{name: dict(made) for name, made in s.items()} for s in self.stages],
+        }
+
+    def print(self, console: Console | None = None) -> None:
+        """Show the figures, the kept units of each layer as bars, and the stages.
+
+        Args:
+            console: Where to print; the terminal if none is given.
+        """
+        console = console or Console()
+        figures = Table(title=escape(self.model), title_justify="left", caption_justify="left")
+        figures.caption = escape("\n".join(self._conditions()))
+        figures.add_column("")
+        for heading in ("before", "after", "change"):
+            figures.add_column(heading, justify="right")
+        for row in self._figures():
+            figures.add_row(*map(escape, row))
+        console.print(figures)
+        if self.structure:
+            kept = Table(title="Kept in each layer", title_justify="left")
+            for heading in ("layer", "units", "kept"):
+                kept.add_column(heading)
+            kept.add_column("", justify="right")
+            for path, kind, bar, count in self._kept():
+                kept.add_row(path, kind, bar, count)
+            console.print(kept)
+        for line in self._path():
+            console.print(line, markup=False)
+
+    def to_markdown(self) -> str:
+        """The report as Markdown."""
+        blocks = [
+            f"# {self.model}",
+            _markdown_table(("", "before", "after", "change"), self._figures()),
+            "\n".join(f"- {line}" for line in self._conditions()),
+        ]
+        if self.structure:
+            rows = [(f"`{path}`", kind, f"`{bar}`", n) for path, kind, bar, n in self._kept()]
+            table = _markdown_table(("layer", "units", "kept", ""), rows)
+            blocks += ["## Kept in each layer", table]
+        if self.stages:
+            blocks += ["## How it was made", "\n".join(self._path())]
+        return "\n\n".join(blocks) + "\n"
+
+    def write(self, folder: str | Path) -> None:
+        """Write `report.json` and `report.md`.
+
+        Args:
+            folder: Where to write; made if it does not exist.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_dict(), indent=2, allow_nan=False)
+        (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+        (folder / "report.md").write_text(self.to_markdown(), encoding="utf-8")
+
+    def _figures(self) -> list[Row]:
+        before, after = self.comparisons[0].before, self.comparisons[0].after
+        rows = [
+            _count("parameters", before.parameters, after.parameters),
+            _count(
+                "parameters without embeddings",
+                before.parameters_without_embeddings,
+                after.parameters_without_embeddings,
+            ),
+            _count("bytes of weights", before.bytes, after.bytes),
+        ]
+        for c in self.comparisons:
+            at = f"batch {c.after.latency.batch_size}"
+            rows.append(_count(f"MACs, {at}", c.before.macs, c.after.macs))
+            rows += _times(at, c)
+        for q in self.quality:
+            values = (f"{q.teacher:.4f} (teacher)", f"{q.value:.4f}", f"{q.difference:+.4f}")
+            rows.append(Row(f"{q.metric}, {q.data}", *values))
+        return rows
+
+    def _conditions(self) -> list[str]:
+        lines = []
+        for c in self.comparisons:
+            before, after = _stated(c.before.latency), _stated(c.after.latency)
+            stated = after if before == after else f"before {before}; after {after}"
+            lines.append(
+                f"Batch {c.after.latency.batch_size}: {c.after.inputs}; {stated}; "
+                f"{c.after.latency.calls} calls of each, in turn."
+            )
+        return lines
+
+    def _kept(self) -> list[tuple[str, str, str, str]]:
+        return [
+            (
+                row["path"],
+                row["kind"],
+                _bar(row["kept"], row["total"]),
+                f"{row['kept']:,} / {row['total']:,}",
+            )
+            for row in sorted(self.structure, key=lambda row: _natural(row["path"]))
+        ]
+
+    def _path(self) -> list[str]:
+        made = [(name, settings) for stage in self.stages for name, settings in stage.items()]
+        return [
+            f"{number}. {name}: " + ", ".join(f"{key}={value}" for key, value in settings.items())
+            if settings
+            else f"{number}. {name}"
+            for number, (name, settings) in enumerate(made, start=1)
+        ]
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in values.items()
+    }
+
+
+def _count(figure: str, before: int, after: int) -> Row:
+    change = f"{after / before:.1%}" if before else "-"
+    return Row(figure, f"{before:,}", f"{after:,}", change)
+
+
+def _times(at: str, comparison: Comparison) -> list[Row]:
+    before, after = comparison.before.latency, comparison.after.latency
+    faster = f"{comparison.speedup:.2f}x ({comparison.low:.2f} to {comparison.high:.2f})"
+    return [
+        Row(f"p50 ms, {at}", f"{before.p50_ms:.2f}", f"{after.p50_ms:.2f}", faster),
+        Row(
+            f"p95 ms, {at}",
+            f"{before.p95_ms:.2f}",
+            f"{after.p95_ms:.2f}",
+            f"{before.p95_ms / after.p95_ms:.2f}x",
+        ),
+        Row(
+            f"examples/s, {at}",
+            f"{before.throughput:,.1f}",
+            f"{after.throughput:,.1f}",
+            f"{after.throughput / before.throughput:.2f}x",
+        ),
+    ]
+
+
+def _stated(time: Latency) -> str:
+    return f"{time.device}, {time.dtype}, {time.threads} threads"
+
+
+def _bar(kept: int, total: int) -> str:
+    # Neither a survivor nor a removal may vanish in the rounding.
+    filled = round(BAR_WIDTH * kept / total) if total else 0
+    if 0 < kept < total:
+        filled = min(max(filled, 1), BAR_WIDTH - 1)
+    return "█" * filled + "░" * (BAR_WIDTH - filled)
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"\.", path)]
+
+
+def _markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in x) + " |" for x in lines)
