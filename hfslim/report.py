@@ -170,7 +170,8 @@ class Report:
             stated = after if before == after else f"before {before}; after {after}"
             lines.append(
                 f"Batch {c.after.latency.batch_size}: {c.after.inputs}; {stated}; "
-                f"{c.after.latency.calls} calls of each, in turn."
+                f"{c.after.latency.calls} calls of each in turn; "
+                "speedup of the median with its 95 % interval."
             )
         return lines
 
@@ -203,13 +204,13 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _count(figure: str, before: int, after: int) -> Row:
-    change = f"{after / before:.1%}" if before else "-"
+    change = f"{after / before:.1%} kept" if before else "-"
     return Row(figure, f"{before:,}", f"{after:,}", change)
 
 
 def _times(at: str, comparison: Comparison) -> list[Row]:
     before, after = comparison.before.latency, comparison.after.latency
-    faster = f"{comparison.speedup:.2f}x ({comparison.low:.2f} to {comparison.high:.2f})"
+    faster = f"speedup {comparison.speedup:.2f}x ({comparison.low:.2f} to {comparison.high:.2f})"
     return [
         Row(f"p50 ms, {at}", f"{before.p50_ms:.2f}", f"{after.p50_ms:.2f}", faster),
         Row(

@@ -61,7 +61,7 @@ def lines_with(text: str, *words: str) -> list[str]:
 
 
 def shown(report: Report) -> str:
-    console = Console(width=140, record=True, quiet=False, file=None)
+    console = Console(width=180)
     with console.capture() as capture:
         report.print(console)
     return capture.get()
@@ -70,9 +70,9 @@ def shown(report: Report) -> str:
 @pytest.mark.parametrize("render", [shown, Report.to_markdown], ids=["screen", "markdown"])
 def test_each_figure_stands_beside_its_change(render, report: Report) -> None:
     text = render(report)
-    assert lines_with(text, "parameters without embeddings", "1,000,000", "500,000", "50.0%")
-    assert lines_with(text, "MACs, batch 32", "96,000,000", "48,000,000", "50.0%")
-    assert lines_with(text, "p50 ms, batch 1 ", "10.00", "5.00", "2.00x (1.90 to 2.10)")
+    assert lines_with(text, "parameters without embeddings", "1,000,000", "500,000", "50.0% kept")
+    assert lines_with(text, "MACs, batch 32", "96,000,000", "48,000,000", "50.0% kept")
+    assert lines_with(text, "p50 ms, batch 1 ", "10.00", "5.00", "speedup 2.00x (1.90 to 2.10)")
     assert lines_with(text, "p95 ms, batch 32", "12.00", "6.00", "2.00x")
     assert lines_with(text, "examples/s, batch 32", "3,200.0", "6,400.0", "2.00x")
     assert lines_with(text, "accuracy, test, 500 examples", "0.8000 (teacher)", "0.7900", "-0.0100")

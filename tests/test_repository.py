@@ -18,6 +18,8 @@ REQUIREMENTS = [
     for group in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
     for line in group
 ]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+README_PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def pins() -> dict[str, str]:
@@ -42,7 +44,7 @@ def test_the_tests_run_on_the_tested_set(line: str) -> None:
 
 
 def test_each_make_command_of_the_readme_is_a_documented_target() -> None:
-    named = set(re.findall(r"\bmake ([a-z]+)", (ROOT / "README.md").read_text()))
+    named = set(re.findall(r"\bmake ([a-z]+)", README))
     listing = subprocess.run(
         ["make", "--no-print-directory", "help"],
         cwd=ROOT,
@@ -65,3 +67,8 @@ def test_importing_the_package_loads_none_of_its_heavy_parts() -> None:
     ).stdout.split()
     assert "hfslim" in loaded
     assert set(heavy) & set(loaded) == set()
+
+
+@pytest.mark.parametrize("block", README_PYTHON, ids=lambda block: block.splitlines()[0])
+def test_the_python_of_the_readme_compiles(block: str) -> None:
+    compile(block, "README.md", "exec")
