@@ -1,0 +1,75 @@
+"""Inputs to run a model with when none are given: probing, counting, timing."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+TEXT_LENGTH = 128
+AUDIO_SAMPLES = 16_000
+
+
+def example_inputs(
+    model: PreTrainedModel, batch_size: int = 1, seed: int = 0, length: int | None = None
+) -> dict[str, torch.Tensor]:
+    """Build random inputs of the right kind and size for a classifier.
+
+    Args:
+        model: The classifier; its config tells sizes, its `main_input_name` the modality.
+        batch_size: Number of examples.
+        seed: Seed of the contents.
+        length: Tokens, samples or frames per example, where the model leaves that open. 128
+            tokens, one second at 16 kHz, or 128 frames if not given.
+
+    Returns:
+        The arguments of the model's forward, on the model's device.
+
+    Raises:
+        ValueError: The model's main input is of a kind that is not known here.
+    """
+    config, name = model.config, model.main_input_name
+    generator = torch.Generator().manual_seed(seed)
+    if name == "input_ids":
+        longest = getattr(config, "max_position_embeddings", None) or TEXT_LENGTH + 2
+        # RoBERTa-like models count positions from the padding index on.
+        shape = (batch_size, min(length or TEXT_LENGTH, max(longest - 2, 1)))
+        special = {config.pad_token_id, getattr(config, "eos_token_id", None)}
+        ids = torch.randint(config.vocab_size, shape, generator=generator)
+        free = next(i for i in range(config.vocab_size - 1, -1, -1) if i not in special)
+        for token in special:
+            if isinstance(token, int):
+                ids = ids.masked_fill(ids == token, free)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    elif name == "pixel_values":
+        size = getattr(config, "image_size", 224)
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (batch_size, getattr(config, "num_channels", 3), height, width)
+        inputs = {name: torch.randn(shape, generator=generator)}
+    elif name in ("input_values", "input_features"):
+        shape = (batch_size, *_speech_shape(config, length))
+        inputs = {name: torch.randn(shape, generator=generator)}
+    else:
+        raise ValueError(
+            f"{type(model).__name__} takes {name!r}; example inputs are known for input_ids, "
+            "pixel_values, input_values and input_features: pass inputs of your own"
+        )
+    parameter = next(model.parameters())
+    return {
+        key: value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
+        for key, value in inputs.items()
+    }
+
+
+def _speech_shape(config: object, length: int | None) -> tuple[int, ...]:
+    mel, positions = (
+        getattr(config, "num_mel_bins", None),
+        getattr(config, "max_source_positions", None),
+    )
+    if mel and positions:
+        return mel, 2 * positions
+    if mel:
+        return getattr(config, "max_length", None) or length or 1024, mel
+    features = getattr(config, "feature_projection_input_dim", None)
+    if features:
+        return length or 128, features
+    return (length or AUDIO_SAMPLES,)

@@ -1,0 +1,194 @@
+"""What can be removed from a model, as data: sites, and the tensors that they cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from hfslim.structure import KINDS, Entry, Kind, Structure
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One dimension of one tensor along which the units of a site lie.
+
+    The dimension is `blocks` repetitions of `units × width` entries: a fused `[q; k; v]`
+    projection has three blocks, a gated FFN's fused input two.
+
+    Attributes:
+        module: Path of the module that owns the tensor.
+        tensor: Name of the parameter on that module.
+        dim: The dimension.
+        width: Consecutive entries per unit.
+        blocks: Number of blocks.
+    """
+
+    module: str
+    tensor: str
+    dim: int
+    width: int = 1
+    blocks: int = 1
+
+    def indices(self, kept: Sequence[int], total: int) -> torch.Tensor:
+        """Return the entries to keep along the dimension, `[blocks · len(kept) · width]`."""
+        unit = torch.as_tensor(kept, dtype=torch.long)
+        within = (unit[:, None] * self.width + torch.arange(self.width)).flatten()
+        start = torch.arange(self.blocks)[:, None] * total * self.width
+        return (start + within).flatten()
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in a model that holds units of one kind.
+
+    Attributes:
+        kind: What the units are.
+        path: Module path that names the site: the attention module, the module around the two
+            FFN projections, or the list of layers.
+        size: Number of units.
+        gate: Path of the module whose input carries the units side by side: the attention output
+            projection or the second FFN projection. Empty for layers, which are gated themselves.
+        width: Features per unit in that input.
+        cuts: The tensors to slice. Empty for layers.
+        attributes: Integer attributes of the module at `path` that count units, with the amount
+            that each unit adds.
+        replacement: Name of the class in `hfslim.hub.modeling_hfslim` that must stand in for the
+            module's own, because that one cannot run with some heads missing. Empty if none.
+        layer: Path of the removable layer around the site; empty outside of any.
+        fixed: Units that cannot be removed.
+    """
+
+    kind: Kind
+    path: str
+    size: int
+    gate: str = ""
+    width: int = 1
+    cuts: tuple[Cut, ...] = ()
+    attributes: tuple[tuple[str, int], ...] = ()
+    replacement: str = ""
+    layer: str = ""
+    fixed: tuple[int, ...] = ()
+
+    @property
+    def removable(self) -> tuple[int, ...]:
+        """Units that may be removed, one by one; of a list of layers at least one must stay."""
+        return tuple(i for i in range(self.size) if i not in self.fixed)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A place that looks prunable and is not offered, with the reason."""
+
+    kind: Kind
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Units:
+    """Everything that can be removed from a model, by kind, layer by layer.
+
+    Attributes:
+        sites: The sites, in the order of the model's modules.
+        refusals: What is not offered, and why.
+    """
+
+    sites: tuple[Site, ...]
+    refusals: tuple[Refusal, ...] = ()
+
+    @cached_property
+    def _by_key(self) -> dict[tuple[Kind, str], Site]:
+        return {(site.kind, site.path): site for site in self.sites}
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def site(self, kind: Kind, path: str) -> Site:
+        """Return one site.
+
+        Raises:
+            KeyError: The model has no such site.
+        """
+        try:
+            return self._by_key[kind, path]
+        except KeyError:
+            known = [site.path for site in self.sites if site.kind == kind]
+            raise KeyError(
+                f"the model has no {kind} at {path!r}; it has {kind} at {known}"
+            ) from None
+
+    def of(self, kinds: Iterable[Kind]) -> Units:
+        """Return the sites of some kinds only.
+
+        Raises:
+            ValueError: A kind is unknown, or the model has no units of it.
+        """
+        kinds = tuple(kinds)
+        if not kinds:
+            raise ValueError(f"no kind of unit given: expected some of {list(KINDS)}")
+        for kind in kinds:
+            if kind not in KINDS:
+                raise ValueError(f"unknown kind of unit {kind!r}: expected some of {list(KINDS)}")
+            if not any(site.kind == kind for site in self.sites):
+                reasons = [f"{r.path}: {r.reason}" for r in self.refusals if r.kind == kind]
+                raise ValueError(
+                    f"this model has no {kind} that can be removed"
+                    + (f" ({'; '.join(reasons[:3])})" if reasons else "")
+                    + f"; it has {sorted({site.kind for site in self.sites}) or 'nothing to prune'}"
+                )
+        return Units(
+            tuple(site for site in self.sites if site.kind in kinds),
+            tuple(refusal for refusal in self.refusals if refusal.kind in kinds),
+        )
+
+    def full(self) -> Structure:
+        """Return the structure that keeps everything."""
+        return Structure(
+            tuple(Entry(s.kind, s.path, tuple(range(s.size)), s.size) for s in self.sites)
+        )
+
+    def complete(self, structure: Structure) -> Structure:
+        """Check a structure against the model and fill in the sites it leaves out as kept whole.
+
+        Raises:
+            KeyError: The structure names a site that the model does not have.
+            ValueError: A count differs, or a unit is removed that cannot be.
+        """
+        given = {(e.kind, e.path): e for e in structure}
+        for (kind, path), entry in given.items():
+            site = self.site(kind, path)
+            if entry.total != site.size:
+                raise ValueError(
+                    f"the structure counts {entry.total} {kind} at {path!r}, "
+                    f"the model has {site.size}"
+                )
+            lost = sorted(set(site.fixed) - set(entry.kept))
+            if lost:
+                raise ValueError(f"{kind} {lost} at {path!r} cannot be removed")
+            if kind == "layers" and not entry.kept:
+                raise ValueError(f"at least one layer of {path!r} must stay")
+        return Structure(
+            tuple(
+                given.get((s.kind, s.path), Entry(s.kind, s.path, tuple(range(s.size)), s.size))
+                for s in self.sites
+            )
+        )
+
+    def __str__(self) -> str:
+        table = Table("kind", "path", "units", "fixed", title="units that can be removed")
+        for site in self.sites:
+            table.add_row(site.kind, site.path, str(site.size), ", ".join(map(str, site.fixed)))
+        for refusal in self.refusals:
+            table.add_row(refusal.kind, refusal.path, "–", refusal.reason)
+        console = Console(width=120)
+        with console.capture() as capture:
+            console.print(table)
+        return capture.get()

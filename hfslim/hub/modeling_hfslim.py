@@ -1,0 +1,301 @@
+"""Rebuild a model pruned with hfslim, before its weights load.
+
+This one file is all that a pruned checkpoint needs: it travels beside the weights and is used by
+`from_pretrained(..., trust_remote_code=True)` where hfslim is not installed, and by hfslim itself
+where it is. `config.hfslim`, the blueprint, says how the pruned model differs from the stock model
+that the rest of the config describes:
+
+    {"version": 1,
+     "layers": {list path: [positions kept]},
+     "replaced": {attention path: {"by": class below, its settings ...}},
+     "attributes": {module path: {name: value}},
+     "shapes": {parameter path: [sizes]}}
+
+A blueprint is data from outside: every path, name and size is checked, and only sizes go down.
+"""
+
+import importlib
+import re
+
+import torch
+import transformers
+from torch import nn
+
+VERSION = 1
+
+
+class BlueprintError(ValueError):
+    """`config.hfslim` does not describe a pruned version of the model that it came with."""
+
+
+class Headless(nn.Module):
+    """An attention module that has lost every head: only its output projection's bias is left.
+
+    Attributes:
+        output: Name of the output projection inside the module; empty if it lies outside.
+        returns: Length of the tuple that the stock class returns; 0 for a bare tensor.
+    """
+
+    output = ""
+    returns = 2
+
+    def forward(self, *args, **kwargs):
+        """Return what the stock class would, without any head."""
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        return self.without_heads(hidden)
+
+    def without_heads(self, hidden, *others):
+        """Return the output of no heads, and the rest of the stock class's tuple."""
+        result = hidden.new_zeros(*hidden.shape[:-1], 0)
+        if self.output:
+            result = getattr(self, self.output)(result)
+        if torch.is_grad_enabled():
+            # Every parameter takes part, or DistributedDataParallel would wait for its gradient.
+            result = result + 0 * sum(p.sum() for p in self.parameters())
+        return (
+            (result, *others, *[None] * (self.returns - 1 - len(others)))
+            if self.returns
+            else result
+        )
+
+
+class BiasedHeads(Headless):
+    """Attention whose caller adds a bias for all heads: takes the rows of those that are left.
+
+    Attributes:
+        kept_heads: Positions of the present heads among the bias's; None where none is missing.
+        bias_heads: Number of heads of the bias.
+    """
+
+    kept_heads = None
+    bias_heads = 0
+
+    def forward(self, *args, **kwargs):
+        """Run the stock forward on the bias of the kept heads."""
+        if self.kept_heads is None:
+            return super(Headless, self).forward(*args, **kwargs)
+        if not self.kept_heads:
+            return super().forward(*args, **kwargs)
+        args = [self._select(value) for value in args]
+        kwargs = {name: self._select(value) for name, value in kwargs.items()}
+        return super(Headless, self).forward(*args, **kwargs)
+
+    def _select(self, value):
+        if (
+            isinstance(value, torch.Tensor)
+            and value.ndim == 4
+            and value.shape[1] == self.bias_heads > 1
+        ):
+            return value[:, list(self.kept_heads)]
+        return value
+
+
+class WavLMHeads(Headless):
+    """WavLM's attention through its own projection modules, with any set of heads.
+
+    The stock class hands raw weights to torch's multi-head attention. The gate of the relative
+    position bias reads slice `h` of the hidden states for head `h` (arXiv 2110.13900, section
+    3.1), so the heads keep their original numbers.
+
+    Attributes:
+        kept_heads: Original numbers of the present heads; None where none is missing.
+    """
+
+    kept_heads = None
+
+    def forward(self, hidden_states, attention_mask=None, position_bias=None, **kwargs):
+        """Return the output, no attention weights, and the position bias of all heads."""
+        batch, length, _ = hidden_states.shape
+        all_heads = self.gru_rel_pos_const.shape[1]
+        if position_bias is None:
+            position_bias = self.compute_bias(length, length)
+            position_bias = position_bias.repeat(batch, 1, 1)
+        kept = range(all_heads) if self.kept_heads is None else self.kept_heads
+        if not len(kept):
+            return self.without_heads(hidden_states, None, position_bias)
+        kept = torch.as_tensor(tuple(kept), device=hidden_states.device)
+        by_head = hidden_states.view(batch, length, all_heads, -1).transpose(1, 2)[:, kept]
+        gates = self.gru_rel_pos_linear(by_head).view(*by_head.shape[:-1], 2, 4).sum(-1)
+        gate_a, gate_b = torch.sigmoid(gates).chunk(2, dim=-1)
+        gate = gate_a * (gate_b * self.gru_rel_pos_const[:, kept] - 1.0) + 2.0
+        bias = gate * position_bias.view(batch, all_heads, length, length)[:, kept]
+        if attention_mask is not None:
+            hidden = attention_mask.ne(1)[:, None, None, :]
+            bias = bias.masked_fill(hidden, torch.finfo(bias.dtype).min)
+        query, key, value = (
+            project(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        result = nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=bias, dropout_p=self.dropout if self.training else 0.0
+        )
+        result = self.out_proj(result.transpose(1, 2).reshape(batch, length, -1))
+        return result, None, position_bias
+
+
+REPLACEMENTS = {cls.__name__: cls for cls in (Headless, BiasedHeads, WavLMHeads)}
+
+
+def stock_class(module: nn.Module) -> type:
+    """Return the library's own class of a module whose class may have been replaced."""
+    library = (c for c in type(module).__mro__ if c.__module__.startswith("transformers.models."))
+    return next(library, type(module))
+
+
+def replace_class(module: nn.Module, by: str, **settings) -> None:
+    """Make a stock module an instance of one of the classes above, in place."""
+    stock = stock_class(module)
+    family = re.fullmatch(r"transformers\.models\.(\w+)\.modeling_\1", stock.__module__)
+    if family is None:
+        raise BlueprintError(f"{stock.__module__}.{stock.__name__} cannot lose its heads here")
+    module.__class__ = getattr(_this_module(), f"{by}__{family[1]}__{stock.__name__}")
+    for name, value in settings.items():
+        setattr(module, name, tuple(value) if isinstance(value, list) else value)
+
+
+def apply_blueprint(model: nn.Module, blueprint: dict) -> None:
+    """Give a stock model, on any device, the shapes of the pruned one; contents are not set.
+
+    Raises:
+        BlueprintError: The blueprint does not fit the model. The model may be half changed.
+    """
+    _check_form(blueprint)
+    for path, kept in blueprint.get("layers", {}).items():
+        layers = _find(model, path)
+        if not isinstance(layers, nn.ModuleList) or not _ascending(kept, len(layers)) or not kept:
+            raise BlueprintError(f"layers {kept} are not among those of {path!r}")
+        keep_layers(layers, kept)
+    for path, settings in blueprint.get("replaced", {}).items():
+        _replace(_find(model, path), path, dict(settings))
+    for path, values in blueprint.get("attributes", {}).items():
+        module = _find(model, path)
+        for name, value in values.items():
+            _set_attribute(module, path, name, value)
+    for path, shape in blueprint.get("shapes", {}).items():
+        owner, _, name = path.rpartition(".")
+        module = _find(model, owner)
+        stock = module._parameters.get(name)
+        if stock is None or not _smaller(shape, stock.shape):
+            had = None if stock is None else list(stock.shape)
+            raise BlueprintError(
+                f"{path!r} cannot get the shape {shape}: the stock model has {had}"
+            )
+        new = torch.empty(shape, dtype=stock.dtype, device=stock.device)
+        module._parameters[name] = nn.Parameter(new, requires_grad=stock.requires_grad)
+
+
+def keep_layers(layers: nn.ModuleList, kept) -> None:
+    """Drop all but some layers, and renumber those that know their number."""
+    chosen = [layers[i] for i in kept]
+    del layers[:]
+    layers.extend(chosen)
+    for new, layer in enumerate(layers):
+        for module in layer.modules():
+            if isinstance(vars(module).get("layer_idx"), int):
+                module.layer_idx = new
+
+
+def _check_form(blueprint: dict) -> None:
+    parts = {"layers": list, "replaced": dict, "attributes": dict, "shapes": list}
+    if not isinstance(blueprint, dict) or blueprint.get("version") != VERSION:
+        found = blueprint.get("version") if isinstance(blueprint, dict) else blueprint
+        raise BlueprintError(
+            f"config.hfslim has version {found!r}, expected {VERSION}: update hfslim, or load the "
+            "folder with the modeling_hfslim.py that it was saved with"
+        )
+    unknown = sorted(set(blueprint) - {"version", *parts})
+    if unknown:
+        raise BlueprintError(f"config.hfslim has unknown parts {unknown}, expected {list(parts)}")
+    for part, form in parts.items():
+        entries = blueprint.get(part, {})
+        if not isinstance(entries, dict) or not all(isinstance(v, form) for v in entries.values()):
+            raise BlueprintError(f"config.hfslim[{part!r}] must map paths to {form.__name__}s")
+
+
+def _find(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        message = f"config.hfslim names {path!r}, which {type(model).__name__} does not have"
+        raise BlueprintError(message) from None
+
+
+def _replace(module: nn.Module, path: str, settings: dict) -> None:
+    by = settings.pop("by", None)
+    allowed = {"output": str, "returns": int, "kept_heads": list, "bias_heads": int}
+    for name, value in settings.items():
+        if not isinstance(value, allowed.get(name, ())) or isinstance(value, bool):
+            raise BlueprintError(f"{path!r} cannot be replaced with {name}={value!r}")
+    if by not in REPLACEMENTS:
+        raise BlueprintError(
+            f"{path!r} is replaced by {by!r}, expected one of {sorted(REPLACEMENTS)}"
+        )
+    output = settings.get("output")
+    if output and not isinstance(getattr(module, output, None), nn.Linear):
+        raise BlueprintError(f"{path!r} has no projection {output!r}")
+    if not _ascending(settings.get("kept_heads", []), 1 << 16):
+        raise BlueprintError(f"{path!r} keeps heads {settings['kept_heads']}")
+    replace_class(module, by, **settings)
+
+
+def _set_attribute(module: nn.Module, path: str, name: str, value: object) -> None:
+    value = tuple(value) if isinstance(value, list) else value
+    known = name in vars(module) and not name.startswith("_")
+    old = vars(module).get(name)
+    whole = isinstance(value, int) and isinstance(old, int)
+    if (
+        not known
+        or type(value) is not type(old)
+        or not isinstance(value, int | float | str | tuple)
+    ):
+        raise BlueprintError(f"{path!r} has no setting {name!r} that could become {value!r}")
+    if whole and not 0 <= value <= max(old, 1 << 16):
+        raise BlueprintError(f"{path}.{name} cannot become {value}")
+    setattr(module, name, value)
+
+
+def _ascending(kept: list, total: int) -> bool:
+    whole = all(type(i) is int and 0 <= i < total for i in kept)
+    return whole and list(kept) == sorted(set(kept))
+
+
+def _smaller(shape: list, stock: torch.Size) -> bool:
+    return len(shape) == len(stock) and all(
+        type(new) is int and 0 <= new <= old for new, old in zip(shape, stock, strict=True)
+    )
+
+
+class Slim:
+    """Mixed into a stock model class: builds the pruned model from the config alone."""
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        apply_blueprint(self, config.hfslim)
+        self.hfslim_applied = True
+
+    @classmethod
+    def is_custom_code(cls):
+        """Let the checkpoint's keys be read like those of the stock class."""
+        return False
+
+
+def _this_module():
+    return importlib.import_module(__name__)
+
+
+def __getattr__(name: str) -> type:
+    """Build `Slim<StockModel>` and `<Replacement>__<family>__<StockAttention>` when asked for."""
+    by, _, rest = name.partition("__")
+    if by in REPLACEMENTS and "__" in rest:
+        family, _, stock_name = rest.partition("__")
+        stock = getattr(
+            importlib.import_module(f"transformers.models.{family}.modeling_{family}"), stock_name
+        )
+        bases = (REPLACEMENTS[by], stock)
+    elif name.startswith("Slim") and hasattr(transformers, name[4:]):
+        bases = (Slim, getattr(transformers, name[4:]))
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    cls = type(name, bases, {"__module__": __name__, "__doc__": bases[0].__doc__})
+    globals()[name] = cls
+    return cls

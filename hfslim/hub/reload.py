@@ -1,0 +1,80 @@
+"""Teach the stock `from_pretrained` and `save_pretrained` about pruned models.
+
+Importing this module registers a loader for checkpoints whose config names the method `hfslim`.
+transformers calls it, as it calls quantizers, on the meta model before the weights load; the
+loaded model is of the stock class and is not left marked as quantized.
+"""
+
+from __future__ import annotations
+
+import shutil
+import types
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hfslim.hub import modeling_hfslim
+
+
+@register_quantization_config("hfslim")
+class BlueprintConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a pruned checkpoint; the blueprint itself is `config.hfslim`."""
+
+    def __init__(self, quant_method: str = "hfslim", **_: Any) -> None:
+        self.quant_method = quant_method
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `config.json` holds."""
+        return {"quant_method": "hfslim"}
+
+    to_diff_dict = to_dict
+
+
+@register_quantizer("hfslim")
+class BlueprintLoader(HfQuantizer):
+    """Cuts the meta model to the shapes of the checkpoint; nothing is quantized."""
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        if not getattr(model, "hfslim_applied", False):
+            blueprint = getattr(model.config, "hfslim", None)
+            modeling_hfslim.apply_blueprint(model, blueprint)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        for name in ("is_quantized", "quantization_method", "hf_quantizer"):
+            vars(model).pop(name, None)
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                vars(module.config).pop("_is_quantized", None)
+        model.config.quantization_config = {"quant_method": "hfslim"}
+        carry_file(model)
+
+    def is_serializable(self) -> bool:
+        """Tell that a loaded model can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Tell that a loaded model can be trained."""
+        return True
+
+
+def carry_file(model: PreTrainedModel) -> None:
+    """Make a model's own `save_pretrained` put `modeling_hfslim.py` beside the weights."""
+    model.save_pretrained = types.MethodType(_save_pretrained, model)
+
+
+def _save_pretrained(
+    self: PreTrainedModel, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any
+) -> None:
+    """Save as the class does, and add the file that rebuilds the model without hfslim."""
+    type(self).save_pretrained(self, save_directory, **kwargs)
+    if kwargs.get("is_main_process", True) and getattr(self.config, "hfslim", None):
+        shutil.copyfile(modeling_hfslim.__file__, Path(save_directory) / "modeling_hfslim.py")
+    if push_to_hub:
+        names = ("commit_message", "private", "token", "create_pr", "revision", "max_shard_size")
+        repo_id = kwargs.get("repo_id", Path(save_directory).name)
+        self.push_to_hub(repo_id, **{n: kwargs[n] for n in names if n in kwargs})

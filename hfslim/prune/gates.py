@@ -1,0 +1,245 @@
+"""Reversible multipliers on the units of a live model.
+
+A gate on a head or a neuron multiplies its slice of the input of the projection that follows; a
+gate on a layer scales what the layer adds to the residual stream. Nothing is registered on the
+model: parameters, buffers and `state_dict` keys stay as they are, and the model may be wrapped,
+checkpointed or trained meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from hfslim.anatomy import Site, Units, find_units
+from hfslim.hub import modeling_hfslim
+from hfslim.structure import Kind, Structure
+
+Key = tuple[Kind, str]
+OnGradient = Callable[[Site, int, torch.Tensor], None]
+"""Called with a site, the index of a layer (0 for other kinds) and `[examples, units]`."""
+OnActivation = Callable[[Site, int, torch.Tensor], None]
+"""Called with a site, the index of a layer and the gated tensor, `[rows, ..., features]`."""
+
+
+class Gates:
+    """The gates of a model, one for every unit; all open until `set` closes some.
+
+    Args:
+        model: The model itself, not a wrapper around it.
+        units: The sites to gate; all that `find_units` finds if not given.
+
+    Attributes:
+        on_gradient: If set, gets the gradient of the loss by the gates of every example, at each
+            backward pass.
+        on_activation: If set, gets what each gate multiplies, at each forward pass.
+        fired: The sites whose gates have been reached since `attach`.
+    """
+
+    def __init__(self, model: nn.Module, units: Units | None = None) -> None:
+        self.model = model
+        self.units = find_units(model) if units is None else units
+        self.on_gradient: OnGradient | None = None
+        self.on_activation: OnActivation | None = None
+        self.examples = 0
+        self.fired: set[Key] = set()
+        self._masks: dict[Key, torch.Tensor] = {}
+        self._closed_layers: dict[Key, frozenset[int]] = {}
+        self._handles: list[RemovableHandle] = []
+        self._stock: list[tuple[nn.Module, type]] = []
+
+    def set(self, structure: Structure) -> None:
+        """Close the gates of the units that a structure removes, and open all others."""
+        structure = self.units.complete(structure)
+        self._masks.clear()
+        self._closed_layers.clear()
+        for site in self.units:
+            kept = structure.kept(site.kind, site.path)
+            if len(kept) == site.size:
+                continue
+            if site.kind == "layers":
+                self.close_layers(site, frozenset(range(site.size)) - frozenset(kept))
+            else:
+                mask = torch.zeros(site.size)
+                mask[list(kept)] = 1.0
+                self._masks[site.kind, site.path] = mask.repeat_interleave(site.width)
+
+    def close_layers(self, site: Site, closed: frozenset[int]) -> None:
+        """Let the residual stream pass by some layers of a list, until told otherwise."""
+        self._closed_layers["layers", site.path] = closed
+
+    def attach(self) -> Gates:
+        """Put the gates into the model."""
+        if self._handles:
+            raise RuntimeError("these gates are attached already")
+        self.fired.clear()
+        self._handles.append(
+            self.model.register_forward_pre_hook(self._count_examples, with_kwargs=True)
+        )
+        for site in self.units:
+            module = self.model.get_submodule(site.path)
+            if site.replacement and type(module) is modeling_hfslim.stock_class(module):
+                self._stock.append((module, type(module)))
+                modeling_hfslim.replace_class(module, site.replacement)
+            if site.kind == "layers":
+                for index, layer in enumerate(module):
+                    hook = self._layer_hook(site, index)
+                    self._handles.append(layer.register_forward_hook(hook, with_kwargs=True))
+            else:
+                gate = self.model.get_submodule(site.gate)
+                self._handles.append(gate.register_forward_pre_hook(self._unit_hook(site)))
+        return self
+
+    def detach(self) -> None:
+        """Take the gates out again; the model is as it was before."""
+        for handle in self._handles:
+            handle.remove()
+        for module, stock in self._stock:
+            module.__class__ = stock
+        self._handles.clear()
+        self._stock.clear()
+
+    def __enter__(self) -> Gates:
+        return self.attach()
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def check_fired(self) -> None:
+        """Check that a forward pass has reached every gate.
+
+        Raises:
+            RuntimeError: A gate was not reached, so closing it would have no effect.
+        """
+        silent = [site.path for site in self.units if (site.kind, site.path) not in self.fired]
+        if silent:
+            raise RuntimeError(
+                f"{type(self.model).__name__} does not run {silent[:3]} as modules, so their units "
+                "can be neither scored nor removed; leave their kind out of `units`"
+            )
+
+    def _count_examples(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        tensors = (v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.ndim)
+        self.examples = next(tensors).shape[0]
+
+    def _unit_hook(self, site: Site) -> Callable[[nn.Module, tuple], tuple | None]:
+        key = (site.kind, site.path)
+
+        def hook(_: nn.Module, args: tuple) -> tuple | None:
+            self.fired.add(key)
+            value, *rest = args
+            if self.on_activation is not None:
+                self.on_activation(site, 0, value.detach())
+            if self.on_gradient is not None and torch.is_grad_enabled():
+                examples, send = self.examples, self.on_gradient
+                value = _Tap.apply(
+                    value,
+                    None,
+                    _anchor(value),
+                    lambda grad, x: send(site, 0, _by_unit(grad * x, examples, site)),
+                )
+            mask = self._masks.get(key)
+            if mask is not None:
+                if mask.device != value.device or mask.dtype != value.dtype:
+                    mask = self._masks[key] = mask.to(value.device, value.dtype)
+                value = value * mask
+            return (value, *rest)
+
+        return hook
+
+    def _layer_hook(self, site: Site, index: int) -> Callable[..., Any]:
+        key = (site.kind, site.path)
+
+        def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+            self.fired.add(key)
+            before = args[0] if args else kwargs["hidden_states"]
+            after = output if isinstance(output, torch.Tensor) else output[0]
+            if self.on_activation is not None:
+                self.on_activation(site, index, (after - before).detach())
+            if self.on_gradient is not None and torch.is_grad_enabled():
+                examples, send = self.examples, self.on_gradient
+                after = _Tap.apply(
+                    after,
+                    before,
+                    _anchor(after),
+                    lambda grad, x: send(site, index, _by_layer(grad * x, examples)),
+                )
+            if index in self._closed_layers.get(key, ()):
+                # The layer stays in the graph, so that every parameter gets a gradient under DDP.
+                after = before + 0 * after if torch.is_grad_enabled() else before
+            if isinstance(output, torch.Tensor):
+                return after
+            return type(output)([after, *output[1:]])
+
+        return hook
+
+
+@contextmanager
+def gated(model: nn.Module, structure: Structure) -> Iterator[Gates]:
+    """Run a model as if a structure's removed units were gone; the model is not changed.
+
+    Args:
+        model: The model itself, not a wrapper around it.
+        structure: The units to keep. Sites that it leaves out keep all.
+
+    Yields:
+        The gates.
+
+    Raises:
+        KeyError: The structure names a site that the model does not have.
+        ValueError: It counts other numbers of units, or removes one that cannot go.
+    """
+    gates = Gates(model)
+    gates.set(structure)
+    with gates:
+        yield gates
+
+
+class _Tap(torch.autograd.Function):
+    """Pass a tensor through; on the way back, show its gradient beside its value.
+
+    `∂L/∂ξ` of a gate ξ that multiplies a slice `x` is the sum of `x · ∂L/∂x` over the slice, so no
+    gate tensor is needed, and the forward pass costs nothing.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        value: torch.Tensor,
+        base: torch.Tensor | None,
+        anchor: torch.Tensor,
+        show: Callable[[torch.Tensor, torch.Tensor], None],
+    ) -> torch.Tensor:
+        ctx.show, ctx.has_base = show, base is not None
+        ctx.save_for_backward(value, *([] if base is None else [base]))
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
+        value, *base = ctx.saved_tensors
+        ctx.show(grad, value - base[0] if base else value)
+        return grad, None, None, None
+
+
+def _anchor(value: torch.Tensor) -> torch.Tensor:
+    """Make the graph reach a tap even where no parameter before it needs a gradient."""
+    return torch.zeros((), device=value.device, requires_grad=True)
+
+
+def _by_unit(product: torch.Tensor, examples: int, site: Site) -> torch.Tensor:
+    """Sum `[rows, ..., units · width]` to `[examples, units]`; rows are example-major."""
+    if product.shape[0] % examples:
+        raise RuntimeError(
+            f"{site.gate} gets {product.shape[0]} rows for {examples} examples, so their gradients "
+            "cannot be told apart"
+        )
+    return product.reshape(examples, -1, site.size, site.width).sum((1, 3), dtype=torch.float32)
+
+
+def _by_layer(product: torch.Tensor, examples: int) -> torch.Tensor:
+    return product.reshape(examples, -1).sum(1, keepdim=True, dtype=torch.float32)

@@ -1,0 +1,195 @@
+"""Make a structure physical: smaller dense modules of the same class, proved equal to the gates."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hfslim.anatomy import Site, Units, example_inputs, find_units
+from hfslim.hub import blueprint, modeling_hfslim, reload
+from hfslim.prune.gates import gated
+from hfslim.structure import Structure
+
+logger = logging.getLogger(__name__)
+
+PROBE_LENGTH = {"input_ids": 16, "input_values": 4000, "input_features": 64}
+RELATIVE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+HALF_TOLERANCE = 5e-2
+
+
+def shrink(
+    model: PreTrainedModel,
+    structure: Structure,
+    inputs: Mapping[str, torch.Tensor] | None = None,
+) -> PreTrainedModel:
+    """Remove the units that a structure does not keep, in place.
+
+    The model keeps its class; its config is brought up to date, so that the stock
+    `save_pretrained` writes it and `from_pretrained` loads it. Before and after the cut the model
+    runs once: its outputs must be those of the gated model, or the cut is taken back.
+
+    Args:
+        model: The model itself, not a wrapper, and not one that an optimizer is training: its
+            parameters are replaced.
+        structure: The units to keep.
+        inputs: What to run it on; small random inputs if not given.
+
+    Returns:
+        The same model.
+
+    Raises:
+        KeyError: The structure names a site that the model does not have.
+        ValueError: It counts other numbers of units, or removes one that cannot go.
+        RuntimeError: The cut model does not equal the gated one; the model is as before.
+    """
+    units = find_units(model)
+    structure = units.complete(structure)
+    if structure.is_full:
+        logger.info("nothing to remove")
+        return model
+    if inputs is None:
+        inputs = example_inputs(model, batch_size=2, length=PROBE_LENGTH.get(model.main_input_name))
+    expected, returns = _probe(model, units, structure, inputs)
+    surgery = _Surgery(model)
+    try:
+        surgery.cut(units, structure, returns)
+        _check_equal(expected, _logits(model, inputs))
+        blueprint.describe(model, units, structure)
+    except BaseException:
+        surgery.undo()
+        raise
+    reload.carry_file(model)
+    logger.info("shrunk to %s (%s)", structure, structure.digest())
+    return model
+
+
+class _Surgery:
+    """Changes to a model that can be taken back."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.before: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self.classes: list[tuple[nn.Module, type]] = []
+        self.config = dict(vars(model.config))
+
+    def cut(self, units: Units, structure: Structure, returns: dict[str, int]) -> None:
+        lists = [site for site in units if site.kind == "layers"]
+        dropped = {
+            f"{site.path}.{index}"
+            for site in lists
+            for index in set(range(site.size)) - set(structure.kept("layers", site.path))
+        }
+        for site in units:
+            kept = structure.kept(site.kind, site.path)
+            if site.kind == "layers" or len(kept) == site.size or site.layer in dropped:
+                continue
+            self._slice(site, kept)
+            if site.kind == "heads":
+                self._replace(site, kept, returns[site.path])
+        # Last, because the paths of the sites count the layers as they were.
+        for site in lists:
+            layers = self.model.get_submodule(site.path)
+            for module in layers.modules():
+                self._remember(vars(module), module._modules)
+            modeling_hfslim.keep_layers(layers, structure.kept("layers", site.path))
+
+    def undo(self) -> None:
+        for mapping, old in reversed(self.before):
+            mapping.clear()
+            mapping.update(old)
+        for module, cls in reversed(self.classes):
+            module.__class__ = cls
+        vars(self.model.config).clear()
+        vars(self.model.config).update(self.config)
+
+    def _remember(self, *mappings: dict[str, Any]) -> None:
+        self.before.extend((mapping, dict(mapping)) for mapping in mappings)
+
+    def _slice(self, site: Site, kept: tuple[int, ...]) -> None:
+        for cut in site.cuts:
+            module = self.model.get_submodule(cut.module)
+            self._remember(vars(module), module._parameters)
+            old = module._parameters[cut.tensor]
+            index = cut.indices(kept, site.size).to(old.device)
+            new = old.detach().index_select(cut.dim, index)
+            module._parameters[cut.tensor] = nn.Parameter(new, requires_grad=old.requires_grad)
+            if isinstance(module, nn.Linear):
+                module.out_features, module.in_features = module.weight.shape
+        module = self.model.get_submodule(site.path)
+        self._remember(vars(module))
+        for name, by in site.attributes:
+            setattr(module, name, by * len(kept))
+
+    def _replace(self, site: Site, kept: tuple[int, ...], returns: int) -> None:
+        module = self.model.get_submodule(site.path)
+        by = site.replacement or ("" if kept else "Headless")
+        if not by:
+            return
+        settings: dict[str, Any] = {}
+        if not kept:
+            inside = site.gate.removeprefix(f"{site.path}.")
+            settings = {"output": inside if inside != site.gate else "", "returns": returns}
+        if site.replacement:
+            had = getattr(module, "kept_heads", None) or range(site.size)
+            settings["kept_heads"] = tuple(had[i] for i in kept)
+        if by == "BiasedHeads":
+            settings["bias_heads"] = getattr(module, "bias_heads", 0) or site.size
+        self.classes.append((module, type(module)))
+        self._remember(vars(module))
+        modeling_hfslim.replace_class(module, by, **settings)
+
+
+def _probe(
+    model: PreTrainedModel,
+    units: Units,
+    structure: Structure,
+    inputs: Mapping[str, torch.Tensor],
+) -> tuple[torch.Tensor, dict[str, int]]:
+    """Run the gated model; return its logits and what each attention module returns."""
+    returns: dict[str, int] = {}
+
+    def note(path: str) -> Any:
+        def hook(_: nn.Module, __: tuple, output: Any) -> None:
+            returns[path] = 0 if isinstance(output, torch.Tensor) else len(output)
+
+        return hook
+
+    attentions = [site.path for site in units if site.kind == "heads"]
+    handles = [model.get_submodule(p).register_forward_hook(note(p)) for p in attentions]
+    try:
+        with gated(model, structure) as gates:
+            logits = _logits(model, inputs)
+            gates.check_fired()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return logits, returns
+
+
+def _logits(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            return model(**inputs).logits
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _check_equal(expected: torch.Tensor, found: torch.Tensor) -> None:
+    if not torch.isfinite(expected).all():
+        raise RuntimeError("the gated model's output is not finite, so the cut cannot be checked")
+    tolerance = RELATIVE_TOLERANCE.get(expected.dtype, HALF_TOLERANCE)
+    difference = (found - expected).abs().max().item()
+    if not difference <= tolerance * max(1.0, expected.abs().max().item()):
+        raise RuntimeError(
+            f"the cut model differs from the gated one by {difference:.2g} in its logits, so this "
+            "family cannot be cut like this; nothing was changed. Leave the kind of unit that "
+            "causes it out of `units`"
+        )
