@@ -59,7 +59,8 @@ def mark(model: PreTrainedModel, blueprint: dict[str, Any]) -> None:
     name = f"Slim{stock_class(model).__name__}"
     model.config.hfslim = {"version": modeling_hfslim.VERSION, **blueprint}
     model.config.quantization_config = {"quant_method": "hfslim"}
-    model.config.auto_map = dict.fromkeys(_auto_classes(stock_class(model).__name__), f"modeling_hfslim.{name}")
+    auto_classes = _auto_classes(stock_class(model).__name__)
+    model.config.auto_map = dict.fromkeys(auto_classes, f"modeling_hfslim.{name}")
 
 
 def difference(

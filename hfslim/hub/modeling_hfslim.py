@@ -46,7 +46,7 @@ class Headless(nn.Module):
 
     def without_heads(self, hidden, *others):
         """Return the output of no heads, and the rest of the stock class's tuple."""
-        result = hidden.new_zeros(*hidden.shape[:-1], 0)
+        result = hidden[..., :0]
         if self.output:
             result = getattr(self, self.output)(result)
         if torch.is_grad_enabled():
