@@ -134,7 +134,10 @@ class _Finder:
                 continue
             keys = [frozenset(name for name, _ in layer.named_parameters()) for layer in layers]
             usual = max(set(keys), key=keys.count)
-            fixed = tuple(i for i, names in enumerate(keys) if names != usual)
+            parent = self.modules[path.rpartition(".")[0]]
+            after_first = families.AFTER_FIRST_LAYER.get(type(parent).__name__, "")
+            bound = getattr(parent, after_first, None) is not None
+            fixed = tuple(i for i, names in enumerate(keys) if names != usual or (bound and i == 0))
             if len(layers) - len(fixed) > (0 if fixed else 1):
                 yield Site("layers", path, len(layers), fixed=fixed)
 

@@ -59,6 +59,9 @@ REPLACEMENTS = {
 """Attention classes that get a full-head bias from outside, or hide their projections from hooks,
 with the class of `hfslim.hub.modeling_hfslim` that stands in for them."""
 
+AFTER_FIRST_LAYER = {"DebertaV2Encoder": "conv"}
+"""Modules that run right after the first of their parent's layers, which therefore has to stay."""
+
 DEPTH_FIELDS = ("num_hidden_layers", "encoder_layers", "n_layers", "depths")
 """Config fields that set the number of layers, or list it stage by stage."""
 

@@ -23,8 +23,9 @@ from hfslim.structure import Kind, Structure
 Key = tuple[Kind, str]
 OnGradient = Callable[[Site, int, torch.Tensor], None]
 """Called with a site, the index of a layer (0 for other kinds) and `[examples, units]`."""
-OnActivation = Callable[[Site, int, torch.Tensor], None]
-"""Called with a site, the index of a layer and the gated tensor, `[rows, ..., features]`."""
+OnActivation = Callable[[Site, int, torch.Tensor, torch.Tensor], None]
+"""Called with a site, the index of a layer, its input and its output, `[rows, ..., features]`; for
+heads and neurons both are what the gate multiplies."""
 
 
 class Gates:
@@ -38,6 +39,8 @@ class Gates:
         on_gradient: If set, gets the gradient of the loss by the gates of every example, at each
             backward pass.
         on_activation: If set, gets what each gate multiplies, at each forward pass.
+        examples: Number of examples in the current forward pass.
+        padding: The attention mask of the current forward pass, `[examples, positions]`, if any.
         fired: The sites whose gates have been reached since `attach`.
     """
 
@@ -47,6 +50,7 @@ class Gates:
         self.on_gradient: OnGradient | None = None
         self.on_activation: OnActivation | None = None
         self.examples = 0
+        self.padding: torch.Tensor | None = None
         self.fired: set[Key] = set()
         self._masks: dict[Key, torch.Tensor] = {}
         self._closed_layers: dict[Key, frozenset[int]] = {}
@@ -126,6 +130,7 @@ class Gates:
     def _count_examples(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         tensors = (v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.ndim)
         self.examples = next(tensors).shape[0]
+        self.padding = kwargs.get("attention_mask")
 
     def _unit_hook(self, site: Site) -> Callable[[nn.Module, tuple], tuple | None]:
         key = (site.kind, site.path)
@@ -134,7 +139,7 @@ class Gates:
             self.fired.add(key)
             value, *rest = args
             if self.on_activation is not None:
-                self.on_activation(site, 0, value.detach())
+                self.on_activation(site, 0, value.detach(), value.detach())
             if self.on_gradient is not None and torch.is_grad_enabled():
                 examples, send = self.examples, self.on_gradient
                 value = _Tap.apply(
@@ -160,7 +165,7 @@ class Gates:
             before = args[0] if args else kwargs["hidden_states"]
             after = output if isinstance(output, torch.Tensor) else output[0]
             if self.on_activation is not None:
-                self.on_activation(site, index, (after - before).detach())
+                self.on_activation(site, index, before.detach(), after.detach())
             if self.on_gradient is not None and torch.is_grad_enabled():
                 examples, send = self.examples, self.on_gradient
                 after = _Tap.apply(

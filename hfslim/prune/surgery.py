@@ -14,6 +14,7 @@ from hfslim.anatomy import Site, Units, example_inputs, find_units
 from hfslim.hub import blueprint, modeling_hfslim, reload
 from hfslim.prune.gates import gated
 from hfslim.structure import Structure
+from hfslim.timing import evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -172,14 +173,8 @@ def _probe(
 
 
 def _logits(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            return model(**inputs).logits
-    finally:
-        for module in training:
-            module.training = True
+    with evaluating(model):
+        return model(**inputs).logits
 
 
 def _check_equal(expected: torch.Tensor, found: torch.Tensor) -> None:

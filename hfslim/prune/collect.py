@@ -1,0 +1,243 @@
+"""Gather the importance of every unit while a model runs: on calibration data, or in training."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from hfslim.anatomy import Site, Units
+from hfslim.prune import importance
+from hfslim.prune.gates import Gates, Key
+from hfslim.prune.importance import CRITERIA, Criterion, Scores
+from hfslim.structure import Kind
+from hfslim.timing import evaluating, placed
+
+logger = logging.getLogger(__name__)
+
+Criteria = Criterion | Mapping[Kind, Criterion]
+
+
+def criteria_by_kind(criterion: Criteria, kinds: Iterable[Kind]) -> dict[Kind, Criterion]:
+    """Spell out a criterion for each kind of unit.
+
+    Raises:
+        ValueError: A criterion is unknown, is not for that kind, or a kind has none.
+    """
+    given = dict(criterion) if isinstance(criterion, Mapping) else None
+    result: dict[Kind, Criterion] = {}
+    for kind in kinds:
+        name = criterion if given is None else given.get(kind)
+        if name not in CRITERIA:
+            raise ValueError(
+                f"criterion for {kind}: got {name!r}, expected one of {list(CRITERIA)}"
+            )
+        if name == "block_influence" and kind != "layers":
+            raise ValueError(f"block_influence scores layers, not {kind}")
+        result[kind] = name
+    return result
+
+
+class Collector:
+    """Adds up scores from what a model's gates report.
+
+    Args:
+        gates: The gates, attached or not.
+        criteria: The criterion of each kind of unit.
+        per_example: Factor that turns the gradients of the loss that is back-propagated into those
+            of single examples: the batch size where the loss is a mean, 1 where it is a sum.
+    """
+
+    def __init__(
+        self, gates: Gates, criteria: Mapping[Kind, Criterion], mean_loss: bool = False
+    ) -> None:
+        self.gates = gates
+        self.criteria = dict(criteria)
+        self.mean_loss = mean_loss
+        self.scores = Scores()
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether a backward pass is needed."""
+        return any(c in importance.FROM_GRADIENTS for c in self.criteria.values())
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the model has to run at all."""
+        return self.needs_gradients or any(
+            c in importance.FROM_ACTIVATIONS for c in self.criteria.values()
+        )
+
+    def start(self) -> None:
+        """Listen to the gates from now on."""
+        self.gates.on_gradient = self._on_gradient if self.needs_gradients else None
+        listens = any(c in importance.FROM_ACTIVATIONS for c in self.criteria.values())
+        self.gates.on_activation = self._on_activation if listens else None
+
+    def stop(self) -> None:
+        """Listen no more."""
+        self.gates.on_gradient = self.gates.on_activation = None
+
+    def result(self, model: torch.nn.Module, seed: int) -> dict[Key, torch.Tensor]:
+        """Return the mean scores over all examples of all ranks, `[units]` by site.
+
+        Raises:
+            ValueError: There were no examples, or a score is not finite.
+        """
+        scores: dict[Key, torch.Tensor] = {}
+        units = self.gates.units
+        if self.needs_data:
+            scores = self.scores.reduce().mean()
+        chance = importance.random_scores(units, seed)
+        weights = importance.magnitude(model, units)
+        for site in units:
+            key = (site.kind, site.path)
+            if self.criteria[site.kind] == "random":
+                scores[key] = chance[key]
+            elif self.criteria[site.kind] == "magnitude":
+                scores[key] = weights[key]
+        taylor = {k: v for k, v in scores.items() if self.criteria[k[0]] == "taylor"}
+        scores |= importance.normalise({k: v for k, v in taylor.items() if k[0] != "layers"})
+        if len(set(self.criteria.values())) > 1:
+            scores = _same_total(scores)
+        Scores(scores, 1).mean()
+        return scores
+
+    def _on_gradient(self, site: Site, index: int, gradient: torch.Tensor) -> None:
+        criterion = self.criteria[site.kind]
+        if criterion in importance.FROM_GRADIENTS:
+            gradient = gradient * len(gradient) if self.mean_loss else gradient
+            score = importance.fisher if criterion == "fisher" else importance.taylor
+            self.scores.add(site, index, score(gradient))
+
+    def _on_activation(
+        self, site: Site, index: int, before: torch.Tensor, after: torch.Tensor
+    ) -> None:
+        criterion = self.criteria[site.kind]
+        if criterion not in importance.FROM_ACTIVATIONS:
+            return
+        examples = self.gates.examples
+        before, after = (x.reshape(examples, -1, x.shape[-1]) for x in (before, after))
+        weight = self.gates.padding
+        if weight is None or weight.shape != after.shape[:2]:
+            weight = torch.ones(after.shape[:2], device=after.device)
+        if criterion == "block_influence":
+            value = importance.block_influence(before, after, weight)
+        else:
+            value = after - before if site.kind == "layers" else after
+            units = 1 if site.kind == "layers" else site.size
+            value = importance.activation(value * weight.unsqueeze(-1), units)
+        self.scores.add(site, index, value)
+
+
+def collect(
+    model: PreTrainedModel,
+    units: Units,
+    data: Iterable[Mapping[str, Any]],
+    criteria: Mapping[Kind, Criterion],
+    max_examples: int = 512,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[Key, torch.Tensor]:
+    """Score units on calibration data; the model is not changed.
+
+    Gradients are those of the loss by the labels. Where the data has none, labels are drawn from
+    the model's own predictions, which makes `fisher` the Fisher information itself (Kunstner et
+    al. 2019, arXiv 1905.12558).
+
+    Args:
+        model: The model, not a wrapper.
+        units: The sites to score.
+        data: Batches of model inputs, with or without `labels`.
+        criteria: The criterion of each kind of unit.
+        max_examples: Examples to use at most, on each rank.
+        seed: Seed of drawn labels and of random scores.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Mean scores by site, `[units]`, float64.
+
+    Raises:
+        ValueError: There are no examples, or a score is not finite.
+    """
+    gates = Gates(model, units)
+    collector = Collector(gates, criteria)
+    if not collector.needs_data:
+        return collector.result(model, seed)
+    generator = torch.Generator().manual_seed(seed)
+    frozen = [p for p in model.parameters() if p.requires_grad]
+    first = True
+    with gates, evaluating(model):
+        collector.start()
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        try:
+            batches = _limited(data, max_examples)
+            shown = track(batches, "scoring", disable=not progress, transient=True)
+            for batch in shown:
+                inputs = placed(model, batch)
+                labels = inputs.pop("labels", inputs.pop("label", None))
+                with torch.set_grad_enabled(collector.needs_gradients):
+                    logits = model(**inputs).logits
+                    if first:
+                        gates.check_fired()
+                        first = False
+                    if collector.needs_gradients:
+                        _summed_loss(model, logits, labels, generator).backward()
+                collector.scores.count += len(logits)
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+    scores = collector.result(model, seed)
+    logger.info("scored %s on %d examples", dict(criteria), collector.scores.count)
+    return scores
+
+
+def _limited(data: Iterable[Mapping[str, Any]], max_examples: int) -> Iterator[dict[str, Any]]:
+    left = max_examples
+    for batch in data:
+        if left <= 0:
+            return
+        tensors = {k: v[:left] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        left -= len(next(v for v in tensors.values() if isinstance(v, torch.Tensor)))
+        yield tensors
+
+
+def _summed_loss(
+    model: PreTrainedModel,
+    logits: torch.Tensor,
+    labels: torch.Tensor | None,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    logits = logits.float()
+    regression = model.config.num_labels == 1 or model.config.problem_type == "regression"
+    several = model.config.problem_type == "multi_label_classification"
+    if labels is None:
+        chances = logits.detach().cpu()
+        if regression:
+            drawn = torch.normal(chances, torch.ones_like(chances), generator=generator)
+        elif several:
+            drawn = torch.bernoulli(chances.sigmoid(), generator=generator)
+        else:
+            drawn = torch.multinomial(chances.softmax(-1), 1, generator=generator).squeeze(-1)
+        labels = drawn.to(logits.device)
+    if regression:
+        target = labels.float().reshape(logits.shape)
+        return functional.mse_loss(logits, target, reduction="sum")
+    if several or (labels.is_floating_point() and labels.shape == logits.shape):
+        return functional.binary_cross_entropy_with_logits(logits, labels.float(), reduction="sum")
+    return functional.cross_entropy(logits, labels.long(), reduction="sum")
+
+
+def _same_total(scores: dict[Key, torch.Tensor]) -> dict[Key, torch.Tensor]:
+    """Scale scores of different criteria so that those of each kind add up to 1."""
+    totals: dict[Kind, float] = {}
+    for (kind, _), value in scores.items():
+        totals[kind] = totals.get(kind, 0.0) + value.sum().item()
+    logger.info("criteria differ between kinds: the scores of each kind are scaled to a sum of 1")
+    return {key: value / max(totals[key[0]], 1e-30) for key, value in scores.items()}

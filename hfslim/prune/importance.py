@@ -1,0 +1,173 @@
+"""How much a model needs each unit: criteria, and their sums over examples and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+from hfslim.anatomy import Site, Units
+from hfslim.prune.gates import Key
+
+Criterion = Literal["fisher", "taylor", "activation", "magnitude", "random", "block_influence"]
+CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
+FROM_GRADIENTS = ("fisher", "taylor")
+FROM_ACTIVATIONS = ("activation", "block_influence")
+
+
+@dataclass
+class Scores:
+    """Importance of every unit, as sums over examples, so that ranks can add theirs.
+
+    Attributes:
+        sums: Sum over examples by site, `[units]`, float64.
+        count: Number of examples.
+    """
+
+    sums: dict[Key, torch.Tensor] = field(default_factory=dict)
+    count: int = 0
+
+    def mean(self) -> dict[Key, torch.Tensor]:
+        """Return the mean over examples by site, `[units]`.
+
+        Raises:
+            ValueError: There are no examples, or a score is not finite.
+        """
+        if not self.count:
+            raise ValueError("no examples were scored: the calibration data is empty")
+        for (kind, path), value in self.sums.items():
+            if not torch.isfinite(value).all():
+                raise ValueError(
+                    f"the scores of the {kind} at {path!r} are not finite: check the model's "
+                    "weights and the calibration data for NaN and overflow"
+                )
+        return {key: value / self.count for key, value in self.sums.items()}
+
+    def add(self, site: Site, index: int, value: torch.Tensor) -> None:
+        """Add to a site's sum: `[units]`, or `[1]` for the layer `index`."""
+        total = self.sums.setdefault(
+            (site.kind, site.path), torch.zeros(site.size, dtype=torch.float64)
+        )
+        value = value.to("cpu", torch.float64)
+        if site.kind == "layers":
+            total[index] += value.sum()
+        else:
+            total += value
+
+    def reduce(self) -> Scores:
+        """Return the scores of all ranks together; the same on every rank."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return self
+        keys = sorted(self.sums)
+        device = torch.device("cpu")
+        if torch.distributed.get_backend() == "nccl":
+            device = torch.device("cuda", torch.cuda.current_device())
+        count = torch.tensor([self.count], dtype=torch.float64)
+        flat = torch.cat([count, *(self.sums[key] for key in keys)]).to(device)
+        torch.distributed.all_reduce(flat)
+        parts = flat.cpu().split([1, *(len(self.sums[key]) for key in keys)])
+        return Scores(dict(zip(keys, parts[1:], strict=True)), round(parts[0].item()))
+
+
+def fisher(gradient: torch.Tensor) -> torch.Tensor:
+    """Sum the squared gradients of the gates, `[examples, units]` to `[units]`.
+
+    The square is taken example by example; the square of a batch's gradient ranks otherwise,
+    because signs cancel. (Kwon et al. 2022, arXiv 2204.09656.)
+
+    Examples:
+        >>> fisher(torch.tensor([[1.0, -2.0], [-1.0, 3.0]]))
+        tensor([ 2., 13.])
+    """
+    return gradient.square().sum(0)
+
+
+def taylor(gradient: torch.Tensor) -> torch.Tensor:
+    """Sum the absolute gradients of the gates, `[examples, units]` to `[units]`.
+
+    (Michel et al. 2019, arXiv 1905.10650; the normalisation per layer is `normalise`'s.)
+
+    Examples:
+        >>> taylor(torch.tensor([[1.0, -2.0], [-1.0, 3.0]]))
+        tensor([2., 5.])
+    """
+    return gradient.abs().sum(0)
+
+
+def normalise(scores: Mapping[Key, torch.Tensor]) -> dict[Key, torch.Tensor]:
+    """Divide each site's scores by their L2 norm, as Michel et al. (1905.10650) do per layer."""
+    return {key: value / value.norm().clamp_min(1e-30) for key, value in scores.items()}
+
+
+def activation(value: torch.Tensor, units: int) -> torch.Tensor:
+    """Sum over examples the L2 norm of each unit's activations.
+
+    (In the spirit of Minitron, arXiv 2407.14679.)
+
+    Args:
+        value: `[examples, positions, units · width]`, zero at padded positions; of a layer, what
+            it adds to the residual stream.
+        units: Number of units.
+
+    Returns:
+        `[units]`.
+
+    Examples:
+        >>> activation(torch.tensor([[[3.0, 1.0], [4.0, 0.0]]]), units=2)
+        tensor([5., 1.])
+    """
+    squares = value.float().square().sum(1)
+    return squares.reshape(len(value), units, -1).sum(-1).sqrt().sum(0)
+
+
+def block_influence(
+    before: torch.Tensor, after: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    """Sum over examples `1 − cos` between a layer's input and output.
+
+    (ShortGPT, Men et al. 2024, arXiv 2403.03853.)
+
+    Args:
+        before: Input, `[examples, positions, features]`.
+        after: Output, the same shape.
+        weight: `[examples, positions]`, 0 for padding, 1 elsewhere.
+
+    Returns:
+        `[1]`.
+
+    Examples:
+        >>> before = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])
+        >>> after = torch.tensor([[[0.0, 1.0], [2.0, 0.0]]])
+        >>> block_influence(before, after, torch.ones(1, 2))
+        tensor([0.5000])
+    """
+    distance = 1 - nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
+    return ((distance * weight).sum(1) / weight.sum(1).clamp_min(1)).sum().reshape(1)
+
+
+def magnitude(model: nn.Module, units: Units) -> dict[Key, torch.Tensor]:
+    """Return the L2 norm of each unit's weight slices, in and out, `[units]` by site."""
+    result: dict[Key, torch.Tensor] = {}
+    for site in units:
+        squares = torch.zeros(site.size, dtype=torch.float64)
+        if site.kind == "layers":
+            for index, layer in enumerate(model.get_submodule(site.path).children()):
+                squares[index] = sum(p.detach().double().square().sum() for p in layer.parameters())
+        for cut in site.cuts:
+            tensor = getattr(model.get_submodule(cut.module), cut.tensor).detach().double()
+            rows = tensor.movedim(cut.dim, 0).reshape(cut.blocks, site.size, -1)
+            squares += rows.square().sum((0, 2)).cpu()
+        result[site.kind, site.path] = squares.sqrt()
+    return result
+
+
+def random_scores(units: Units, seed: int) -> dict[Key, torch.Tensor]:
+    """Return uniform scores: the control that any other criterion has to beat."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        (site.kind, site.path): torch.rand(site.size, generator=generator, dtype=torch.float64)
+        for site in units
+    }

@@ -1,0 +1,127 @@
+"""Prune a trained model in one call, with calibration data only."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hfslim.anatomy import Units, example_inputs, find_units
+from hfslim.prune import costs as pricing
+from hfslim.prune.collect import Criteria, collect, criteria_by_kind
+from hfslim.prune.gates import Key
+from hfslim.prune.search import search
+from hfslim.prune.surgery import shrink
+from hfslim.prune.target import Target
+from hfslim.structure import Kind, Structure
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What `prune` did.
+
+    Attributes:
+        structure: The units kept, by their numbers before the cut.
+        model: The model, shrunk in place.
+        scores: Importance of every unit by kind and site, `[units]`.
+    """
+
+    structure: Structure
+    model: PreTrainedModel
+    scores: Mapping[Key, torch.Tensor]
+
+
+def prune(
+    model: PreTrainedModel,
+    data: Iterable[Mapping[str, Any]],
+    target: Mapping[str, Any],
+    units: Sequence[Kind] = ("heads", "neurons"),
+    criterion: Criteria = "fisher",
+    inputs: Mapping[str, torch.Tensor] | None = None,
+    max_examples: int = 512,
+    seed: int = 0,
+    progress: bool = True,
+) -> PruneResult:
+    """Cut a trained classifier to a target, in place, without training.
+
+    Scores every unit on calibration data, searches the structure of greatest importance that meets
+    the target, and shrinks the model to it. Under several processes all ranks get the same
+    structure, from the examples of all.
+
+    Args:
+        model: The classifier; not a wrapper around it.
+        data: Batches of model inputs, with or without `labels`: a DataLoader, or a list of dicts.
+        target: `{"macs": f}` or `{"parameters": f}`, the fraction of the whole model's figure to
+            keep, or `{"sparsity": f}` or `{"sparsity": {kind: f}}`, the fraction of units to
+            remove.
+        units: Kinds of units that may go: `heads`, `neurons`, `layers`.
+        criterion: `fisher`, `taylor`, `activation`, `magnitude` or `random`; for layers also
+            `block_influence`. A dict gives each kind its own.
+        inputs: The input at which multiply-accumulates are counted; one example of
+            `example_inputs` if not given.
+        max_examples: Calibration examples to use at most, on each rank.
+        seed: Seed of whatever is drawn.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The structure, the model and the scores.
+
+    Raises:
+        UnreachableTargetError: The target is below what can be reached; the message says what can.
+        ValueError: An argument is wrong, the data is empty, or scores are not finite. The model is
+            unchanged.
+        RuntimeError: The cut model would not equal the gated one. The model is unchanged.
+    """
+    sites = find_units(model).of(units)
+    goal = Target.parse(target, units)
+    criteria = criteria_by_kind(criterion, units)
+    costs = price(model, sites, goal, inputs)
+    search(sites, _flat(sites), goal, costs)
+    scores = collect(model, sites, data, criteria, max_examples, seed, progress)
+    structure = agreed(search(sites, scores, goal, costs))
+    logger.info("keeps %s for target %s", structure, dict(target))
+    shrink(model, structure)
+    return PruneResult(structure, model, scores)
+
+
+def price(
+    model: PreTrainedModel,
+    units: Units,
+    target: Target,
+    inputs: Mapping[str, torch.Tensor] | None = None,
+) -> pricing.Costs | None:
+    """Count what units cost in a target's resource; None where the target is a sparsity."""
+    if target.resource == "sparsity":
+        return None
+    resource: pricing.Resource = "macs" if target.resource == "macs" else "parameters"
+    return pricing.count(model, units, resource, inputs or example_inputs(model))
+
+
+def agreed(structure: Structure) -> Structure:
+    """Return the first rank's structure.
+
+    Raises:
+        RuntimeError: This rank found another one, so the ranks' weights have diverged.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return structure
+    shared: list[Any] = [structure.to_dict()]
+    torch.distributed.broadcast_object_list(shared, src=0)
+    first = Structure.from_dict(shared[0])
+    if first.digest() != structure.digest():
+        raise RuntimeError(
+            f"rank {torch.distributed.get_rank()} chose structure {structure.digest()}, rank 0 "
+            f"{first.digest()}: the ranks' weights or scores have diverged"
+        )
+    return first
+
+
+def _flat(units: Units) -> dict[Key, torch.Tensor]:
+    """Score every unit alike, to learn whether a target can be reached before any work is done."""
+    return {(s.kind, s.path): torch.ones(s.size, dtype=torch.float64) for s in units}

@@ -1,0 +1,196 @@
+"""Choose the units to keep under a budget, by importance and cost."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hfslim.anatomy import Site, Units
+from hfslim.prune.costs import Costs
+from hfslim.prune.gates import Key
+from hfslim.prune.target import Target
+from hfslim.structure import Entry, Kind, Structure
+
+logger = logging.getLogger(__name__)
+
+
+class UnreachableTargetError(ValueError):
+    """The target is below what is left when everything that may go is gone."""
+
+
+def search(
+    units: Units,
+    scores: Mapping[Key, torch.Tensor],
+    target: Target,
+    costs: Costs | None = None,
+    within: Structure | None = None,
+) -> Structure:
+    """Find the structure of greatest importance that meets a target.
+
+    For a budget: for each number of layers, the least important ones go; for each number of heads,
+    none included, the heads of greatest importance per cost stay, and what is left of the budget
+    is spent on neurons in the same way. The combination that loses the least importance wins
+    (Kwon et al. 2022, arXiv 2204.09656, section 4.1, with layers, and heads of unequal cost).
+    Ties go to the lower index, so that the same scores give the same structure everywhere.
+
+    Args:
+        units: The sites that may lose units.
+        scores: Importance of each unit by site, `[units]`.
+        target: What the model may cost.
+        costs: What the units cost; needed unless the target is a sparsity.
+        within: A structure that the result must be part of: units it lacks stay removed.
+
+    Returns:
+        The structure, over the sites of `units`.
+
+    Raises:
+        UnreachableTargetError: The budget cannot be met; the message says what can.
+        ValueError: `costs` are missing.
+    """
+    pool = _Pool(units, scores, within or units.full())
+    if target.resource == "sparsity":
+        return _by_sparsity(pool, target)
+    if costs is None:
+        raise ValueError(f"a target of {target.resource} needs costs")
+    return _by_budget(pool, costs, target)
+
+
+@dataclass(frozen=True)
+class _Unit:
+    site: Site
+    index: int
+    score: float
+    cost: int = 0
+
+    @property
+    def density(self) -> float:
+        return self.score / self.cost if self.cost else np.inf
+
+
+class _Pool:
+    """The units that are still there, and which of the layers may go, in which order."""
+
+    def __init__(self, units: Units, scores: Mapping[Key, torch.Tensor], within: Structure) -> None:
+        self.units = units
+        self.scores = {key: value.tolist() for key, value in scores.items()}
+        self.present = {(s.kind, s.path): set(within.kept(s.kind, s.path)) for s in units}
+        self.layers_to_go = self._layers_to_go()
+
+    def score(self, site: Site, index: int) -> float:
+        return self.scores[site.kind, site.path][index]
+
+    def of(self, kind: Kind, dropped: frozenset[str], costs: Costs | None = None) -> list[_Unit]:
+        """List the units of a kind outside of dropped layers, the most worthwhile first."""
+        result = [
+            _Unit(site, i, self.score(site, i), costs.unit[kind, site.path] if costs else 1)
+            for site in self.units
+            if site.kind == kind and site.layer not in dropped
+            for i in sorted(self.present[kind, site.path])
+        ]
+        return sorted(result, key=lambda unit: -unit.density)
+
+    def structure(self, kept: list[_Unit], dropped: frozenset[str]) -> Structure:
+        """Keep some heads and neurons, and all layers but those dropped."""
+        chosen: dict[Key, set[int]] = {key: set() for key in self.present}
+        for unit in kept:
+            chosen[unit.site.kind, unit.site.path].add(unit.index)
+        entries = []
+        for site in self.units:
+            indices = chosen[site.kind, site.path]
+            if site.kind == "layers":
+                indices = {
+                    i
+                    for i in self.present["layers", site.path]
+                    if f"{site.path}.{i}" not in dropped
+                }
+            elif site.layer in dropped:
+                indices = self.present[site.kind, site.path]
+            entries.append(Entry(site.kind, site.path, tuple(sorted(indices)), site.size))
+        return Structure(tuple(entries))
+
+    def _layers_to_go(self) -> list[tuple[str, float]]:
+        """List the layers that may go, the least important first; one of each list stays."""
+        result = []
+        for site in self.units:
+            if site.kind == "layers":
+                free = [i for i in site.removable if i in self.present["layers", site.path]]
+                free.sort(key=lambda i: (self.score(site, i), i))
+                spare = len(free) - (0 if site.fixed else 1)
+                result += [(f"{site.path}.{i}", self.score(site, i)) for i in free[:spare]]
+        return sorted(result, key=lambda item: item[1])
+
+
+def _by_budget(pool: _Pool, costs: Costs, target: Target) -> Structure:
+    budget = int(target.kept * costs.total)
+    best: tuple[float, Structure] | None = None
+    least = costs.total
+    lost_layers, dropped = 0.0, frozenset[str]()
+    for number in range(len(pool.layers_to_go) + 1):
+        if number:
+            path, score = pool.layers_to_go[number - 1]
+            lost_layers += score
+            dropped |= {path}
+        heads, neurons = (pool.of(kind, dropped, costs) for kind in ("heads", "neurons"))
+        everything = pool.structure([*heads, *neurons], dropped)
+        fixed = costs.of(pool.units, everything) - sum(u.cost for u in (*heads, *neurons))
+        least = min(least, fixed)
+        if fixed > budget:
+            continue
+        lost, kept = _heads_then_neurons(heads, neurons, budget - fixed)
+        if best is None or lost + lost_layers < best[0]:
+            best = lost + lost_layers, pool.structure(kept, dropped)
+    if best is None:
+        raise UnreachableTargetError(
+            f"target {target.resource}={target.kept:g} cannot be reached: without any of the "
+            f"{sorted({s.kind for s in pool.units})} that may go, "
+            f"{least / costs.total:.4f} of the {target.resource} are left; "
+            "raise the target or add kinds to `units`"
+        )
+    return best[1]
+
+
+def _heads_then_neurons(
+    heads: list[_Unit], neurons: list[_Unit], budget: int
+) -> tuple[float, list[_Unit]]:
+    """Return the importance lost and the units kept of the best split of a budget."""
+    head_cost, head_score = _running(heads)
+    neuron_cost, neuron_score = _running(neurons)
+    affordable = int(np.searchsorted(head_cost, budget, side="right"))
+    spent = head_cost[:affordable]
+    numbers = np.searchsorted(neuron_cost, budget - spent, side="right") - 1
+    kept = head_score[:affordable] + neuron_score[numbers]
+    best = int(np.argmax(kept))
+    lost = head_score[-1] + neuron_score[-1] - kept[best]
+    return float(lost), [*heads[:best], *neurons[: numbers[best]]]
+
+
+def _running(units: list[_Unit]) -> tuple[np.ndarray, np.ndarray]:
+    cost = np.cumsum([0, *(unit.cost for unit in units)])
+    return cost, np.cumsum([0.0, *(unit.score for unit in units)])
+
+
+def _by_sparsity(pool: _Pool, target: Target) -> Structure:
+    kept: list[_Unit] = []
+    to_go = len([s for s in pool.units if s.kind == "layers"]) and sum(
+        s.size for s in pool.units if s.kind == "layers"
+    )
+    number = round(target.sparsity.get("layers", 0.0) * to_go)
+    gone = sum(
+        s.size - len(pool.present["layers", s.path]) for s in pool.units if s.kind == "layers"
+    )
+    if number - gone > len(pool.layers_to_go):
+        raise UnreachableTargetError(
+            f"target sparsity of layers {target.sparsity['layers']:g} cannot be reached: at most "
+            f"{len(pool.layers_to_go) + gone} of {to_go} layers may go"
+        )
+    dropped = frozenset(path for path, _ in pool.layers_to_go[: max(number - gone, 0)])
+    for kind in ("heads", "neurons"):
+        there = pool.of(kind, frozenset())
+        total = sum(site.size for site in pool.units if site.kind == kind)
+        keep = total - round(target.sparsity.get(kind, 0.0) * total)
+        kept += there[:keep]
+    return pool.structure(kept, dropped)
