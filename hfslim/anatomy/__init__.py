@@ -1,7 +1,16 @@
 """Where a model keeps its units: generic discovery, with the exceptions as data."""
 
 from hfslim.anatomy.discovery import find_units
-from hfslim.anatomy.inputs import example_inputs
+from hfslim.anatomy.inputs import Stated, example_inputs, stated_inputs
 from hfslim.anatomy.units import Cut, Refusal, Site, Units
 
-__all__ = ["Cut", "Refusal", "Site", "Units", "example_inputs", "find_units"]
+__all__ = [
+    "Cut",
+    "Refusal",
+    "Site",
+    "Stated",
+    "Units",
+    "example_inputs",
+    "find_units",
+    "stated_inputs",
+]

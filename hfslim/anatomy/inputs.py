@@ -2,11 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from transformers import PreTrainedModel
 
 TEXT_LENGTH = 128
 AUDIO_SAMPLES = 16_000
+_FLOATING = ("pixel_values", "input_values", "input_features", "inputs_embeds")
+
+
+Stated = Mapping[str, torch.Tensor | Sequence[int]]
+"""An input at which to count: tensors, or just their shapes."""
+
+
+def stated_inputs(model: PreTrainedModel, inputs: Stated | None) -> dict[str, torch.Tensor]:
+    """Return the input at which a model's cost is counted.
+
+    Args:
+        model: The classifier.
+        inputs: Tensors, or shapes such as `{"input_ids": [1, 128]}`; one example of
+            `example_inputs` if not given.
+
+    Returns:
+        The arguments of the model's forward, on the model's device.
+    """
+    if inputs is None:
+        return example_inputs(model)
+    device = next(model.parameters()).device
+    return {
+        name: value.to(device)
+        if isinstance(value, torch.Tensor)
+        else torch.ones(
+            tuple(value), device=device, dtype=model.dtype if name in _FLOATING else torch.long
+        )
+        for name, value in inputs.items()
+    }
 
 
 def example_inputs(

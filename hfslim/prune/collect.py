@@ -49,8 +49,7 @@ class Collector:
     Args:
         gates: The gates, attached or not.
         criteria: The criterion of each kind of unit.
-        per_example: Factor that turns the gradients of the loss that is back-propagated into those
-            of single examples: the batch size where the loss is a mean, 1 where it is a sum.
+        mean_loss: Whether the loss that is back-propagated is a mean over the batch, not a sum.
     """
 
     def __init__(
@@ -59,7 +58,15 @@ class Collector:
         self.gates = gates
         self.criteria = dict(criteria)
         self.mean_loss = mean_loss
-        self.scores = Scores()
+        self.reset()
+        self._counted = next((s for s in gates.units if self._from_data(s.kind)), None)
+
+    def reset(self) -> None:
+        """Forget all examples."""
+        sites = (site for site in self.gates.units if self._from_data(site.kind))
+        self.scores = Scores(
+            {(s.kind, s.path): torch.zeros(s.size, dtype=torch.float64) for s in sites}
+        )
 
     @property
     def needs_gradients(self) -> bool:
@@ -69,9 +76,7 @@ class Collector:
     @property
     def needs_data(self) -> bool:
         """Whether the model has to run at all."""
-        return self.needs_gradients or any(
-            c in importance.FROM_ACTIVATIONS for c in self.criteria.values()
-        )
+        return any(self._from_data(kind) for kind in self.criteria)
 
     def start(self) -> None:
         """Listen to the gates from now on."""
@@ -113,7 +118,7 @@ class Collector:
         if criterion in importance.FROM_GRADIENTS:
             gradient = gradient * len(gradient) if self.mean_loss else gradient
             score = importance.fisher if criterion == "fisher" else importance.taylor
-            self.scores.add(site, index, score(gradient))
+            self._add(site, index, score(gradient), len(gradient))
 
     def _on_activation(
         self, site: Site, index: int, before: torch.Tensor, after: torch.Tensor
@@ -132,7 +137,16 @@ class Collector:
             value = after - before if site.kind == "layers" else after
             units = 1 if site.kind == "layers" else site.size
             value = importance.activation(value * weight.unsqueeze(-1), units)
+        self._add(site, index, value, examples)
+
+    def _add(self, site: Site, index: int, value: torch.Tensor, examples: int) -> None:
         self.scores.add(site, index, value)
+        if site == self._counted and not index:
+            self.scores.count += examples
+
+    def _from_data(self, kind: Kind) -> bool:
+        known = (*importance.FROM_GRADIENTS, *importance.FROM_ACTIVATIONS)
+        return self.criteria[kind] in known
 
 
 def collect(
@@ -189,7 +203,6 @@ def collect(
                         first = False
                     if collector.needs_gradients:
                         _summed_loss(model, logits, labels, generator).backward()
-                collector.scores.count += len(logits)
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(True)

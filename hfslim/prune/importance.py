@@ -48,9 +48,7 @@ class Scores:
 
     def add(self, site: Site, index: int, value: torch.Tensor) -> None:
         """Add to a site's sum: `[units]`, or `[1]` for the layer `index`."""
-        total = self.sums.setdefault(
-            (site.kind, site.path), torch.zeros(site.size, dtype=torch.float64)
-        )
+        total = self.sums[site.kind, site.path]
         value = value.to("cpu", torch.float64)
         if site.kind == "layers":
             total[index] += value.sum()

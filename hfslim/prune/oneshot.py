@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hfslim.anatomy import Units, example_inputs, find_units
+from hfslim.anatomy import Stated, Units, find_units, stated_inputs
 from hfslim.prune import costs as pricing
 from hfslim.prune.collect import Criteria, collect, criteria_by_kind
 from hfslim.prune.gates import Key
@@ -43,7 +43,7 @@ def prune(
     target: Mapping[str, Any],
     units: Sequence[Kind] = ("heads", "neurons"),
     criterion: Criteria = "fisher",
-    inputs: Mapping[str, torch.Tensor] | None = None,
+    inputs: Stated | None = None,
     max_examples: int = 512,
     seed: int = 0,
     progress: bool = True,
@@ -63,8 +63,8 @@ def prune(
         units: Kinds of units that may go: `heads`, `neurons`, `layers`.
         criterion: `fisher`, `taylor`, `activation`, `magnitude` or `random`; for layers also
             `block_influence`. A dict gives each kind its own.
-        inputs: The input at which multiply-accumulates are counted; one example of
-            `example_inputs` if not given.
+        inputs: The input at which multiply-accumulates are counted, as tensors or as shapes such
+            as `{"input_ids": [1, 128]}`; one example of `example_inputs` if not given.
         max_examples: Calibration examples to use at most, on each rank.
         seed: Seed of whatever is drawn.
         progress: Whether to show a progress bar.
@@ -82,7 +82,7 @@ def prune(
     goal = Target.parse(target, units)
     criteria = criteria_by_kind(criterion, units)
     costs = price(model, sites, goal, inputs)
-    search(sites, _flat(sites), goal, costs)
+    check_reachable(sites, goal, costs)
     scores = collect(model, sites, data, criteria, max_examples, seed, progress)
     structure = agreed(search(sites, scores, goal, costs))
     logger.info("keeps %s for target %s", structure, dict(target))
@@ -94,13 +94,13 @@ def price(
     model: PreTrainedModel,
     units: Units,
     target: Target,
-    inputs: Mapping[str, torch.Tensor] | None = None,
+    inputs: Stated | None = None,
 ) -> pricing.Costs | None:
     """Count what units cost in a target's resource; None where the target is a sparsity."""
     if target.resource == "sparsity":
         return None
     resource: pricing.Resource = "macs" if target.resource == "macs" else "parameters"
-    return pricing.count(model, units, resource, inputs or example_inputs(model))
+    return pricing.count(model, units, resource, stated_inputs(model, inputs))
 
 
 def agreed(structure: Structure) -> Structure:
@@ -122,6 +122,11 @@ def agreed(structure: Structure) -> Structure:
     return first
 
 
-def _flat(units: Units) -> dict[Key, torch.Tensor]:
-    """Score every unit alike, to learn whether a target can be reached before any work is done."""
-    return {(s.kind, s.path): torch.ones(s.size, dtype=torch.float64) for s in units}
+def check_reachable(units: Units, target: Target, costs: pricing.Costs | None) -> None:
+    """Check that a target can be met, before any work is done.
+
+    Raises:
+        UnreachableTargetError: It cannot; the message says what can.
+    """
+    alike = {(s.kind, s.path): torch.ones(s.size, dtype=torch.float64) for s in units}
+    search(units, alike, target, costs)

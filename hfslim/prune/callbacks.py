@@ -1,0 +1,301 @@
+"""Prune while training: a callback for any Trainer, the stock one too."""
+
+from __future__ import annotations
+
+import base64
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainingArguments as Arguments
+from transformers.trainer_callback import ExportableState
+
+from hfslim.anatomy import Stated, find_units
+from hfslim.prune.collect import Collector, Criteria, criteria_by_kind
+from hfslim.prune.gates import Gates, Key
+from hfslim.prune.importance import Scores
+from hfslim.prune.oneshot import agreed, check_reachable, price
+from hfslim.prune.schedules import SCHEDULES, Schedule
+from hfslim.prune.search import search
+from hfslim.prune.surgery import shrink
+from hfslim.prune.target import Target
+from hfslim.structure import Kind, Structure
+
+logger = logging.getLogger(__name__)
+
+DECISIONS = 20
+"""Steps towards the target, if no interval is given."""
+
+
+class PruningCallback(TrainerCallback, ExportableState):
+    """Prunes gradually while a Trainer trains, then shrinks the model.
+
+    Units are scored by the gradients of the training itself, summed over the examples of all
+    processes; at each decision more gates close, and none opens again. Shapes change only when
+    training has ended: `trainer.model` is then the small model, `trainer.save_model()` saves it,
+    and further training needs a new Trainer. Checkpoints hold the whole model with its gates, and
+    resume exactly. The best model is tracked from the last decision on.
+
+    Args:
+        target: What to keep, as for `prune`.
+        units: Kinds of units that may go.
+        criterion: How units are scored, as for `prune`.
+        schedule: `cubic`, `linear` or `oneshot`.
+        start: When pruning begins, as a fraction of the training steps.
+        end: When the target is met, as a fraction of the training steps; the rest is recovery.
+        interval: Optimizer steps between decisions; a twentieth of the time from start to end if
+            not given.
+        inputs: The input at which multiply-accumulates are counted, as for `prune`.
+        seed: Seed of random scores.
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    Attributes:
+        structure: The units that are kept, by their numbers before any cut; None before training.
+    """
+
+    def __init__(
+        self,
+        target: Mapping[str, Any],
+        units: Sequence[Kind] = ("heads", "neurons"),
+        criterion: Criteria = "fisher",
+        schedule: Schedule = "cubic",
+        start: float = 0.0,
+        end: float = 0.5,
+        interval: int | None = None,
+        inputs: Stated | None = None,
+        seed: int = 0,
+    ) -> None:
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {list(SCHEDULES)}, got {schedule!r}")
+        if not 0 <= start < end <= 1:
+            raise ValueError(f"start and end must be 0 <= start < end <= 1, got {start} and {end}")
+        if interval is not None and interval < 1:
+            raise ValueError(f"interval is a number of steps, at least 1; got {interval}")
+        self.goal = Target.parse(target, units)
+        self.criteria = criteria_by_kind(criterion, units)
+        self.structure: Structure | None = None
+        self._arguments = {
+            "target": dict(target),
+            "units": list(units),
+            "criterion": criterion if isinstance(criterion, str) else dict(criterion),
+            "schedule": schedule,
+            "start": start,
+            "end": end,
+            "interval": interval,
+            "inputs": inputs and {name: list(_shape(value)) for name, value in inputs.items()},
+            "seed": seed,
+        }
+        self._inputs, self._seed, self._schedule = inputs, seed, SCHEDULES[schedule]
+        self._collector: Collector | None = None
+
+    def on_train_begin(
+        self,
+        args: Arguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel,
+        **_: Any,
+    ) -> None:
+        """Gate the model, and take up a saved state where training resumes."""
+        if args.fp16:
+            raise ValueError(
+                "the loss scale of fp16 would distort the scores: train with bf16=True"
+            )
+        if args.fsdp or getattr(args, "deepspeed", None):
+            raise ValueError(
+                "PruningCallback needs whole parameters on every process: use DDP, not FSDP or "
+                "DeepSpeed"
+            )
+        units = find_units(model).of(self._arguments["units"])
+        self._costs = price(model, units, self.goal, self._inputs)
+        check_reachable(units, self.goal, self._costs)
+        first, last = (
+            math.ceil(self._arguments[name] * state.max_steps) for name in ("start", "end")
+        )
+        self._first, self._last = first, max(last, first + 1)
+        self._interval = self._arguments["interval"] or max(1, (last - first) // DECISIONS)
+        gates = Gates(model, units)
+        self._collector = Collector(gates, self.criteria, mean_loss=True)
+        self.structure = units.full()
+        if state.global_step:
+            self._restore(state)
+        gates.set(self.structure)
+        gates.attach()
+
+    def on_step_begin(self, args: Arguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        """Score while there is something left to decide."""
+        if self._first <= state.global_step < self._last:
+            self._collector.start()
+
+    def on_step_end(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close more gates when a decision is due."""
+        self._collector.stop()
+        step = state.global_step
+        due = step == self._last or (step - self._first) % self._interval == 0
+        if self._first < step <= self._last and due:
+            self._decide(state, (step - self._first) / (self._last - self._first), kwargs["model"])
+        self._before_save(control)
+
+    def on_epoch_end(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Gather the scores of all ranks if a checkpoint follows."""
+        self._before_save(control)
+
+    def on_log(
+        self, args: Arguments, state: TrainerState, *_: Any, logs: dict[str, Any], **__: Any
+    ) -> None:
+        """Add the fractions of units kept to the Trainer's logs."""
+        if self.structure is not None and "loss" in logs:
+            counts = self.structure.counts()
+            kept = {f"kept_{kind}": here / total for kind, (here, total) in counts.items()}
+            logs.update(kept)
+            state.log_history[-1].update(kept)
+
+    def on_train_end(
+        self,
+        args: Arguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel,
+        **_: Any,
+    ) -> None:
+        """Shrink the model."""
+        if state.global_step < self._last:
+            logger.warning(
+                "training stopped at step %d, before the target was due at step %d: pruning to "
+                "the target now, without recovery",
+                state.global_step,
+                self._last,
+            )
+            self._decide(state, 1.0, model)
+        self._collector.gates.detach()
+        shrink(model, self.structure)
+
+    def state(self) -> dict[str, Any]:
+        """Return what the Trainer writes into a checkpoint."""
+        saved = None
+        if self._collector is not None:
+            scores = self._collector.scores
+            saved = {
+                "structure": self.structure.to_dict(),
+                "count": scores.count,
+                "sums": {" ".join(key): _packed(value) for key, value in scores.sums.items()},
+            }
+        return {"args": self._arguments, "attributes": {"saved": saved}}
+
+    def _restore(self, state: TrainerState) -> None:
+        kept = state.stateful_callbacks.get(type(self).__name__)
+        saved = kept and kept["attributes"]["saved"]
+        if not saved:
+            raise ValueError(
+                "the checkpoint was saved without a PruningCallback, so pruning cannot be resumed; "
+                "train without the callback, or start anew"
+            )
+        if kept["args"] != self._arguments:
+            changed = [n for n, v in self._arguments.items() if kept["args"].get(n) != v]
+            raise ValueError(f"the checkpoint was saved with other values of {changed}")
+        self.structure = Structure.from_dict(saved["structure"])
+        if _rank() == 0:
+            sums = {_key(name): _unpacked(text) for name, text in saved["sums"].items()}
+            self._collector.scores = Scores(sums, saved["count"])
+
+    def _before_save(self, control: TrainerControl) -> None:
+        """Give rank 0, which writes the checkpoint, the scores of all; the sum over ranks stays."""
+        if control.should_save or control.should_evaluate:
+            total = self._collector.scores.reduce()
+            self._collector.reset()
+            if _rank() == 0:
+                self._collector.scores = total
+
+    def _decide(self, state: TrainerState, progress: float, model: PreTrainedModel) -> None:
+        gates = self._collector.gates
+        scores = self._collector.result(model, self._seed)
+        goal = self.goal.at(self._schedule(progress))
+        new = agreed(search(gates.units, scores, goal, self._costs, self.structure))
+        self._collector.reset()
+        if new != self.structure:
+            self.structure = new
+            gates.set(new)
+            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+            logger.info("step %d: keeps %s (%s)", state.global_step, new, new.digest())
+
+
+class LayerDropCallback(TrainerCallback):
+    """Skips random layers in training, so that layers can be removed afterwards.
+
+    Each step draws the layers to skip from (seed, step): every process, every accumulation step
+    and every resumed run skips the same ones. The residual stream passes by a skipped layer, whose
+    parameters stay in the graph. Evaluation runs all layers.
+
+    (Fan et al. 2019, arXiv 1909.11556, who train from the start with it; at fine-tuning pair it
+    with distillation.)
+
+    Args:
+        p: Probability that a layer is skipped; 0.5 prepares for halving the depth.
+        seed: Seed of the draw.
+
+    Raises:
+        ValueError: `p` is not in [0, 1).
+    """
+
+    def __init__(self, p: float = 0.2, seed: int = 0) -> None:
+        if not 0 <= p < 1:
+            raise ValueError(f"p is a probability in [0, 1), got {p}")
+        self.p, self.seed = p, seed
+        self._gates: Gates | None = None
+
+    def on_train_begin(
+        self, args: Arguments, state: TrainerState, *_: Any, model: PreTrainedModel, **__: Any
+    ) -> None:
+        """Gate the layers."""
+        own = getattr(model.config, "layerdrop", 0.0)
+        if own:
+            logger.warning("the model drops layers itself (config.layerdrop=%g); both apply", own)
+        self._gates = Gates(model, find_units(model).of(["layers"])).attach()
+
+    def on_step_begin(self, args: Arguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        """Draw the layers that this step skips."""
+        draw = np.random.default_rng([self.seed, state.global_step])
+        for site in self._gates.units:
+            skipped = np.flatnonzero(draw.random(site.size) < self.p)
+            self._gates.close_layers(site, frozenset(skipped.tolist()))
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Run all layers again."""
+        for site in self._gates.units:
+            self._gates.close_layers(site, frozenset())
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Take the gates out."""
+        self._gates.detach()
+
+
+def _shape(value: torch.Tensor | Sequence[int]) -> Sequence[int]:
+    return value.shape if isinstance(value, torch.Tensor) else value
+
+
+def _rank() -> int:
+    initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_rank() if initialized else 0
+
+
+def _key(name: str) -> Key:
+    kind, _, path = name.partition(" ")
+    return kind, path  # type: ignore[return-value]
+
+
+def _packed(values: torch.Tensor) -> str:
+    return base64.b64encode(values.numpy().astype("<f8").tobytes()).decode()
+
+
+def _unpacked(text: str) -> torch.Tensor:
+    return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype="<f8").copy())
