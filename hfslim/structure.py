@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast, get_args
 
 Kind = Literal["heads", "neurons", "layers"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -56,6 +56,7 @@ class Structure:
     """
 
     entries: tuple[Entry, ...]
+    _by_site: dict[tuple[Kind, str], Entry] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "entries", tuple(sorted(self.entries)))
@@ -113,7 +114,7 @@ class Structure:
         return cls.of(
             {
                 kind: {path: (site["kept"], site["total"]) for path, site in by_path.items()}
-                for kind, by_path in data.items()
+                for kind, by_path in cast(Mapping[Kind, Any], data).items()
             }
         )
 

@@ -43,7 +43,7 @@ class _Finder:
     def heads(self) -> Iterator[Site]:
         for path, module in self.modules.items():
             query, key, value = (
-                self._linear(path, names)
+                self._linear(path, names) or ""
                 for names in (families.QUERY, families.KEY, families.VALUE)
             )
             fused = self._linear(path, families.FUSED_QKV)

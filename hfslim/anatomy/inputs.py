@@ -60,6 +60,7 @@ def example_inputs(
     """
     config, name = model.config, model.main_input_name
     generator = torch.Generator().manual_seed(seed)
+    shape: tuple[int, ...]
     if name == "input_ids":
         longest = getattr(config, "max_position_embeddings", None) or TEXT_LENGTH + 2
         # RoBERTa-like models count positions from the padding index on.

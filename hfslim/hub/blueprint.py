@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -78,7 +78,7 @@ def difference(
     """
     stock = stock_model(model, config)
     for path, kept in layers.items():
-        modeling_hfslim.keep_layers(stock.get_submodule(path), kept)
+        modeling_hfslim.keep_layers(cast(nn.ModuleList, stock.get_submodule(path)), kept)
     parameters = dict(stock.named_parameters(remove_duplicate=False))
     shapes = {
         name: list(parameter.shape)

@@ -16,6 +16,9 @@ A blueprint is data from outside: every path, name and size is checked, and only
 
 import importlib
 import re
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 import transformers
@@ -39,12 +42,12 @@ class Headless(nn.Module):
     output = ""
     returns = 2
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the stock class would, without any head."""
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         return self.without_heads(hidden)
 
-    def without_heads(self, hidden, *others):
+    def without_heads(self, hidden: torch.Tensor, *others: Any) -> Any:
         """Return the output of no heads, and the rest of the stock class's tuple."""
         result = hidden[..., :0]
         if self.output:
@@ -67,26 +70,26 @@ class BiasedHeads(Headless):
         bias_heads: Number of heads of the bias.
     """
 
-    kept_heads = None
+    kept_heads: tuple[int, ...] | None = None
     bias_heads = 0
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the stock forward on the bias of the kept heads."""
         if self.kept_heads is None:
             return super(Headless, self).forward(*args, **kwargs)
         if not self.kept_heads:
             return super().forward(*args, **kwargs)
-        args = [self._select(value) for value in args]
+        args = tuple(self._select(value) for value in args)
         kwargs = {name: self._select(value) for name, value in kwargs.items()}
         return super(Headless, self).forward(*args, **kwargs)
 
-    def _select(self, value):
+    def _select(self, value: Any) -> Any:
         if (
             isinstance(value, torch.Tensor)
             and value.ndim == 4
             and value.shape[1] == self.bias_heads > 1
         ):
-            return value[:, list(self.kept_heads)]
+            return value[:, list(self.kept_heads or ())]
         return value
 
 
@@ -101,19 +104,34 @@ class WavLMHeads(Headless):
         kept_heads: Original numbers of the present heads; None where none is missing.
     """
 
-    kept_heads = None
+    kept_heads: tuple[int, ...] | None = None
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    out_proj: nn.Linear
+    head_dim: int
+    dropout: float
+    gru_rel_pos_linear: nn.Linear
+    gru_rel_pos_const: torch.Tensor
+    compute_bias: Callable[[int, int], torch.Tensor]
 
-    def forward(self, hidden_states, attention_mask=None, position_bias=None, **kwargs):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_bias: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Return the output, no attention weights, and the position bias of all heads."""
         batch, length, _ = hidden_states.shape
         all_heads = self.gru_rel_pos_const.shape[1]
         if position_bias is None:
             position_bias = self.compute_bias(length, length)
             position_bias = position_bias.repeat(batch, 1, 1)
-        kept = range(all_heads) if self.kept_heads is None else self.kept_heads
-        if not len(kept):
+        numbers = tuple(range(all_heads)) if self.kept_heads is None else self.kept_heads
+        if not numbers:
             return self.without_heads(hidden_states, None, position_bias)
-        kept = torch.as_tensor(tuple(kept), device=hidden_states.device)
+        kept = torch.as_tensor(numbers, device=hidden_states.device)
         by_head = hidden_states.view(batch, length, all_heads, -1).transpose(1, 2)[:, kept]
         gates = self.gru_rel_pos_linear(by_head).view(*by_head.shape[:-1], 2, 4).sum(-1)
         gate_a, gate_b = torch.sigmoid(gates).chunk(2, dim=-1)
@@ -142,7 +160,7 @@ def stock_class(module: nn.Module) -> type:
     return next(library, type(module))
 
 
-def replace_class(module: nn.Module, by: str, **settings) -> None:
+def replace_class(module: nn.Module, by: str, **settings: Any) -> None:
     """Make a stock module an instance of one of the classes above, in place."""
     stock = stock_class(module)
     family = re.fullmatch(r"transformers\.models\.(\w+)\.modeling_\1", stock.__module__)
@@ -153,7 +171,7 @@ def replace_class(module: nn.Module, by: str, **settings) -> None:
         setattr(module, name, tuple(value) if isinstance(value, list) else value)
 
 
-def apply_blueprint(model: nn.Module, blueprint: dict) -> None:
+def apply_blueprint(model: nn.Module, blueprint: Any) -> None:
     """Give a stock model, on any device, the shapes of the pruned one; contents are not set.
 
     Raises:
@@ -184,7 +202,7 @@ def apply_blueprint(model: nn.Module, blueprint: dict) -> None:
         module._parameters[name] = nn.Parameter(new, requires_grad=stock.requires_grad)
 
 
-def keep_layers(layers: nn.ModuleList, kept) -> None:
+def keep_layers(layers: nn.ModuleList, kept: Sequence[int]) -> None:
     """Drop all but some layers, and renumber those that know their number."""
     chosen = [layers[i] for i in kept]
     del layers[:]
@@ -192,10 +210,10 @@ def keep_layers(layers: nn.ModuleList, kept) -> None:
     for new, layer in enumerate(layers):
         for module in layer.modules():
             if isinstance(vars(module).get("layer_idx"), int):
-                module.layer_idx = new
+                vars(module)["layer_idx"] = new
 
 
-def _check_form(blueprint: dict) -> None:
+def _check_form(blueprint: Any) -> None:
     parts = {"layers": list, "replaced": dict, "attributes": dict, "shapes": list}
     if not isinstance(blueprint, dict) or blueprint.get("version") != VERSION:
         found = blueprint.get("version") if isinstance(blueprint, dict) else blueprint
@@ -241,15 +259,14 @@ def _replace(module: nn.Module, path: str, settings: dict) -> None:
 def _set_attribute(module: nn.Module, path: str, name: str, value: object) -> None:
     value = tuple(value) if isinstance(value, list) else value
     known = name in vars(module) and not name.startswith("_")
-    old = vars(module).get(name)
-    whole = isinstance(value, int) and isinstance(old, int)
+    old: Any = vars(module).get(name)
     if (
         not known
         or type(value) is not type(old)
         or not isinstance(value, int | float | str | tuple)
     ):
         raise BlueprintError(f"{path!r} has no setting {name!r} that could become {value!r}")
-    if whole and not 0 <= value <= max(old, 1 << 16):
+    if isinstance(value, int) and isinstance(old, int) and not 0 <= value <= max(old, 1 << 16):
         raise BlueprintError(f"{path}.{name} cannot become {value}")
     setattr(module, name, value)
 
@@ -268,24 +285,25 @@ def _smaller(shape: list, stock: torch.Size) -> bool:
 class Slim:
     """Mixed into a stock model class: builds the pruned model from the config alone."""
 
-    def __init__(self, config, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
-        apply_blueprint(self, config.hfslim)
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        apply_blueprint(self, config.hfslim)  # type: ignore[arg-type]
         self.hfslim_applied = True
 
     @classmethod
-    def is_custom_code(cls):
+    def is_custom_code(cls) -> bool:
         """Let the checkpoint's keys be read like those of the stock class."""
         return False
 
 
-def _this_module():
+def _this_module() -> ModuleType:
     return importlib.import_module(__name__)
 
 
 def __getattr__(name: str) -> type:
     """Build `Slim<StockModel>` and `<Replacement>__<family>__<StockAttention>` when asked for."""
     by, _, rest = name.partition("__")
+    bases: tuple[type, type]
     if by in REPLACEMENTS and "__" in rest:
         family, _, stock_name = rest.partition("__")
         stock = getattr(

@@ -25,7 +25,7 @@ class BlueprintConfig(QuantizationConfigMixin):
     """The `quantization_config` of a pruned checkpoint; the blueprint itself is `config.hfslim`."""
 
     def __init__(self, quant_method: str = "hfslim", **_: Any) -> None:
-        self.quant_method = quant_method
+        self.quant_method = quant_method  # type: ignore[assignment]
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `config.json` holds."""
@@ -64,7 +64,7 @@ class BlueprintLoader(HfQuantizer):
 
 def carry_file(model: PreTrainedModel) -> None:
     """Make a model's own `save_pretrained` put `modeling_hfslim.py` beside the weights."""
-    model.save_pretrained = types.MethodType(_save_pretrained, model)
+    vars(model)["save_pretrained"] = types.MethodType(_save_pretrained, model)
 
 
 def _save_pretrained(

@@ -39,9 +39,9 @@ class Costs:
         dropped = set()
         for site in units:
             if site.kind == "layers":
-                gone = set(range(site.size)) - set(structure.kept("layers", site.path))
-                left -= sum(self.layer["layers", site.path][i] for i in gone)
-                dropped |= {f"{site.path}.{i}" for i in gone}
+                layers = set(range(site.size)) - set(structure.kept("layers", site.path))
+                left -= sum(self.layer["layers", site.path][i] for i in layers)
+                dropped |= {f"{site.path}.{i}" for i in layers}
         for site in units:
             if site.kind != "layers" and site.layer not in dropped:
                 gone = site.size - len(structure.kept(site.kind, site.path))

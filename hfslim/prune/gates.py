@@ -91,7 +91,7 @@ class Gates:
                 self._stock.append((module, type(module)))
                 modeling_hfslim.replace_class(module, site.replacement)
             if site.kind == "layers":
-                for index, layer in enumerate(module):
+                for index, layer in enumerate(module.children()):
                     hook = self._layer_hook(site, index)
                     self._handles.append(layer.register_forward_hook(hook, with_kwargs=True))
             else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -94,7 +94,7 @@ class _Surgery:
                 self._replace(site, kept, returns[site.path])
         # Last, because the paths of the sites count the layers as they were.
         for site in lists:
-            layers = self.model.get_submodule(site.path)
+            layers = cast(nn.ModuleList, self.model.get_submodule(site.path))
             for module in layers.modules():
                 self._remember(vars(module), module._modules)
             modeling_hfslim.keep_layers(layers, structure.kept("layers", site.path))
@@ -115,7 +115,7 @@ class _Surgery:
         for cut in site.cuts:
             module = self.model.get_submodule(cut.module)
             self._remember(vars(module), module._parameters)
-            old = module._parameters[cut.tensor]
+            old = module.get_parameter(cut.tensor)
             index = cut.indices(kept, site.size).to(old.device)
             new = old.detach().index_select(cut.dim, index)
             module._parameters[cut.tensor] = nn.Parameter(new, requires_grad=old.requires_grad)

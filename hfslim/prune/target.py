@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from hfslim.structure import KINDS, Kind
 
@@ -35,13 +35,13 @@ class Target:
         names = (*RESOURCES, "sparsity")
         if not isinstance(target, Mapping) or len(target) != 1 or next(iter(target)) not in names:
             raise ValueError(f"target must be a dict with one of {list(names)}, got {target!r}")
-        (resource, value), kinds = next(iter(target.items())), tuple(kinds)
+        resource = next(iter(target))
+        value: Any = target[resource]
+        kinds = tuple(kinds)
         if resource != "sparsity":
-            if not _is_number(value) or not 0 < value <= 1:
-                raise ValueError(
-                    f"target {resource} is the fraction to keep, in (0, 1]; got {value!r}"
-                )
-            return cls(resource, float(value))
+            if _is_number(value) and 0 < value <= 1:
+                return cls(resource, float(value))
+            raise ValueError(f"target {resource} is the fraction to keep, in (0, 1]; got {value!r}")
         by_kind = dict(value) if isinstance(value, Mapping) else dict.fromkeys(kinds, value)
         for kind, fraction in by_kind.items():
             if kind not in KINDS:
@@ -64,5 +64,5 @@ class Target:
         )
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
