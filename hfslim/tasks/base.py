@@ -1,0 +1,114 @@
+"""What a task is: the few things in which text, images and audio differ."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import datasets
+from transformers import PreTrainedConfig
+from transformers.utils import logging
+
+from hfslim.tasks.data import DataConfig, find_column, load_splits, sample
+from hfslim.tasks.labels import Labels, find_labels
+
+logger = logging.get_logger(__name__)
+
+Batch = dict[str, list[Any]]
+Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Raw training and evaluation examples, with their checked columns and labels.
+
+    Attributes:
+        train: Training examples, already cut to `max_train_samples`.
+        evaluation: Evaluation examples, already cut to `max_eval_samples`.
+        columns: The input columns, then the label column.
+        labels: The label space of the whole training split.
+    """
+
+    train: datasets.Dataset
+    evaluation: datasets.Dataset
+    columns: tuple[str, ...]
+    labels: Labels
+
+    def with_order_of(self, names: dict[int, str] | None) -> Examples:
+        """Return the examples with labels in the order of a model's `id2label`, where they match.
+
+        A model that was trained on the same classes then keeps its head.
+        """
+        ordered = self.labels.ordered_like(list((names or {}).values()))
+        return self if ordered is None else replace(self, labels=ordered)
+
+
+class Task(ABC):
+    """A kind of classification: its auto class, processor, columns and collator.
+
+    Attributes:
+        name: transformers' name of the task.
+        auto_model: The auto class that loads its models.
+        folder_builder: The `datasets` builder that reads a folder of examples, if there is one.
+    """
+
+    name: ClassVar[str]
+    auto_model: ClassVar[Any]
+    folder_builder: ClassVar[str | None] = None
+
+    @abstractmethod
+    def load_processor(self, source: str | None, config: PreTrainedConfig) -> Any:
+        """Load the processor of a Hub id or folder, or make the one that fits `config`."""
+
+    @abstractmethod
+    def input_columns(self, dataset: datasets.Dataset, data: DataConfig) -> tuple[str, ...]:
+        """Find and check the columns that hold the inputs."""
+
+    @abstractmethod
+    def prepare(
+        self, dataset: datasets.Dataset, examples: Examples, data: DataConfig, processor: Any
+    ) -> datasets.Dataset:
+        """Return `dataset` as the Trainer wants it: model inputs and `labels`."""
+
+    @abstractmethod
+    def collator(self, data: DataConfig, processor: Any) -> Collator:
+        """Return the function that makes a batch of prepared examples."""
+
+    def load_examples(self, data: DataConfig, seed: int) -> Examples:
+        """Load the examples and check columns and labels.
+
+        Raises:
+            ValueError: A split, column or label is missing, or a label of the evaluation split is
+                not among those of the training split.
+        """
+        train, evaluation = load_splits(data, self.folder_builder, seed)
+        inputs = self.input_columns(train, data)
+        label = find_column(train, data.label_column_name, ("label", "labels"), "label_column_name")
+        labels = find_labels(train, label)
+        missing = [column for column in (*inputs, label) if column not in evaluation.column_names]
+        if missing:
+            raise ValueError(
+                f"the evaluation split has no column {missing[0]!r}, only {evaluation.column_names}"
+            )
+        train = sample(train, data.max_train_samples, seed)
+        evaluation = sample(evaluation, data.max_eval_samples, seed)
+        for name, part in (("training", train), ("evaluation", evaluation)):
+            try:
+                labels.encode(part[label])
+            except ValueError as error:
+                raise ValueError(f"{name} split, column {label!r}: {error}") from error
+            self.check_inputs(part, inputs)
+        logger.info(
+            "%d training and %d evaluation examples; %s: %s",
+            len(train),
+            len(evaluation),
+            labels.problem,
+            ", ".join(labels.names),
+        )
+        return Examples(train, evaluation, (*inputs, label), labels)
+
+    def check_inputs(self, dataset: datasets.Dataset, columns: tuple[str, ...]) -> None:
+        """Refuse inputs that cannot be used; nothing to refuse unless a task says so."""
+        return

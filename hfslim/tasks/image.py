@@ -1,0 +1,84 @@
+"""Image classification."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import datasets
+import torch
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+
+from hfslim.tasks.base import Batch, Collator, Examples, Task
+from hfslim.tasks.data import DataConfig, find_column
+
+
+class ImageClassification(Task):
+    """Classify an image, processed when it is read so that any data set fits in memory."""
+
+    name = "image-classification"
+    auto_model: ClassVar[Any] = AutoModelForImageClassification
+    folder_builder = "imagefolder"
+
+    def load_processor(self, source: str | None, config: PreTrainedConfig) -> Any:
+        """Load the image processor, or make the family's for the config's size and channels.
+
+        Raises:
+            ValueError: The model's family has no image processor.
+        """
+        if source is not None:
+            return AutoImageProcessor.from_pretrained(source, backend="pil")
+        if type(config) not in IMAGE_PROCESSOR_MAPPING:
+            raise ValueError(
+                f"no image processor is known for {config.model_type!r}: "
+                "set `processor` to a Hub id or folder"
+            )
+        channels = config.num_channels
+        processors: Any = IMAGE_PROCESSOR_MAPPING[type(config)]
+        return processors["pil"](
+            size={"height": config.image_size, "width": config.image_size},
+            image_mean=[0.5] * channels,
+            image_std=[0.5] * channels,
+        )
+
+    def input_columns(self, dataset: datasets.Dataset, data: DataConfig) -> tuple[str, ...]:
+        """Find the column of the image.
+
+        Raises:
+            ValueError: The column does not hold images.
+        """
+        column = find_column(dataset, data.image_column_name, ("image", "img"), "image_column_name")
+        if not isinstance(dataset.features[column], datasets.Image):
+            raise ValueError(
+                f"column {column!r} holds {dataset.features[column]}, not images: "
+                "set image_column_name"
+            )
+        return (column,)
+
+    def prepare(
+        self, dataset: datasets.Dataset, examples: Examples, data: DataConfig, processor: Any
+    ) -> datasets.Dataset:
+        """Process each image when it is read; grey ones get the processor's channels."""
+        image, label = examples.columns
+        mode = "L" if len(processor.image_mean or ()) == 1 else "RGB"
+
+        def process(batch: Batch) -> dict[str, Any]:
+            images = [one.convert(mode) for one in batch[image]]
+            inputs = processor(images, return_tensors="pt", input_data_format=None)
+            return {
+                "pixel_values": list(inputs["pixel_values"]),
+                "labels": examples.labels.encode(batch[label]),
+            }
+
+        return dataset.with_transform(process, columns=[image, label])
+
+    def collator(self, data: DataConfig, processor: Any) -> Collator:
+        """Stack the images."""
+
+        def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+            return {
+                "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
+                "labels": torch.tensor([row["labels"] for row in rows]),
+            }
+
+        return collate

@@ -1,0 +1,98 @@
+"""Models of a task, from the Hub, a folder or a config, with the labels of the data."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging
+
+from hfslim.tasks.base import Task
+from hfslim.tasks.labels import Labels
+
+logger = logging.get_logger(__name__)
+
+
+def make_config(settings: Mapping[str, Any]) -> PreTrainedConfig:
+    """Make a config from `model_type` and its fields.
+
+    Raises:
+        ValueError: The model type or a field is unknown; the message has the nearest.
+    """
+    given = dict(settings)
+    model_type = given.pop("model_type", None)
+    if model_type not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING), 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"model_config.model_type: unknown {model_type!r}{hint}")
+    known = CONFIG_MAPPING[model_type]().to_dict()
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"model_config.{key}: {model_type} has no such field{hint}")
+    return CONFIG_MAPPING[model_type](**given)
+
+
+def build_model(task: Task, settings: Mapping[str, Any], labels: Labels) -> PreTrainedModel:
+    """Build an untrained model from `model_config`."""
+    config = make_config({**settings, **labels.config})
+    model_class = task.auto_model._model_mapping[type(config)]
+    config.architectures = [model_class.__name__]
+    return task.auto_model.from_config(config)
+
+
+def load_model(task: Task, source: str, labels: Labels, new_head: bool) -> PreTrainedModel:
+    """Load a model for the labels of the data.
+
+    A head that was trained on the same labels is kept. Where the number of labels differs, or
+    there is no head, a new one is made if `new_head` allows it.
+
+    Args:
+        task: Kind of classification.
+        source: Hub id or local folder.
+        labels: Labels of the data, already in the model's order where the names match.
+        new_head: Whether the model is going to be trained, so that a new head is in place.
+
+    Raises:
+        ValueError: The labels or the head do not match and `new_head` is false.
+    """
+    config = AutoConfig.from_pretrained(source)
+    names = tuple(config.id2label.values())
+    same = [n.casefold() for n in names] == [n.casefold() for n in labels.names]
+    generic = names == tuple(f"LABEL_{i}" for i in range(len(labels.names)))
+    if not (same or generic or new_head):
+        raise ValueError(
+            f"{source} has the labels {list(names)}, the data have {list(labels.names)}: "
+            "begin with a `transfer` stage, which trains a new head"
+        )
+    if not same:
+        logger.warning("%s: labels %s become %s", source, list(names), list(labels.names))
+    model, info = task.auto_model.from_pretrained(
+        source,
+        ignore_mismatched_sizes=len(names) != len(labels.names),
+        output_loading_info=True,
+        **labels.config,
+    )
+    _check_loaded(source, info, len(names), len(labels.names), new_head)
+    return model
+
+
+def _check_loaded(
+    source: str, info: Mapping[str, Any], before: int, after: int, new_head: bool
+) -> None:
+    """Allow what a new head explains, and nothing else."""
+    for key, stored, wanted in info["mismatched_keys"]:
+        if stored[0] != before or wanted[0] != after or stored[1:] != wanted[1:]:
+            raise ValueError(
+                f"{source}: weight {key} is stored as {tuple(stored)}, the model needs "
+                f"{tuple(wanted)}: the folder is damaged or holds another model"
+            )
+    if info["missing_keys"] and not new_head:
+        raise ValueError(
+            f"{source} lacks trained weights for {sorted(info['missing_keys'])}: "
+            "begin with a `transfer` stage, which trains them"
+        )

@@ -1,0 +1,83 @@
+"""Text classification: one text, or a pair."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import datasets
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedConfig,
+)
+from transformers.utils import logging
+
+from hfslim.tasks.base import Batch, Collator, Examples, Task
+from hfslim.tasks.data import DataConfig, check_complete, find_column
+
+logger = logging.get_logger(__name__)
+
+
+class TextClassification(Task):
+    """Classify a text, or a pair of texts, tokenised once and padded batch by batch."""
+
+    name = "text-classification"
+    auto_model: ClassVar[Any] = AutoModelForSequenceClassification
+
+    def load_processor(self, source: str | None, config: PreTrainedConfig) -> Any:
+        """Load the tokenizer; one without a padding token pads with its end-of-text token.
+
+        Raises:
+            ValueError: No source is given: a tokenizer cannot be made from a config.
+        """
+        if source is None:
+            raise ValueError(
+                "a text model made from model_config needs `processor`: "
+                "the Hub id or folder of a tokenizer"
+            )
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        if tokenizer.pad_token is None:
+            logger.warning("%s has no padding token: padding with its end of text", source)
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def input_columns(self, dataset: datasets.Dataset, data: DataConfig) -> tuple[str, ...]:
+        """Find the column of the text and, where one is named, of its pair."""
+        text = find_column(dataset, data.text_column_name, ("text", "sentence"), "text_column_name")
+        if data.text_pair_column_name is None:
+            return (text,)
+        key = "text_pair_column_name"
+        return (text, find_column(dataset, data.text_pair_column_name, (), key))
+
+    def check_inputs(self, dataset: datasets.Dataset, columns: tuple[str, ...]) -> None:
+        """Refuse missing texts."""
+        for column in columns:
+            check_complete(dataset, column)
+
+    def prepare(
+        self, dataset: datasets.Dataset, examples: Examples, data: DataConfig, processor: Any
+    ) -> datasets.Dataset:
+        """Tokenise every text, cut to `max_seq_length` tokens."""
+        *inputs, label = examples.columns
+        if data.max_seq_length > processor.model_max_length:
+            raise ValueError(
+                f"max_seq_length {data.max_seq_length} is more than the tokenizer's "
+                f"{processor.model_max_length}: set data.max_seq_length to that or less"
+            )
+
+        def tokenize(batch: Batch) -> dict[str, Any]:
+            encoded = processor(
+                *(batch[column] for column in inputs),
+                truncation=True,
+                max_length=data.max_seq_length,
+            )
+            return {**encoded, "labels": examples.labels.encode(batch[label])}
+
+        return dataset.map(
+            tokenize, batched=True, remove_columns=dataset.column_names, desc="Tokenising"
+        )
+
+    def collator(self, data: DataConfig, processor: Any) -> Collator:
+        """Pad each batch to its longest text."""
+        return DataCollatorWithPadding(processor)
