@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -78,6 +79,12 @@ class _Pool:
         self.units = units
         self.scores = {key: value.tolist() for key, value in scores.items()}
         self.present = {(s.kind, s.path): set(within.kept(s.kind, s.path)) for s in units}
+        self.layers_gone = frozenset(
+            f"{site.path}.{i}"
+            for site in units
+            if site.kind == "layers"
+            for i in set(range(site.size)) - self.present["layers", site.path]
+        )
         self.layers_to_go = self._layers_to_go()
 
     def score(self, site: Site, index: int) -> float:
@@ -125,10 +132,11 @@ class _Pool:
 
 
 def _by_budget(pool: _Pool, costs: Costs, target: Target) -> Structure:
-    budget = int(target.kept * costs.total)
+    # A budget that is met exactly is met, even where the product falls short by rounding.
+    budget = math.floor(target.kept * costs.total + 1e-9 * costs.total)
     best: tuple[float, Structure] | None = None
     least = costs.total
-    lost_layers, dropped = 0.0, frozenset[str]()
+    lost_layers, dropped = 0.0, pool.layers_gone
     for number in range(len(pool.layers_to_go) + 1):
         if number:
             path, score = pool.layers_to_go[number - 1]
@@ -147,7 +155,7 @@ def _by_budget(pool: _Pool, costs: Costs, target: Target) -> Structure:
         raise UnreachableTargetError(
             f"target {target.resource}={target.kept:g} cannot be reached: without any of the "
             f"{sorted({s.kind for s in pool.units})} that may go, "
-            f"{least / costs.total:.4f} of the {target.resource} are left; "
+            f"{math.ceil(1e4 * least / costs.total) / 1e4:.4f} of the {target.resource} are left; "
             "raise the target or add kinds to `units`"
         )
     return best[1]
@@ -175,21 +183,18 @@ def _running(units: list[_Unit]) -> tuple[np.ndarray, np.ndarray]:
 
 def _by_sparsity(pool: _Pool, target: Target) -> Structure:
     kept: list[_Unit] = []
-    to_go = len([s for s in pool.units if s.kind == "layers"]) and sum(
-        s.size for s in pool.units if s.kind == "layers"
-    )
+    to_go = sum(s.size for s in pool.units if s.kind == "layers")
     number = round(target.sparsity.get("layers", 0.0) * to_go)
-    gone = sum(
-        s.size - len(pool.present["layers", s.path]) for s in pool.units if s.kind == "layers"
-    )
+    gone = len(pool.layers_gone)
     if number - gone > len(pool.layers_to_go):
         raise UnreachableTargetError(
             f"target sparsity of layers {target.sparsity['layers']:g} cannot be reached: at most "
             f"{len(pool.layers_to_go) + gone} of {to_go} layers may go"
         )
-    dropped = frozenset(path for path, _ in pool.layers_to_go[: max(number - gone, 0)])
+    going = frozenset(path for path, _ in pool.layers_to_go[: max(number - gone, 0)])
+    dropped = pool.layers_gone | going
     for kind in ("heads", "neurons"):
-        there = pool.of(kind, frozenset())
+        there = pool.of(kind, dropped)
         total = sum(site.size for site in pool.units if site.kind == kind)
         keep = total - round(target.sparsity.get(kind, 0.0) * total)
         kept += there[:keep]

@@ -18,7 +18,8 @@ class Target:
     Attributes:
         resource: `macs`, `parameters` or `sparsity`.
         kept: Fraction of the whole model's figure that is kept, in (0, 1]; 1 for `sparsity`.
-        sparsity: Fraction of the units of each kind that is removed, in [0, 1).
+        sparsity: Fraction of the units of each kind that is removed, in [0, 1); those that go with
+            their layer count.
     """
 
     resource: str
