@@ -133,7 +133,8 @@ class _Finder:
                 self.refusals.append(Refusal("layers", path, reason))
                 continue
             keys = [frozenset(name for name, _ in layer.named_parameters()) for layer in layers]
-            usual = max(set(keys), key=keys.count)
+            # Where two kinds tie, the later one is usual: the special layer is the first.
+            usual = max(reversed(keys), key=keys.count)
             parent = self.modules[path.rpartition(".")[0]]
             after_first = families.AFTER_FIRST_LAYER.get(type(parent).__name__, "")
             bound = getattr(parent, after_first, None) is not None
