@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from rich.progress import track
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from hfslim.anatomy import Site, Units
+from hfslim.objective import ProblemType, hard_loss, problem_type
 from hfslim.prune import importance
 from hfslim.prune.gates import Gates, Key
 from hfslim.prune.importance import CRITERIA, Criterion, Scores
@@ -98,17 +98,14 @@ class Collector:
         units = self.gates.units
         if self.needs_data:
             scores = self.scores.reduce().mean()
-        chance = importance.random_scores(units, seed)
-        weights = importance.magnitude(model, units)
-        for site in units:
-            key = (site.kind, site.path)
-            if self.criteria[site.kind] == "random":
-                scores[key] = chance[key]
-            elif self.criteria[site.kind] == "magnitude":
-                scores[key] = weights[key]
-        taylor = {k: v for k, v in scores.items() if self.criteria[k[0]] == "taylor"}
+        used = set(self.criteria.values())
+        if "random" in used:
+            scores |= self._of_kind("random", importance.random_scores(units, seed))
+        if "magnitude" in used:
+            scores |= self._of_kind("magnitude", importance.magnitude(model, units))
+        taylor = self._of_kind("taylor", scores)
         scores |= importance.normalise({k: v for k, v in taylor.items() if k[0] != "layers"})
-        if len(set(self.criteria.values())) > 1:
+        if len(used) > 1:
             scores = _same_total(scores)
         Scores(scores, 1).mean()
         return scores
@@ -143,6 +140,11 @@ class Collector:
         self.scores.add(site, index, value)
         if site == self._counted and not index:
             self.scores.count += examples
+
+    def _of_kind(
+        self, criterion: Criterion, scores: Mapping[Key, torch.Tensor]
+    ) -> dict[Key, torch.Tensor]:
+        return {key: v for key, v in scores.items() if self.criteria[key[0]] == criterion}
 
     def _from_data(self, kind: Kind) -> bool:
         known = (*importance.FROM_GRADIENTS, *importance.FROM_ACTIVATIONS)
@@ -202,7 +204,10 @@ def collect(
                         gates.check_fired()
                         first = False
                     if collector.needs_gradients:
-                        _summed_loss(model, logits, labels, generator).backward()
+                        problem = problem_type(model.config, labels)
+                        if labels is None:
+                            labels = _drawn_labels(logits, problem, generator)
+                        hard_loss(logits, labels, problem).sum().backward()
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(True)
@@ -221,30 +226,18 @@ def _limited(data: Iterable[Mapping[str, Any]], max_examples: int) -> Iterator[d
         yield tensors
 
 
-def _summed_loss(
-    model: PreTrainedModel,
-    logits: torch.Tensor,
-    labels: torch.Tensor | None,
-    generator: torch.Generator,
+def _drawn_labels(
+    logits: torch.Tensor, problem: ProblemType, generator: torch.Generator
 ) -> torch.Tensor:
-    logits = logits.float()
-    regression = model.config.num_labels == 1 or model.config.problem_type == "regression"
-    several = model.config.problem_type == "multi_label_classification"
-    if labels is None:
-        chances = logits.detach().cpu()
-        if regression:
-            drawn = torch.normal(chances, torch.ones_like(chances), generator=generator)
-        elif several:
-            drawn = torch.bernoulli(chances.sigmoid(), generator=generator)
-        else:
-            drawn = torch.multinomial(chances.softmax(-1), 1, generator=generator).squeeze(-1)
-        labels = drawn.to(logits.device)
-    if regression:
-        target = labels.float().reshape(logits.shape)
-        return functional.mse_loss(logits, target, reduction="sum")
-    if several or (labels.is_floating_point() and labels.shape == logits.shape):
-        return functional.binary_cross_entropy_with_logits(logits, labels.float(), reduction="sum")
-    return functional.cross_entropy(logits, labels.long(), reduction="sum")
+    """Draw labels from a model's own predictions."""
+    chances = logits.detach().float().cpu()
+    if problem == "regression":
+        drawn = torch.normal(chances, torch.ones_like(chances), generator=generator)
+    elif problem == "multi_label_classification":
+        drawn = torch.bernoulli(chances.sigmoid(), generator=generator)
+    else:
+        drawn = torch.multinomial(chances.softmax(-1), 1, generator=generator).squeeze(-1)
+    return drawn.to(logits.device)
 
 
 def _same_total(scores: dict[Key, torch.Tensor]) -> dict[Key, torch.Tensor]:
