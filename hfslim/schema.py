@@ -1,0 +1,150 @@
+"""Plain values, as YAML gives them, checked against the types of a dataclass."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields
+from enum import Enum
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+class RecipeError(ValueError):
+    """A key or value that a recipe cannot have; the message has the place and the nearest fix."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Return `; did you mean …?` for the nearest valid name, or the list of all."""
+    valid = list(valid)
+    near = difflib.get_close_matches(str(name), valid, 1, cutoff=0.5)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; expected one of {sorted(valid)}" if len(valid) <= 20 else ""
+
+
+def join(place: str, key: str) -> str:
+    """Return the dotted path of a key."""
+    return f"{place}.{key}" if place else key
+
+
+def types_of(cls: type) -> dict[str, Any]:
+    """Return the type of each field that a dataclass takes at its making."""
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in fields(cls) if field.init}
+
+
+def mapping_at(value: Any, place: str) -> dict[str, Any]:
+    """Return `value` as a dict with string keys; nothing at all is an empty one.
+
+    Raises:
+        RecipeError: It is something else.
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"{place or 'recipe'}: expected keys with values, got {value!r}")
+    return {str(key): one for key, one in value.items()}
+
+
+def convert_all(values: Mapping[str, Any], valid: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Check each value against the type that `valid` gives its key.
+
+    Raises:
+        RecipeError: A key is not in `valid`, or a value has another type.
+    """
+    for key in values:
+        if key not in valid:
+            raise RecipeError(f"{join(place, key)}: unknown key{nearest(key, valid)}")
+    return {key: convert(value, valid[key], join(place, key)) for key, value in values.items()}
+
+
+def build(cls: type[Any], values: Any, place: str) -> Any:
+    """Make a dataclass from a mapping.
+
+    Raises:
+        RecipeError: A key is unknown or missing, a value has another type, or the dataclass
+            itself refuses the values.
+    """
+    converted = convert_all(mapping_at(values, place), types_of(cls), place)
+    for field in fields(cls):
+        required = field.default is MISSING and field.default_factory is MISSING
+        if required and field.name not in converted:
+            raise RecipeError(f"{join(place, field.name)}: missing")
+    try:
+        return cls(**converted)
+    except RecipeError:
+        raise
+    except (ValueError, FileNotFoundError) as error:
+        raise RecipeError(f"{place}: {error}" if place else str(error)) from error
+
+
+def convert(value: Any, hint: Any, place: str) -> Any:
+    """Return `value` as the type `hint`, without guessing.
+
+    An int is taken where a float is wanted, and so is a string such as `2e-5`, which YAML does not
+    read as a number. `no`, which YAML reads as false, is taken where a strategy of that name is.
+
+    Raises:
+        RecipeError: The value has another type.
+    """
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    names = [name for option in options for name in _choices(option)]
+    for option in options:
+        if option is str and names:
+            continue  # transformers types its choices as `Choice | str`
+        matched, result = _match(value, option, place)
+        if matched:
+            return result
+    if names and isinstance(value, str):
+        raise RecipeError(f"{place}: unknown {value!r}{nearest(value, names)}")
+    wanted = " or ".join(_name(option) for option in options)
+    raise RecipeError(f"{place}: expected {wanted}, got {value!r}")
+
+
+def _match(value: Any, hint: Any, place: str) -> tuple[bool, Any]:
+    """Return whether the value suits one type, and the value in it."""
+    origin = get_origin(hint) or hint
+    if hint is Any or (hint is type(None) and value is None):
+        return True, value
+    if origin is Literal or (isinstance(hint, type) and issubclass(hint, Enum)):
+        choices = _choices(hint)
+        value = "no" if value is False and "no" in choices else value
+        return value in choices, value
+    if hint is float:
+        return _float(value)
+    if hint in (int, bool, str):
+        return type(value) is hint, value
+    if origin in (list, tuple) and isinstance(value, list | tuple):
+        inner = get_args(hint)[0] if get_args(hint) else Any
+        items = [convert(one, inner, f"{place}[{i}]") for i, one in enumerate(value)]
+        return True, origin(items)
+    if isinstance(origin, type) and issubclass(dict, origin) and isinstance(value, Mapping):
+        return True, dict(value)
+    return False, value
+
+
+def _float(value: Any) -> tuple[bool, Any]:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return False, value
+    try:
+        return True, float(value)
+    except ValueError:
+        return False, value
+
+
+def _choices(hint: Any) -> list[Any]:
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return [member.value for member in hint]
+    return []
+
+
+def _name(hint: Any) -> str:
+    if choices := _choices(hint):
+        return f"one of {choices}"
+    origin = get_origin(hint) or hint
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    words |= {type(None): "nothing", list: "a list", tuple: "a list", dict: "keys with values"}
+    return words.get(origin, "keys with values")

@@ -1,0 +1,131 @@
+"""The stages of a recipe, as frozen dataclasses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+from transformers import TrainingArguments
+
+from hfslim.distill import DistillationConfig
+from hfslim.prune.collect import criteria_by_kind
+from hfslim.prune.schedules import Schedule
+from hfslim.prune.target import Target
+from hfslim.structure import Kind
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the path.
+
+    Attributes:
+        name: The stage's name in a recipe.
+        arguments: The arguments class whose keys the stage takes as well; None if it cannot train.
+    """
+
+    name: ClassVar[str]
+    arguments: ClassVar[type | None] = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the recipe says of this stage, with defaults filled in, ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Transfer(Stage):
+    """Fine-tune the model on the labels."""
+
+    name = "transfer"
+    arguments = TrainingArguments
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Distil(Stage):
+    """Train the model on a teacher's outputs and the labels."""
+
+    name = "distil"
+    arguments = DistillationConfig
+    teacher: str | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recover(Stage):
+    """Train the cut model on the outputs of the model before its first cut, or a named teacher."""
+
+    name = "recover"
+    arguments = DistillationConfig
+    teacher: str | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prune(Stage):
+    """Cut the model: at once from calibration data, or little by little while it is distilled.
+
+    It is gradual where a `schedule`, `num_train_epochs` or `max_steps` is given.
+    """
+
+    name = "prune"
+    arguments = DistillationConfig
+    target: Mapping[str, Any]
+    units: tuple[Kind, ...] = ("heads", "neurons")
+    criterion: str | Mapping[str, str] = "fisher"
+    max_examples: int = 512
+    schedule: Schedule | None = None
+    start: float = 0.0
+    end: float = 0.5
+    teacher: str | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        Target.parse(self.target, self.units)
+        criterion: Any = self.criterion
+        criteria_by_kind(criterion, self.units)
+        if self.max_examples < 1:
+            raise ValueError(f"max_examples must be at least 1, got {self.max_examples}")
+        if not 0 <= self.start < self.end <= 1:
+            raise ValueError(f"start {self.start} and end {self.end} must be 0 ≤ start < end ≤ 1")
+        if self.training and not self.gradual:
+            raise ValueError(
+                f"{sorted(self.training)} need training: add num_train_epochs for gradual pruning, "
+                "or move them to a `recover` stage"
+            )
+
+    @property
+    def gradual(self) -> bool:
+        """Whether the model trains while it is cut."""
+        trains = {"num_train_epochs", "max_steps"} & set(self.training)
+        return self.schedule is not None or bool(trains)
+
+
+@dataclass(frozen=True)
+class Measure(Stage):
+    """Compare the model with the one before its first cut, and write the report."""
+
+    name = "measure"
+    batch_sizes: tuple[int, ...] = (1, 32)
+    length: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.batch_sizes or min(self.batch_sizes) < 1:
+            raise ValueError(f"batch_sizes must be 1 or more, got {list(self.batch_sizes)}")
+        if self.length is not None and self.length < 1:
+            raise ValueError(f"length must be at least 1, got {self.length}")
+
+
+@dataclass(frozen=True)
+class Push(Stage):
+    """Upload the model and its processor to the Hub."""
+
+    name = "push"
+    hub_model_id: str
+    hub_private_repo: bool = False
+
+
+STAGES: dict[str, type[Stage]] = {
+    stage.name: stage for stage in (Transfer, Distil, Prune, Recover, Measure, Push)
+}
