@@ -1,0 +1,218 @@
+"""A Trainer whose student learns from labels and from a teacher's outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Subset
+from transformers import PreTrainedModel, Trainer
+from transformers.utils import logging
+
+from hfslim.checkpoint import CheckpointMixin
+from hfslim.distill.config import DistillationConfig
+from hfslim.distill.losses import distillation_loss
+from hfslim.distill.teacher import (
+    accepted_inputs,
+    align_labels,
+    check_skill,
+    load_teacher,
+    run_teacher,
+)
+from hfslim.objective import MeanLossMixin, logits_of, problem_type, with_loss
+
+__all__ = ["DistillationTrainer"]
+
+logger = logging.get_logger(__name__)
+
+_EXAMPLES_TO_CHECK = 512
+
+
+class DistillationTrainer(CheckpointMixin, MeanLossMixin, Trainer):
+    """Trains on `(1 - alpha) · labels' loss + alpha · distillation loss`.
+
+    Both are means over the examples of an optimizer step, whatever the accumulation and number of
+    processes, and are logged beside their weighted sum as `loss_hard` and `loss_distillation`.
+    Evaluation runs the student alone: `eval_loss` is the labels' loss. The teacher is placed once
+    on the student's device, runs without gradients in evaluation mode, sees the student's batches,
+    and is in no checkpoint. A student without `config.problem_type` takes over the teacher's.
+
+    Args:
+        model: The student.
+        args: `DistillationConfig`.
+        *rest: As for `transformers.Trainer`, from `data_collator` on.
+        teacher: A model, a Hub id or a folder, with the student's labels in any order.
+        **kwargs: As for `transformers.Trainer`, except `compute_loss_func`.
+
+    Raises:
+        TypeError: If `args` is not a `DistillationConfig`.
+        ValueError: If there is no teacher, or its labels do not match the student's.
+        UntrainedTeacherError: If the teacher has a fresh head, or, on `train`, is at chance level
+            on up to 512 labelled examples of the evaluation (else training) data.
+
+    References:
+        Hinton et al., Distilling the Knowledge in a Neural Network, 2015, arXiv:1503.02531.
+    """
+
+    args: DistillationConfig
+    _signature_columns: Any
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: DistillationConfig | None = None,
+        *rest: Any,
+        teacher: PreTrainedModel | str | PathLike[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if teacher is None:
+            raise ValueError(
+                "DistillationTrainer has no teacher; pass teacher=<model, Hub id or folder>, or "
+                "use hfslim.SlimTrainer to train on labels alone."
+            )
+        if not isinstance(args, DistillationConfig):
+            raise TypeError(
+                f"args is {type(args).__name__}; DistillationTrainer needs a DistillationConfig."
+            )
+        super().__init__(model, args, *rest, **kwargs)
+        student: Any = self.model
+        loaded: Any = load_teacher(teacher, student, args.allow_untrained_teacher)
+        self.teacher_order = align_labels(student.config, loaded.config)
+        if student.config.problem_type is None:
+            student.config.problem_type = loaded.config.problem_type
+        sizes = [getattr(one.config, "vocab_size", None) for one in (student, loaded)]
+        if student.main_input_name == "input_ids" and sizes[0] != sizes[1]:
+            logger.warning(
+                f"Student and teacher have vocabularies of {sizes[0]} and {sizes[1]}; the teacher "
+                "reads the student's token ids, so both must come from one tokenizer."
+            )
+        self.teacher = loaded.to(args.device)
+        self._teacher_only = accepted_inputs(loaded) - accepted_inputs(student)
+        self._terms: dict[str, Tensor] = {}
+        self._term_steps = 0
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Check the teacher on labelled data, then train as `transformers.Trainer.train`."""
+        self._terms, self._term_steps = {}, 0
+        if not self.args.allow_untrained_teacher:
+            self._check_teacher()
+        alpha = self.args.alpha
+        logger.info(
+            f"loss = {1 - alpha:g} · loss_hard + {alpha:g} · loss_distillation, "
+            f"temperature {self.args.temperature:g}"
+        )
+        return super().train(*args, **kwargs)
+
+    def _check_teacher(self) -> None:
+        data: Any = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
+        if isinstance(data, Mapping) and not hasattr(data, "features"):
+            data = next(iter(data.values()))
+        if data is None:
+            return
+        if hasattr(data, "__len__") and len(data) > _EXAMPLES_TO_CHECK:
+            step = len(data) / _EXAMPLES_TO_CHECK
+            data = Subset(data, [int(i * step) for i in range(_EXAMPLES_TO_CHECK)])
+        logits, labels, seen = [], [], 0
+        for batch in self.get_test_dataloader(data):
+            if batch.get("labels") is None:
+                return
+            batch = self._prepare_inputs(batch)
+            pair = (self._teacher_logits(batch), batch["labels"])
+            pair = self.accelerator.gather_for_metrics(pair)
+            logits.append(pair[0])
+            labels.append(pair[1])
+            seen += len(pair[1])
+            if seen >= _EXAMPLES_TO_CHECK:
+                break
+        if seen:
+            live: Any = self.model
+            target = torch.cat(labels)
+            check_skill(torch.cat(logits), target, problem_type(live.config, target))
+
+    def _teacher_logits(self, inputs: dict[str, Any]) -> Tensor:
+        with self.accelerator.autocast():
+            return run_teacher(self.teacher, inputs, self.teacher_order)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            self._signature_columns += sorted(self._teacher_only)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor | None]:
+        """Fetch the batches of one optimizer step, and count the step for the logged means."""
+        self._term_steps += 1
+        return super().get_batch_samples(*args, **kwargs)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Predict with the student alone, as `transformers.Trainer.prediction_step`."""
+        return super().prediction_step(model, self._for_student(inputs), *args, **kwargs)
+
+    def _for_student(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in inputs.items() if name not in self._teacher_only}
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Compute this process's share of the step's loss; in evaluation, of the labels' alone.
+
+        Args:
+            model: The student as wrapped for training.
+            inputs: A batch.
+            return_outputs: Whether to return the student's outputs too.
+            num_items_in_batch: Counts of `get_batch_samples`; None for the mean of this batch.
+
+        Returns:
+            The loss, or the loss and the outputs.
+        """
+        alpha = self.args.alpha
+        labels: Any = inputs.get("labels")
+        if not model.training or alpha == 0 or (labels is None and alpha < 1):
+            loss, outputs = super().compute_loss(
+                model, self._for_student(inputs), True, num_items_in_batch
+            )
+            if model.training:
+                self._record("loss_hard", loss)
+            return (loss, outputs) if return_outputs else loss
+        student_inputs = self._for_student(inputs)
+        student_inputs.pop("labels", None)
+        outputs = model(**student_inputs)
+        logits = logits_of(outputs)
+        live: Any = self.model
+        losses = distillation_loss(
+            logits,
+            self._teacher_logits(inputs),
+            problem_type(live.config, labels),
+            self.args.temperature,
+        )
+        counts = num_items_in_batch
+        examples = torch.tensor(len(logits)) if counts is None else counts[1]
+        distilled = self.share(losses, examples, counts is None)
+        self._record("loss_distillation", distilled)
+        loss = alpha * distilled
+        if alpha < 1:
+            hard = self.hard_loss_share(logits, labels, counts)
+            self._record("loss_hard", hard)
+            loss = loss + (1 - alpha) * hard
+        return (loss, with_loss(outputs, loss)) if return_outputs else loss
+
+    def _record(self, name: str, value: Tensor) -> None:
+        value = value.detach()
+        self._terms[name] = self._terms[name] + value if name in self._terms else value
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, adding each loss term's mean over the steps since the last log and all processes."""
+        if "loss" in logs and self._term_steps:
+            for name, total in sorted(self._terms.items()):
+                mean = self.accelerator.reduce(total, reduction="mean")
+                logs[name] = mean.item() / self._term_steps
+            self._terms, self._term_steps = {}, 0
+        super().log(logs, *args, **kwargs)

@@ -1,0 +1,131 @@
+from pathlib import Path
+
+import pytest
+import torch
+from models import tiny
+from transformers import BertConfig, BertForSequenceClassification, BertModel
+
+from hfslim.distill.teacher import (
+    UntrainedTeacherError,
+    align_labels,
+    check_skill,
+    load_teacher,
+    run_teacher,
+)
+
+
+def config(*names: str, **kwargs: object) -> BertConfig:
+    return BertConfig(
+        id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)}, **kwargs
+    )
+
+
+def test_labels_are_found_by_name_whatever_their_case_and_order() -> None:
+    order = align_labels(config("Dog", "cat", "OWL"), config("owl", " dog", "Cat"))
+    assert order.tolist() == [1, 2, 0]
+
+
+def test_labels_in_the_same_order_need_no_reordering() -> None:
+    assert align_labels(config("a", "b"), config("A", "B")) is None
+    assert align_labels(config("LABEL_0", "LABEL_1"), config("LABEL_0", "LABEL_1")) is None
+
+
+def test_regression_models_have_nothing_to_align() -> None:
+    assert align_labels(config("score"), config("LABEL_0")) is None
+
+
+@pytest.mark.parametrize("names", [("a", "c"), ("a", "b", "c"), ("LABEL_0", "LABEL_1")])
+def test_labels_that_do_not_match_are_an_error_that_lists_both(names: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="do not match") as error:
+        align_labels(config("a", "b"), config(*names))
+    assert "['a', 'b']" in str(error.value) and str(list(names)) in str(error.value)
+
+
+def test_names_that_occur_twice_and_other_problems_are_errors() -> None:
+    with pytest.raises(ValueError, match="more than once"):
+        align_labels(config("a", "A"), config("a", "A"))
+    with pytest.raises(ValueError, match="must agree"):
+        align_labels(
+            config("a", "b", problem_type="single_label_classification"),
+            config("a", "b", problem_type="multi_label_classification"),
+        )
+
+
+@pytest.mark.parametrize("family", ["bert", "vit", "wav2vec2", "whisper"])
+def test_a_folder_loads_with_the_task_of_the_student(family: str, tmp_path: Path) -> None:
+    saved = tiny(family)
+    saved.save_pretrained(tmp_path)
+    teacher = load_teacher(tmp_path, tiny(family, seed=1))
+    assert type(teacher) is type(saved)
+    assert not teacher.training
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    for name, value in teacher.state_dict().items():
+        assert torch.equal(value, saved.state_dict()[name])
+
+
+def test_a_folder_without_a_head_is_refused_unless_allowed(tmp_path: Path) -> None:
+    student = tiny("bert")
+    BertModel(student.config).save_pretrained(tmp_path)
+    with pytest.raises(UntrainedTeacherError, match=r"classifier\.bias.*allow_untrained_teacher"):
+        load_teacher(tmp_path, student)
+    assert load_teacher(str(tmp_path), student, allow_untrained=True).config.num_labels == 3
+
+
+def test_a_model_with_a_fresh_head_is_refused_unless_allowed() -> None:
+    student = tiny("bert")
+    fresh = BertForSequenceClassification(student.config)
+    with pytest.raises(UntrainedTeacherError, match="'classifier'"):
+        load_teacher(fresh, student)
+    assert load_teacher(fresh, student, allow_untrained=True) is fresh
+
+
+def test_the_student_and_other_things_are_no_teachers() -> None:
+    student = tiny("bert")
+    with pytest.raises(ValueError, match="the student itself"):
+        load_teacher(student, student)
+    with pytest.raises(TypeError, match="int"):
+        load_teacher(3, student)
+    with pytest.raises(ValueError, match="Linear is no"):
+        load_teacher("anywhere", torch.nn.Linear(1, 1))
+
+
+def test_the_teacher_gets_what_it_reads_and_answers_in_the_students_order() -> None:
+    teacher = tiny("distilbert").eval()
+    ids = torch.tensor([[5, 6, 7]])
+    inputs = {"input_ids": ids, "token_type_ids": torch.zeros_like(ids), "labels": ids[:, 0]}
+    logits = run_teacher(teacher, inputs, torch.tensor([2, 0, 1]))
+    assert torch.equal(logits, teacher(input_ids=ids).logits[:, [2, 0, 1]])
+    assert not logits.requires_grad
+    with pytest.raises(ValueError, match="reads 'input_ids', the batch holds pixel_values"):
+        run_teacher(teacher, {"pixel_values": ids}, None)
+
+
+def test_skill_is_the_recall_averaged_over_classes() -> None:
+    # 90 of class 0, all found; 10 of class 1, six found.
+    labels = torch.tensor([0] * 90 + [1] * 10)
+    guess = torch.tensor([0] * 90 + [1] * 6 + [0] * 4)
+    score = check_skill(torch.eye(2)[guess], labels, "single_label_classification")
+    assert score == pytest.approx(0.8)
+
+
+def test_a_constant_answer_is_chance_level_however_often_it_is_right() -> None:
+    labels = torch.tensor([0] * 90 + [1] * 10)
+    constant = torch.tensor([[1.0, 0.0]]).expand(100, 2)
+    with pytest.raises(UntrainedTeacherError, match=r"0\.500, which is chance level"):
+        check_skill(constant, labels, "single_label_classification")
+
+
+@pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
+def test_outputs_must_correlate_with_the_labels(problem: str) -> None:
+    torch.manual_seed(0)
+    labels = (torch.randn(200, 2) > 0).float()
+    related = labels + torch.randn(200, 2)
+    # The noise has variance 1, the labels 1/4: the correlation is sqrt(1/5).
+    assert check_skill(related, labels, problem) == pytest.approx(0.2**0.5, abs=0.08)
+    with pytest.raises(UntrainedTeacherError, match="correlation"):
+        check_skill(-related, labels, problem)
+
+
+def test_few_examples_allow_no_verdict() -> None:
+    labels = torch.tensor([0, 1] * 10)
+    assert check_skill(torch.zeros(20, 2), labels, "single_label_classification") is None
