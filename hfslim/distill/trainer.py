@@ -137,8 +137,9 @@ class DistillationTrainer(CheckpointMixin, MeanLossMixin, Trainer):
             return run_teacher(self.teacher, inputs, self.teacher_order)
 
     def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is None:
-            super()._set_signature_columns_if_needed()
+        first = self._signature_columns is None
+        super()._set_signature_columns_if_needed()
+        if first:
             self._signature_columns += sorted(self._teacher_only)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor | None]:
