@@ -65,6 +65,9 @@ AFTER_FIRST_LAYER = {"DebertaV2Encoder": "conv"}
 DEPTH_FIELDS = ("num_hidden_layers", "encoder_layers", "n_layers", "depths")
 """Config fields that set the number of layers, or list it stage by stage."""
 
+LAYER_COUNTS = ("n_layers",)
+"""Attributes of the module around a list of layers that hold its length."""
+
 WIDTH_FIELDS = ("intermediate_size", "encoder_ffn_dim", "hidden_dim")
 """Config fields that set the number of neurons of every layer."""
 

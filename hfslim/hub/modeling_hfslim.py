@@ -25,6 +25,8 @@ import transformers
 from torch import nn
 
 VERSION = 1
+MAX_COUNT = 1 << 16
+"""Bound on heads, neurons and whatever else is counted by a setting."""
 
 
 class BlueprintError(ValueError):
@@ -242,16 +244,18 @@ def _replace(module: nn.Module, path: str, settings: dict) -> None:
     by = settings.pop("by", None)
     allowed = {"output": str, "returns": int, "kept_heads": list, "bias_heads": int}
     for name, value in settings.items():
-        if not isinstance(value, allowed.get(name, ())) or isinstance(value, bool):
+        # An exact type, because True is an int; a bound, because results get this long.
+        fits = type(value) is allowed.get(name)
+        if not fits or (isinstance(value, int) and not 0 <= value <= MAX_COUNT):
             raise BlueprintError(f"{path!r} cannot be replaced with {name}={value!r}")
-    if by not in REPLACEMENTS:
+    if not isinstance(by, str) or by not in REPLACEMENTS:
         raise BlueprintError(
             f"{path!r} is replaced by {by!r}, expected one of {sorted(REPLACEMENTS)}"
         )
     output = settings.get("output")
     if output and not isinstance(getattr(module, output, None), nn.Linear):
         raise BlueprintError(f"{path!r} has no projection {output!r}")
-    if not _ascending(settings.get("kept_heads", []), 1 << 16):
+    if not _ascending(settings.get("kept_heads", []), MAX_COUNT):
         raise BlueprintError(f"{path!r} keeps heads {settings['kept_heads']}")
     replace_class(module, by, **settings)
 
@@ -266,7 +270,7 @@ def _set_attribute(module: nn.Module, path: str, name: str, value: object) -> No
         or not isinstance(value, int | float | str | tuple)
     ):
         raise BlueprintError(f"{path!r} has no setting {name!r} that could become {value!r}")
-    if isinstance(value, int) and isinstance(old, int) and not 0 <= value <= max(old, 1 << 16):
+    if isinstance(value, int) and isinstance(old, int) and not 0 <= value <= max(old, MAX_COUNT):
         raise BlueprintError(f"{path}.{name} cannot become {value}")
     setattr(module, name, value)
 

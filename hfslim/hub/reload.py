@@ -7,8 +7,8 @@ loaded model is of the stock class and is not left marked as quantized.
 
 from __future__ import annotations
 
+import functools
 import shutil
-import types
 from pathlib import Path
 from typing import Any
 
@@ -64,17 +64,18 @@ class BlueprintLoader(HfQuantizer):
 
 def carry_file(model: PreTrainedModel) -> None:
     """Make a model's own `save_pretrained` put `modeling_hfslim.py` beside the weights."""
-    vars(model)["save_pretrained"] = types.MethodType(_save_pretrained, model)
+    # Not a bound method, which pickle would look up by name on the model's class.
+    vars(model)["save_pretrained"] = functools.partial(_save_pretrained, model)
 
 
 def _save_pretrained(
-    self: PreTrainedModel, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any
+    model: PreTrainedModel, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any
 ) -> None:
     """Save as the class does, and add the file that rebuilds the model without hfslim."""
-    type(self).save_pretrained(self, save_directory, **kwargs)
-    if kwargs.get("is_main_process", True) and getattr(self.config, "hfslim", None):
+    type(model).save_pretrained(model, save_directory, **kwargs)
+    if kwargs.get("is_main_process", True) and getattr(model.config, "hfslim", None):
         shutil.copyfile(modeling_hfslim.__file__, Path(save_directory) / "modeling_hfslim.py")
     if push_to_hub:
         names = ("commit_message", "private", "token", "create_pr", "revision", "max_shard_size")
         repo_id = kwargs.get("repo_id", Path(save_directory).name)
-        self.push_to_hub(repo_id, **{n: kwargs[n] for n in names if n in kwargs})
+        model.push_to_hub(repo_id, **{n: kwargs[n] for n in names if n in kwargs})

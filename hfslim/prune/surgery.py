@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hfslim.anatomy import Site, Units, example_inputs, find_units
+from hfslim.anatomy import Site, Units, example_inputs, families, find_units
 from hfslim.hub import blueprint, modeling_hfslim, reload
 from hfslim.prune.gates import gated
 from hfslim.structure import Structure
@@ -97,7 +97,13 @@ class _Surgery:
             layers = cast(nn.ModuleList, self.model.get_submodule(site.path))
             for module in layers.modules():
                 self._remember(vars(module), module._modules)
-            modeling_hfslim.keep_layers(layers, structure.kept("layers", site.path))
+            kept = structure.kept("layers", site.path)
+            modeling_hfslim.keep_layers(layers, kept)
+            around = self.model.get_submodule(site.path.rpartition(".")[0])
+            for name in families.LAYER_COUNTS:
+                if name in vars(around):
+                    self._remember(vars(around))
+                    setattr(around, name, len(kept))
 
     def undo(self) -> None:
         for mapping, old in reversed(self.before):
