@@ -92,7 +92,7 @@ class Recipe:
                 f"stages: the first is {self.stages[0].name!r}, but a model made from model_config "
                 "is untrained: begin with `transfer` or `distil`"
             )
-        cut = False
+        cut, taught = False, bool(self.teacher)
         for number, stage in enumerate(self.stages, 1):
             place = f"stages[{number}] {stage.name}"
             named = getattr(stage, "teacher", None)
@@ -104,6 +104,12 @@ class Recipe:
                     + (", or put a `prune` stage before it" if stage.name == "recover" else "")
                 )
             cut = cut or stage.name == "prune"
+            taught = taught or bool(named)
+            if stage.name == "measure" and not (cut or taught):
+                raise RecipeError(
+                    f"{place}: nothing to compare with; put a `prune` stage before it, or set "
+                    "`teacher`"
+                )
 
 
 def check_source(source: str | None, place: str) -> None:

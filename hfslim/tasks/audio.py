@@ -55,6 +55,7 @@ class AudioClassification(Task):
     name = "audio-classification"
     auto_model: ClassVar[Any] = AutoModelForAudioClassification
     folder_builder = "audiofolder"
+    lazy = True
 
     def load_processor(self, source: str | None, config: PreTrainedConfig) -> Any:
         """Load the feature extractor, or make the family's own with its defaults.
@@ -101,6 +102,10 @@ class AudioClassification(Task):
 
         encoded = dataset.cast_column(audio, datasets.Audio(decode=False))
         return encoded.with_transform(read, columns=[audio, label])
+
+    def stated_length(self, data: DataConfig, processor: Any) -> int | None:
+        """Return the samples of a recording of `max_length_seconds`."""
+        return round(data.max_length_seconds * processor.sampling_rate)
 
     def collator(self, data: DataConfig, processor: Any) -> Collator:
         """Extract the features of a batch, padded as the extractor does by default.

@@ -52,11 +52,14 @@ class Task(ABC):
         name: transformers' name of the task.
         auto_model: The auto class that loads its models.
         folder_builder: The `datasets` builder that reads a folder of examples, if there is one.
+        lazy: Whether examples are prepared when they are read, so that the Trainer must not drop
+            the columns that they are made from.
     """
 
     name: ClassVar[str]
     auto_model: ClassVar[Any]
     folder_builder: ClassVar[str | None] = None
+    lazy: ClassVar[bool] = False
 
     @abstractmethod
     def load_processor(self, source: str | None, config: PreTrainedConfig) -> Any:
@@ -71,6 +74,10 @@ class Task(ABC):
         self, dataset: datasets.Dataset, examples: Examples, data: DataConfig, processor: Any
     ) -> datasets.Dataset:
         """Return `dataset` as the Trainer wants it: model inputs and `labels`."""
+
+    @abstractmethod
+    def stated_length(self, data: DataConfig, processor: Any) -> int | None:
+        """Return the length of the input at which costs are stated; None where it is fixed."""
 
     @abstractmethod
     def collator(self, data: DataConfig, processor: Any) -> Collator:

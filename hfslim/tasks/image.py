@@ -19,6 +19,7 @@ class ImageClassification(Task):
     name = "image-classification"
     auto_model: ClassVar[Any] = AutoModelForImageClassification
     folder_builder = "imagefolder"
+    lazy = True
 
     def load_processor(self, source: str | None, config: PreTrainedConfig) -> Any:
         """Load the image processor, or make the family's for the config's size and channels.
@@ -71,6 +72,10 @@ class ImageClassification(Task):
             }
 
         return dataset.with_transform(process, columns=[image, label])
+
+    def stated_length(self, data: DataConfig, processor: Any) -> int | None:
+        """Return None: an image has the model's size."""
+        return None
 
     def collator(self, data: DataConfig, processor: Any) -> Collator:
         """Stack the images."""

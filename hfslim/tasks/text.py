@@ -78,6 +78,10 @@ class TextClassification(Task):
             tokenize, batched=True, remove_columns=dataset.column_names, desc="Tokenising"
         )
 
+    def stated_length(self, data: DataConfig, processor: Any) -> int | None:
+        """Return `max_seq_length` tokens."""
+        return data.max_seq_length
+
     def collator(self, data: DataConfig, processor: Any) -> Collator:
         """Pad each batch to its longest text."""
         return DataCollatorWithPadding(processor)

@@ -1,0 +1,352 @@
+"""Run a recipe: each stage once, in order, each leaving a model that loads."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from hfslim.anatomy.inputs import example_inputs
+from hfslim.checkpoint import SlimTrainer
+from hfslim.distill import DistillationConfig, DistillationTrainer
+from hfslim.distill.teacher import accepted_inputs
+from hfslim.manifest import Entry, Manifest
+from hfslim.measure import compare
+from hfslim.prune import PruningCallback, prune
+from hfslim.recipe import Recipe
+from hfslim.report import Quality, Report
+from hfslim.stages import Distil, Measure, Prune, Push, Recover, Stage, Transfer
+from hfslim.tasks import TASKS, Examples, build_model, compute_metrics, load_model
+
+__all__ = ["run"]
+
+logger = logging.getLogger(__name__)
+
+
+def run(recipe: Recipe) -> Path:
+    """Run the stages of a recipe that are not finished yet.
+
+    Every process of a launch calls this; the first one writes.
+
+    Args:
+        recipe: What to do.
+
+    Returns:
+        The folder of the last model.
+
+    Raises:
+        OutputError: `output_dir` holds something else, or the recipe has changed since a stage ran.
+        ValueError: The data, the model or a target do not allow what the recipe asks.
+    """
+    plan = [(stage, f"{number:02d}-{stage.name}") for number, stage in enumerate(recipe.stages, 1)]
+    folder = Path(recipe.output_dir)
+    arguments = {
+        name: _arguments(recipe, stage, folder / name) for stage, name in plan if _trains(stage)
+    }
+    evaluation = _arguments(recipe, Transfer(), folder / "evaluation")
+    manifest = Manifest.open(folder, _base(recipe))
+    manifest.check([stage.name for stage, _ in plan], [stage.settings for stage, _ in plan])
+    process = PartialState()
+    with process.main_process_first():
+        work = Work.prepare(recipe, manifest, evaluation)
+    process.wait_for_everyone()
+    for number, (stage, name) in enumerate(plan, 1):
+        entry = manifest.begin(stage.name, name, stage.settings)
+        label = f"stage {number} of {len(plan)}, {stage.name}"
+        if entry.finished:
+            logger.info("%s: finished before, in %s", label, folder / name)
+        else:
+            logger.info("%s", label)
+            work.save_manifest()
+            RUNNERS[type(stage)](work, stage, entry, arguments.get(name))
+            process.wait_for_everyone()
+            entry.finished = True
+            work.save_manifest()
+            if entry.metrics:
+                figures = ", ".join(f"{k} {v:.4f}" for k, v in entry.metrics.items())
+                logger.info("%s: %s, saved in %s", label, figures, folder / name)
+        if isinstance(stage, Prune) and work.whole is None:
+            work.whole = work.source
+        if not isinstance(stage, Measure | Push):
+            work.source, work.latest = str(folder / name), entry
+    return Path(work.source or folder)
+
+
+def _trains(stage: Stage) -> bool:
+    return isinstance(stage, Transfer | Distil | Recover) or (
+        isinstance(stage, Prune) and stage.gradual
+    )
+
+
+def _arguments(recipe: Recipe, stage: Any, folder: Path) -> TrainingArguments:
+    cls = TrainingArguments if isinstance(stage, Transfer) else DistillationConfig
+    return cls(
+        **{**recipe.training, **stage.training},
+        output_dir=str(folder / "training"),
+        seed=recipe.seed,
+        remove_unused_columns=not TASKS[recipe.task].lazy,
+    )
+
+
+def _base(recipe: Recipe) -> dict[str, Any]:
+    base = {
+        key: value for key, value in vars(recipe).items() if key not in ("stages", "output_dir")
+    }
+    return {**base, "data": dict(vars(recipe.data))}
+
+
+@dataclass
+class Work:
+    """What the stages share, and the model as it stands.
+
+    Attributes:
+        recipe: What to do.
+        manifest: What is done.
+        evaluation: Arguments of evaluations outside training.
+        examples: Checked examples, labels in the model's order.
+        processor: Tokenizer, image processor or feature extractor.
+        train: Training examples as the Trainer wants them.
+        eval: Evaluation examples as the Trainer wants them.
+        source: Hub id or folder of the current model; None while it is but a config.
+        whole: Hub id or folder of the model before its first cut.
+        latest: The stage that made the current model.
+    """
+
+    recipe: Recipe
+    manifest: Manifest
+    evaluation: TrainingArguments
+    examples: Examples
+    processor: Any
+    train: Any
+    eval: Any
+    source: str | None
+    whole: str | None = None
+    latest: Entry | None = None
+
+    @classmethod
+    def prepare(cls, recipe: Recipe, manifest: Manifest, evaluation: TrainingArguments) -> Work:
+        """Load data and processor, and check all that can be checked before the first stage."""
+        task, data = TASKS[recipe.task], recipe.data
+        examples = task.load_examples(data, recipe.seed)
+        labels = examples.labels
+        compute_metrics(recipe.metric, labels.problem, len(labels.names))
+        if recipe.model is not None:
+            config = AutoConfig.from_pretrained(recipe.model)
+            examples = examples.with_order_of(config.id2label)
+            processor = task.load_processor(recipe.processor or recipe.model, config)
+        else:
+            config = build_model(task, recipe.model_config or {}, labels).config
+            processor = task.load_processor(recipe.processor, config)
+        train, held = (
+            task.prepare(part, examples, data, processor)
+            for part in (examples.train, examples.evaluation)
+        )
+        return cls(recipe, manifest, evaluation, examples, processor, train, held, recipe.model)
+
+    def save_manifest(self) -> None:
+        """Write the manifest, on the first process."""
+        if PartialState().is_main_process:
+            self.manifest.write()
+
+    def load(self, new_head: bool = False) -> PreTrainedModel:
+        """Load the current model."""
+        task, labels = TASKS[self.recipe.task], self.examples.labels
+        if self.source is None:
+            return build_model(task, self.recipe.model_config or {}, labels)
+        model = load_model(task, self.source, labels, new_head)
+        padding = getattr(self.processor, "pad_token_id", None)
+        if padding is not None and getattr(model.config, "pad_token_id", None) is None:
+            model.config.pad_token_id = padding
+        return model
+
+    def inputs(
+        self, model: PreTrainedModel, batch_size: int = 1, length: int | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Return the input at which the costs of a model are stated."""
+        if length is None:
+            length = TASKS[self.recipe.task].stated_length(self.recipe.data, self.processor)
+        return example_inputs(model, batch_size, length=length)
+
+    def trainer_parts(self) -> dict[str, Any]:
+        """Return what every Trainer of this recipe is given."""
+        labels = self.examples.labels
+        return {
+            "train_dataset": self.train,
+            "eval_dataset": self.eval,
+            "data_collator": TASKS[self.recipe.task].collator(self.recipe.data, self.processor),
+            "processing_class": self.processor,
+            "compute_metrics": compute_metrics(
+                self.recipe.metric, labels.problem, len(labels.names)
+            ),
+        }
+
+    def evaluate(self, model: PreTrainedModel) -> dict[str, float]:
+        """Return the metric and the loss of a model on the evaluation examples."""
+        trainer = SlimTrainer(model=model, args=self.evaluation, **self.trainer_parts())
+        return self.metrics(trainer)
+
+    def metrics(self, trainer: Trainer) -> dict[str, float]:
+        """Return the metric and the loss of a Trainer's model."""
+        result = trainer.evaluate()
+        return {name: result[f"eval_{name}"] for name in (self.recipe.metric, "loss")}
+
+    def train_and_save(self, trainer: Trainer, entry: Entry) -> None:
+        """Train, going on from an interrupted run's last checkpoint, evaluate and save."""
+        own = Path(str(trainer.args.output_dir))
+        checkpoint = get_last_checkpoint(str(own)) if own.is_dir() else None
+        if checkpoint:
+            logger.info("resuming from %s", checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        entry.metrics = self.metrics(trainer)
+        trainer.save_model(str(self.manifest.folder / entry.folder))
+
+    def calibration(self, model: PreTrainedModel, size: int) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield this process's share of the batches that units are scored on."""
+        process = PartialState()
+        chosen = self.train.shuffle(seed=self.recipe.seed)
+        chosen = chosen.select(range(min(size, len(chosen))))
+        accepted = accepted_inputs(model)
+        loader: DataLoader[Any] = DataLoader(
+            chosen.shard(process.num_processes, process.process_index),
+            batch_size=self.evaluation.per_device_train_batch_size,
+            collate_fn=self.trainer_parts()["data_collator"],
+        )
+        for batch in loader:
+            yield {key: value for key, value in batch.items() if key in accepted}
+
+
+def _transfer(work: Work, stage: Transfer, entry: Entry, args: Any) -> None:
+    model = work.load(new_head=True)
+    work.train_and_save(SlimTrainer(model=model, args=args, **work.trainer_parts()), entry)
+
+
+def _distil(work: Work, stage: Distil | Recover, entry: Entry, args: Any) -> None:
+    teacher = stage.teacher or work.recipe.teacher or work.whole
+    model = work.load(new_head=isinstance(stage, Distil))
+    trainer = DistillationTrainer(model=model, args=args, teacher=teacher, **work.trainer_parts())
+    work.train_and_save(trainer, entry)
+
+
+def _prune(work: Work, stage: Prune, entry: Entry, args: Any) -> None:
+    model, seed = work.load(), work.recipe.seed
+    inputs = work.inputs(model)
+    target, criterion = dict(stage.target), stage.criterion
+    shared: dict[str, Any] = {"units": stage.units, "criterion": criterion, "inputs": inputs}
+    if stage.gradual:
+        callback = PruningCallback(
+            target,
+            schedule=stage.schedule or "cubic",
+            start=stage.start,
+            end=stage.end,
+            seed=seed,
+            **shared,
+        )
+        trainer = DistillationTrainer(
+            model=model,
+            args=args,
+            teacher=stage.teacher or work.recipe.teacher or work.whole or work.source,
+            callbacks=[callback],
+            **work.trainer_parts(),
+        )
+        work.train_and_save(trainer, entry)
+        structure = callback.structure
+        if structure is None:
+            raise RuntimeError("training ended before pruning began")
+        entry.structure = structure.table()
+        return
+    model.to(work.evaluation.device)
+    process = PartialState()
+    data = work.calibration(model, stage.max_examples)
+    result = prune(
+        model,
+        data,
+        target,
+        max_examples=stage.max_examples,
+        seed=seed,
+        progress=process.is_main_process,
+        **shared,
+    )
+    entry.structure = result.structure.table()
+    if process.is_main_process:
+        target_folder = work.manifest.folder / entry.folder
+        result.model.save_pretrained(target_folder)
+        work.processor.save_pretrained(target_folder)
+    process.wait_for_everyone()
+    entry.metrics = work.evaluate(result.model)
+
+
+def _measure(work: Work, stage: Measure, entry: Entry, args: Any) -> None:
+    task, folder = TASKS[work.recipe.task], work.manifest.folder / entry.folder
+    origin = work.whole or work.recipe.teacher or _last_teacher(work.recipe)
+    before = task.auto_model.from_pretrained(origin)
+    after = task.auto_model.from_pretrained(work.source)
+    known = {str(work.manifest.folder / e.folder): e.metrics for e in work.manifest.stages}
+    teacher = known.get(str(origin)) or work.evaluate(before)
+    now = known.get(str(work.source)) or work.evaluate(after)
+    if not PartialState().is_main_process:
+        return
+    device = work.evaluation.device
+    for model in (before, after):
+        model.to(device)
+    comparisons = []
+    for size in stage.batch_sizes:
+        logger.info("measuring at batch %d on %s", size, device)
+        comparisons.append(compare(before, after, work.inputs(after, size, stage.length)))
+    metric, examples = work.recipe.metric, len(work.eval)
+    report = Report(
+        model=work.recipe.model or f"{after.config.model_type}, trained here",
+        comparisons=comparisons,
+        quality=[
+            Quality(metric, now[metric], teacher[metric], f"evaluation, {examples:,} examples")
+        ],
+        structure=_structure(work.manifest),
+        stages=[{one.name: _flat(one.settings)} for one in work.recipe.stages],
+    )
+    report.print()
+    report.write(folder)
+    logger.info("report in %s", folder)
+
+
+def _last_teacher(recipe: Recipe) -> str | None:
+    named = [getattr(stage, "teacher", None) for stage in recipe.stages]
+    return next((teacher for teacher in reversed(named) if teacher), None)
+
+
+def _structure(manifest: Manifest) -> list[dict[str, Any]]:
+    cuts = [entry for entry in manifest.stages if entry.structure]
+    if len(cuts) == 1:
+        return cuts[0].structure
+    return [{**row, "path": f"{e.folder}: {row['path']}"} for e in cuts for row in e.structure]
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    own = {k: v for k, v in settings.items() if k != "training" and v is not None}
+    return {**own, **settings.get("training", {})}
+
+
+def _push(work: Work, stage: Push, entry: Entry, args: Any) -> None:
+    if not PartialState().is_main_process:
+        return
+    model = TASKS[work.recipe.task].auto_model.from_pretrained(work.source)
+    for part in (model, work.processor):
+        part.push_to_hub(stage.hub_model_id, private=stage.hub_private_repo)
+    (work.manifest.folder / entry.folder).mkdir(exist_ok=True)
+    logger.info("pushed to %s", stage.hub_model_id)
+
+
+RUNNERS: dict[type[Stage], Callable[[Work, Any, Entry, Any], None]] = {
+    Transfer: _transfer,
+    Distil: _distil,
+    Prune: _prune,
+    Recover: _distil,
+    Measure: _measure,
+    Push: _push,
+}
