@@ -80,7 +80,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         self.goal = Target.parse(target, units)
         self.criteria = criteria_by_kind(criterion, units)
         self.structure: Structure | None = None
-        self._arguments = {
+        self._arguments: dict[str, Any] = {
             "target": dict(target),
             "units": list(units),
             "criterion": criterion if isinstance(criterion, str) else dict(criterion),
@@ -92,9 +92,9 @@ class PruningCallback(TrainerCallback, ExportableState):
             "seed": seed,
         }
         self._inputs, self._seed, self._schedule = inputs, seed, SCHEDULES[schedule]
-        self._collector: Collector | None = None
+        self._collector: Collector = None  # type: ignore[assignment]  # made when training begins
 
-    def on_train_begin(
+    def on_train_begin(  # type: ignore[override]  # the Trainer always passes the model
         self,
         args: Arguments,
         state: TrainerState,
@@ -150,7 +150,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         """Gather the scores of all ranks if a checkpoint follows."""
         self._before_save(control)
 
-    def on_log(
+    def on_log(  # type: ignore[override]  # the Trainer always passes the logs
         self, args: Arguments, state: TrainerState, *_: Any, logs: dict[str, Any], **__: Any
     ) -> None:
         """Add the fractions of units kept to the Trainer's logs."""
@@ -160,7 +160,7 @@ class PruningCallback(TrainerCallback, ExportableState):
             logs.update(kept)
             state.log_history[-1].update(kept)
 
-    def on_train_end(
+    def on_train_end(  # type: ignore[override]
         self,
         args: Arguments,
         state: TrainerState,
@@ -178,12 +178,13 @@ class PruningCallback(TrainerCallback, ExportableState):
             )
             self._decide(state, 1.0, model)
         self._collector.gates.detach()
+        assert self.structure is not None
         shrink(model, self.structure)
 
     def state(self) -> dict[str, Any]:
         """Return what the Trainer writes into a checkpoint."""
         saved = None
-        if self._collector is not None:
+        if self.structure is not None:
             scores = self._collector.scores
             saved = {
                 "structure": self.structure.to_dict(),
@@ -193,7 +194,8 @@ class PruningCallback(TrainerCallback, ExportableState):
         return {"args": self._arguments, "attributes": {"saved": saved}}
 
     def _restore(self, state: TrainerState) -> None:
-        kept = state.stateful_callbacks.get(type(self).__name__)
+        callbacks: Any = state.stateful_callbacks
+        kept = callbacks.get(type(self).__name__)
         saved = kept and kept["attributes"]["saved"]
         if not saved:
             raise ValueError(
@@ -251,9 +253,9 @@ class LayerDropCallback(TrainerCallback):
         if not 0 <= p < 1:
             raise ValueError(f"p is a probability in [0, 1), got {p}")
         self.p, self.seed = p, seed
-        self._gates: Gates | None = None
+        self._gates: Gates = None  # type: ignore[assignment]  # made when training begins
 
-    def on_train_begin(
+    def on_train_begin(  # type: ignore[override]
         self, args: Arguments, state: TrainerState, *_: Any, model: PreTrainedModel, **__: Any
     ) -> None:
         """Gate the layers."""
