@@ -290,3 +290,14 @@ class TestShrink:
         model = tiny("bert").to(torch.bfloat16)
         hfslim.shrink(model, uneven(model))
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+    @pytest.mark.parametrize("family", ["bert", "mpnet", "deberta-v2", "wavlm", "swin"])
+    @torch.no_grad()
+    def test_hidden_states_and_attention_weights_can_be_asked_for(self, family):
+        model = tiny(family)
+        inputs = example_inputs(model, length=1200 if family == "wavlm" else 12)
+        whole = len(model(**inputs, output_hidden_states=True).hidden_states)
+        hfslim.shrink(model, uneven(model))
+        outputs = model(**inputs, output_hidden_states=True, output_attentions=True)
+        stages = family == "swin"
+        assert len(outputs.hidden_states) == (whole if stages else whole - 1)

@@ -47,7 +47,9 @@ class Headless(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the stock class would, without any head."""
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        return self.without_heads(hidden)
+        # MPNet's tuple is longer by the weights where they are asked for.
+        weights = [None] if self.returns and kwargs.get("output_attentions") else []
+        return self.without_heads(hidden, *weights)
 
     def without_heads(self, hidden: torch.Tensor, *others: Any) -> Any:
         """Return the output of no heads, and the rest of the stock class's tuple."""
