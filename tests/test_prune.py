@@ -89,6 +89,7 @@ def test_a_target_out_of_range_is_refused(target):
         ({"criterion": "hessian"}, "criterion for heads: got 'hessian'"),
         ({"data": []}, "calibration data is empty"),
         ({"max_examples": 0}, "calibration data is empty"),
+        ({"data": [{"input_ids": [[1, 2]]}]}, r"holds no tensors, only \['input_ids'\]"),
     ],
 )
 def test_an_argument_that_cannot_work_is_refused(options, message):

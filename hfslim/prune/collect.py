@@ -222,7 +222,13 @@ def _limited(data: Iterable[Mapping[str, Any]], max_examples: int) -> Iterator[d
         if left <= 0:
             return
         tensors = {k: v[:left] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        left -= len(next(v for v in tensors.values() if isinstance(v, torch.Tensor)))
+        sizes = [len(v) for v in tensors.values() if isinstance(v, torch.Tensor)]
+        if not sizes:
+            raise ValueError(
+                f"a batch holds no tensors, only {sorted(tensors)}: data must give batches of "
+                "model inputs, such as a DataLoader or a list of dicts of tensors"
+            )
+        left -= sizes[0]
         yield tensors
 
 
