@@ -67,7 +67,8 @@ class Manifest:
             if others:
                 raise OutputError(
                     f"output_dir {str(folder)!r} holds {', '.join(others[:5])} and no {FILE}, "
-                    "so it is not the result of a recipe; nothing was touched: set another output_dir"
+                    "so it is not the result of a recipe; nothing was touched: "
+                    "set another output_dir"
                 )
             return cls(folder, _plain(base))
         try:

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
-from torch.utils.data import DataLoader
-from transformers import AutoConfig, PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import TrainingArguments, set_seed
 
-from hfslim.anatomy.inputs import example_inputs
 from hfslim.checkpoint import SlimTrainer
 from hfslim.distill import DistillationConfig, DistillationTrainer
-from hfslim.distill.teacher import accepted_inputs
 from hfslim.manifest import Entry, Manifest
 from hfslim.measure import compare
 from hfslim.prune import PruningCallback, prune
-from hfslim.recipe import Recipe
+from hfslim.recipe import Recipe, RecipeError
 from hfslim.report import Quality, Report
 from hfslim.stages import Distil, Measure, Prune, Push, Recover, Stage, Transfer
-from hfslim.tasks import TASKS, Examples, build_model, compute_metrics, load_model
+from hfslim.tasks import TASKS
+from hfslim.work import Work
 
 __all__ = ["run"]
 
@@ -44,7 +39,7 @@ def run(recipe: Recipe) -> Path:
 
     Raises:
         OutputError: `output_dir` holds something else, or the recipe has changed since a stage ran.
-        ValueError: The data, the model or a target do not allow what the recipe asks.
+        RecipeError: The data, the model or a target do not allow what the recipe asks.
     """
     plan = [(stage, f"{number:02d}-{stage.name}") for number, stage in enumerate(recipe.stages, 1)]
     folder = Path(recipe.output_dir)
@@ -55,8 +50,11 @@ def run(recipe: Recipe) -> Path:
     manifest = Manifest.open(folder, _base(recipe))
     manifest.check([stage.name for stage, _ in plan], [stage.settings for stage, _ in plan])
     process = PartialState()
-    with process.main_process_first():
-        work = Work.prepare(recipe, manifest, evaluation)
+    try:
+        with process.main_process_first():
+            work = Work.prepare(recipe, manifest, evaluation)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
     process.wait_for_everyone()
     for number, (stage, name) in enumerate(plan, 1):
         entry = manifest.begin(stage.name, name, stage.settings)
@@ -66,6 +64,7 @@ def run(recipe: Recipe) -> Path:
         else:
             logger.info("%s", label)
             work.save_manifest()
+            set_seed(recipe.seed)
             RUNNERS[type(stage)](work, stage, entry, arguments.get(name))
             process.wait_for_everyone()
             entry.finished = True
@@ -101,126 +100,6 @@ def _base(recipe: Recipe) -> dict[str, Any]:
         key: value for key, value in vars(recipe).items() if key not in ("stages", "output_dir")
     }
     return {**base, "data": dict(vars(recipe.data))}
-
-
-@dataclass
-class Work:
-    """What the stages share, and the model as it stands.
-
-    Attributes:
-        recipe: What to do.
-        manifest: What is done.
-        evaluation: Arguments of evaluations outside training.
-        examples: Checked examples, labels in the model's order.
-        processor: Tokenizer, image processor or feature extractor.
-        train: Training examples as the Trainer wants them.
-        eval: Evaluation examples as the Trainer wants them.
-        source: Hub id or folder of the current model; None while it is but a config.
-        whole: Hub id or folder of the model before its first cut.
-        latest: The stage that made the current model.
-    """
-
-    recipe: Recipe
-    manifest: Manifest
-    evaluation: TrainingArguments
-    examples: Examples
-    processor: Any
-    train: Any
-    eval: Any
-    source: str | None
-    whole: str | None = None
-    latest: Entry | None = None
-
-    @classmethod
-    def prepare(cls, recipe: Recipe, manifest: Manifest, evaluation: TrainingArguments) -> Work:
-        """Load data and processor, and check all that can be checked before the first stage."""
-        task, data = TASKS[recipe.task], recipe.data
-        examples = task.load_examples(data, recipe.seed)
-        labels = examples.labels
-        compute_metrics(recipe.metric, labels.problem, len(labels.names))
-        if recipe.model is not None:
-            config = AutoConfig.from_pretrained(recipe.model)
-            examples = examples.with_order_of(config.id2label)
-            processor = task.load_processor(recipe.processor or recipe.model, config)
-        else:
-            config = build_model(task, recipe.model_config or {}, labels).config
-            processor = task.load_processor(recipe.processor, config)
-        train, held = (
-            task.prepare(part, examples, data, processor)
-            for part in (examples.train, examples.evaluation)
-        )
-        return cls(recipe, manifest, evaluation, examples, processor, train, held, recipe.model)
-
-    def save_manifest(self) -> None:
-        """Write the manifest, on the first process."""
-        if PartialState().is_main_process:
-            self.manifest.write()
-
-    def load(self, new_head: bool = False) -> PreTrainedModel:
-        """Load the current model."""
-        task, labels = TASKS[self.recipe.task], self.examples.labels
-        if self.source is None:
-            return build_model(task, self.recipe.model_config or {}, labels)
-        model = load_model(task, self.source, labels, new_head)
-        padding = getattr(self.processor, "pad_token_id", None)
-        if padding is not None and getattr(model.config, "pad_token_id", None) is None:
-            model.config.pad_token_id = padding
-        return model
-
-    def inputs(
-        self, model: PreTrainedModel, batch_size: int = 1, length: int | None = None
-    ) -> dict[str, torch.Tensor]:
-        """Return the input at which the costs of a model are stated."""
-        if length is None:
-            length = TASKS[self.recipe.task].stated_length(self.recipe.data, self.processor)
-        return example_inputs(model, batch_size, length=length)
-
-    def trainer_parts(self) -> dict[str, Any]:
-        """Return what every Trainer of this recipe is given."""
-        labels = self.examples.labels
-        return {
-            "train_dataset": self.train,
-            "eval_dataset": self.eval,
-            "data_collator": TASKS[self.recipe.task].collator(self.recipe.data, self.processor),
-            "processing_class": self.processor,
-            "compute_metrics": compute_metrics(
-                self.recipe.metric, labels.problem, len(labels.names)
-            ),
-        }
-
-    def evaluate(self, model: PreTrainedModel) -> dict[str, float]:
-        """Return the metric and the loss of a model on the evaluation examples."""
-        trainer = SlimTrainer(model=model, args=self.evaluation, **self.trainer_parts())
-        return self.metrics(trainer)
-
-    def metrics(self, trainer: Trainer) -> dict[str, float]:
-        """Return the metric and the loss of a Trainer's model."""
-        result = trainer.evaluate()
-        return {name: result[f"eval_{name}"] for name in (self.recipe.metric, "loss")}
-
-    def train_and_save(self, trainer: Trainer, entry: Entry) -> None:
-        """Train, going on from an interrupted run's last checkpoint, evaluate and save."""
-        own = Path(str(trainer.args.output_dir))
-        checkpoint = get_last_checkpoint(str(own)) if own.is_dir() else None
-        if checkpoint:
-            logger.info("resuming from %s", checkpoint)
-        trainer.train(resume_from_checkpoint=checkpoint)
-        entry.metrics = self.metrics(trainer)
-        trainer.save_model(str(self.manifest.folder / entry.folder))
-
-    def calibration(self, model: PreTrainedModel, size: int) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield this process's share of the batches that units are scored on."""
-        process = PartialState()
-        chosen = self.train.shuffle(seed=self.recipe.seed)
-        chosen = chosen.select(range(min(size, len(chosen))))
-        accepted = accepted_inputs(model)
-        loader: DataLoader[Any] = DataLoader(
-            chosen.shard(process.num_processes, process.process_index),
-            batch_size=self.evaluation.per_device_train_batch_size,
-            collate_fn=self.trainer_parts()["data_collator"],
-        )
-        for batch in loader:
-            yield {key: value for key, value in batch.items() if key in accepted}
 
 
 def _transfer(work: Work, stage: Transfer, entry: Entry, args: Any) -> None:

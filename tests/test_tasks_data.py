@@ -178,3 +178,11 @@ def test_a_damaged_recording_is_named(tmp_path: Path) -> None:
     path.write_bytes(b"no sound")
     with pytest.raises(ValueError, match=r"a\.wav: not a sound file"):
         read_audio({"path": str(path), "bytes": None}, rate=16000, max_seconds=1)
+
+
+def test_a_folder_without_recordings_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(ValueError, match=r"the data are empty: no recordings.*CLASS/NAME"):
+        TASKS["audio-classification"].load_examples(
+            DataConfig(train_dir=str(tmp_path), train_val_split=0.5), seed=0
+        )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import soundfile
 from PIL import Image
 from sklearn.datasets import load_digits
 from transformers.utils import logging
@@ -26,7 +27,7 @@ class DataConfig:
         dataset_name: Hub id, local data set folder, or `digits` (scikit-learn's, no download).
         dataset_config_name: Configuration of the Hub data set.
         train_file: A csv, json, jsonl or parquet file; likewise `validation_file`, `test_file`.
-        train_dir: Folder of images or recordings, one subfolder per class; or with `metadata.csv`.
+        train_dir: Folder of images or recordings, one subfolder per class.
         validation_dir: As `train_dir`.
         text_column_name: Column of the text; by default `text` or `sentence`.
         text_pair_column_name: Column of the second text of a pair.
@@ -149,8 +150,52 @@ def _load(data: DataConfig, folder_builder: str | None) -> datasets.DatasetDict:
     if folder_builder is None:
         raise ValueError("train_dir holds images or recordings; texts come by train_file")
     folders = {"train": data.train_dir, "validation": data.validation_dir}
-    patterns = {split: str(Path(path) / "**") for split, path in folders.items() if path}
+    given = {split: Path(path) for split, path in folders.items() if path}
+    if folder_builder == "audiofolder":
+        return audio_folders(given)
+    patterns = {split: str(path / "**") for split, path in given.items()}
     return datasets.load_dataset(folder_builder, data_files=patterns)
+
+
+def audio_folders(folders: dict[str, Path]) -> datasets.DatasetDict:
+    """List the recordings of folders with one subfolder per class, without decoding them.
+
+    The `audiofolder` builder of datasets does the same, but needs torchcodec even to list.
+
+    Args:
+        folders: Split to folder.
+
+    Raises:
+        ValueError: A folder has no recordings in subfolders.
+    """
+    suffixes = {f".{name.lower()}" for name in soundfile.available_formats()}
+    found = {
+        split: sorted(p for p in folder.glob("*/**/*") if p.suffix.lower() in suffixes)
+        for split, folder in folders.items()
+    }
+    for split, paths in found.items():
+        if not paths:
+            raise ValueError(
+                f"the data are empty: no recordings in subfolders of {str(folders[split])!r}; "
+                f"expected CLASS/NAME with one of {sorted(suffixes)}"
+            )
+    classes = {
+        split: [path.relative_to(folders[split]).parts[0] for path in paths]
+        for split, paths in found.items()
+    }
+    names = sorted({name for split in classes.values() for name in split})
+    features = datasets.Features(
+        {"audio": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
+    )
+    return datasets.DatasetDict(
+        {
+            split: datasets.Dataset.from_dict(
+                {"audio": [str(path) for path in paths], "label": classes[split]},
+                features=features,
+            ).cast_column("audio", datasets.Audio(decode=False))
+            for split, paths in found.items()
+        }
+    )
 
 
 def _split(loaded: datasets.DatasetDict, name: str, key: str) -> datasets.Dataset:

@@ -1,0 +1,248 @@
+"""A recipe runs stage by stage, goes on where it ended, and overwrites only its own results."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+from transformers import AutoModelForImageClassification, BertTokenizer
+
+from hfslim.manifest import Manifest, OutputError
+from hfslim.pipeline import run
+from hfslim.recipe import Recipe, RecipeError, parse_recipe
+
+STEP = {
+    "max_steps": 1,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 4,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+STAGES = [
+    {"transfer": {}},
+    {"prune": {"target": {"macs": 0.6}, "max_examples": 4}},
+    {"recover": {"allow_untrained_teacher": True}},
+    {"measure": {"batch_sizes": [1]}},
+]
+WIDTHS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+VIT = {
+    "model_type": "vit",
+    **WIDTHS,
+    "intermediate_size": 32,
+    "image_size": 8,
+    "patch_size": 4,
+}
+
+
+def recipe_of(folder: Path, task: str, config: dict, data: dict, **rest: Any) -> dict[str, Any]:
+    return {
+        "task": task,
+        "model_config": config,
+        "data": data,
+        "training": STEP,
+        "stages": STAGES,
+        "output_dir": str(folder / "out"),
+        **rest,
+    }
+
+
+def text_recipe(folder: Path) -> dict[str, Any]:
+    words = ["good", "bad", "film", "plot"]
+    (folder / "tokenizer").mkdir()
+    vocabulary = {
+        t: i for i, t in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])
+    }
+    BertTokenizer(vocab=vocabulary, model_max_length=16).save_pretrained(folder / "tokenizer")
+    for name in ("train", "held"):
+        with (folder / f"{name}.csv").open("w", newline="") as file:
+            rows = [(f"{w} film", "plot", "up" if w == "good" else "down") for w in words[:2] * 4]
+            csv.writer(file).writerows([("a", "b", "verdict"), *rows])
+    config = {
+        "model_type": "bert",
+        **WIDTHS,
+        "intermediate_size": 32,
+        "vocab_size": 9,
+        "max_position_embeddings": 16,
+    }
+    data = {
+        "train_file": str(folder / "train.csv"),
+        "validation_file": str(folder / "held.csv"),
+        "text_column_name": "a",
+        "text_pair_column_name": "b",
+        "label_column_name": "verdict",
+        "max_seq_length": 12,
+    }
+    processor = str(folder / "tokenizer")
+    return recipe_of(folder, "text-classification", config, data, processor=processor)
+
+
+def image_recipe(folder: Path) -> dict[str, Any]:
+    for split, name in ((s, n) for s in ("train", "held") for n in ("blue", "red")):
+        (folder / split / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (9, 7), name).save(folder / split / name / f"{i}.png")
+    data = {"train_dir": str(folder / "train"), "validation_dir": str(folder / "held")}
+    return recipe_of(folder, "image-classification", VIT, data)
+
+
+def audio_recipe(folder: Path) -> dict[str, Any]:
+    for split, pitch in ((s, p) for s in ("train", "held") for p in (200, 900)):
+        (folder / split / f"{pitch}Hz").mkdir(parents=True)
+        for i in range(4):
+            wave = np.sin(np.arange(4000 + 500 * i) * 2 * np.pi * pitch / 8000)
+            soundfile.write(folder / split / f"{pitch}Hz" / f"{i}.wav", wave, 8000)
+    config = {
+        "model_type": "wav2vec2",
+        **WIDTHS,
+        "intermediate_size": 32,
+        "conv_dim": [8, 8],
+        "conv_stride": [10, 8],
+        "conv_kernel": [10, 8],
+        "num_feat_extract_layers": 2,
+        "num_conv_pos_embeddings": 8,
+        "num_conv_pos_embedding_groups": 2,
+        "classifier_proj_size": 8,
+        "mask_time_prob": 0.0,
+        "layerdrop": 0.0,
+    }
+    data = {
+        "train_dir": str(folder / "train"),
+        "validation_dir": str(folder / "held"),
+        "max_length_seconds": 0.5,
+    }
+    return recipe_of(folder, "audio-classification", config, data)
+
+
+def manifest(recipe: Recipe) -> dict[str, Any]:
+    return json.loads((Path(recipe.output_dir) / "manifest.json").read_text())
+
+
+@pytest.mark.parametrize("make", [text_recipe, image_recipe, audio_recipe])
+def test_each_task_runs_from_transfer_to_report(tmp_path: Path, make) -> None:
+    recipe = parse_recipe(make(tmp_path))
+    last = run(recipe)
+    out = Path(recipe.output_dir)
+    assert last == out / "03-recover"
+    for folder in ("01-transfer", "02-prune", "03-recover"):
+        assert {"config.json", "model.safetensors"} <= {p.name for p in (out / folder).iterdir()}
+    stages = manifest(recipe)["stages"]
+    assert all(stage["finished"] for stage in stages)
+    assert all(0 <= stage["metrics"]["accuracy"] <= 1 for stage in stages[:3])
+    report = json.loads((out / "04-measure" / "report.json").read_text())
+    comparison = report["comparisons"][0]
+    assert comparison["after"]["macs"] <= 0.6 * comparison["before"]["macs"]
+    assert report["quality"][0]["teacher"] == stages[0]["metrics"]["accuracy"]
+    assert {row["kind"] for row in report["structure"]} == {"heads", "neurons"}
+
+
+def test_a_second_run_goes_on_after_the_last_finished_stage(tmp_path: Path) -> None:
+    raw = image_recipe(tmp_path)
+    run(parse_recipe({**raw, "stages": STAGES[:1]}))
+    weights = tmp_path / "out" / "01-transfer" / "model.safetensors"
+    before = (weights.read_bytes(), weights.stat().st_mtime_ns)
+    run(parse_recipe({**raw, "stages": STAGES[:2]}))
+    assert (weights.read_bytes(), weights.stat().st_mtime_ns) == before
+    assert [s["name"] for s in manifest(parse_recipe(raw))["stages"]] == ["transfer", "prune"]
+
+
+def test_a_stage_that_changed_since_it_ran_is_refused(tmp_path: Path) -> None:
+    raw = image_recipe(tmp_path)
+    run(parse_recipe({**raw, "stages": [{"transfer": {"learning_rate": 1e-3}}]}))
+    changed = parse_recipe({**raw, "stages": [{"transfer": {"learning_rate": 1e-4}}]})
+    with pytest.raises(
+        OutputError, match=r"stage 1 \(transfer\) has changed.*learning_rate was 0.001, now 0.0001"
+    ):
+        run(changed)
+    with pytest.raises(OutputError, match=r"the recipe has changed.*seed was 42, now 1"):
+        run(parse_recipe({**raw, "stages": STAGES[:1], "seed": 1}))
+
+
+def test_an_interrupted_stage_resumes_from_its_checkpoint(tmp_path: Path) -> None:
+    raw = image_recipe(tmp_path)
+    training = {**STEP, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = {**raw, "training": training, "stages": STAGES[:1]}
+    run(parse_recipe({**whole, "output_dir": str(tmp_path / "whole")}))
+    run(parse_recipe({**whole, "output_dir": str(tmp_path / "cut")}))
+    cut = tmp_path / "cut"
+    record = json.loads((cut / "manifest.json").read_text())
+    record["stages"][0]["finished"] = False
+    (cut / "manifest.json").write_text(json.dumps(record))
+    for name in ("checkpoint-4", "model.safetensors"):
+        path = cut / "01-transfer" / ("training" if name.startswith("check") else "") / name
+        path.rename(tmp_path / name)
+    run(parse_recipe({**whole, "output_dir": str(cut)}))
+    both = [
+        AutoModelForImageClassification.from_pretrained(tmp_path / name / "01-transfer")
+        for name in ("whole", "cut")
+    ]
+    for one, other in zip(both[0].parameters(), both[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
+    raw = image_recipe(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputError, match=r"holds thesis\.txt.*nothing was touched"):
+        run(parse_recipe(raw))
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_a_damaged_manifest_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(OutputError, match=r"manifest\.json is damaged"):
+        Manifest.open(tmp_path, {})
+
+
+def test_later_results_do_not_outlive_an_earlier_stage(tmp_path: Path) -> None:
+    record = Manifest(tmp_path, {})
+    for name in ("01-transfer", "02-prune"):
+        record.begin(name[3:], name, {}).finished = True
+    (tmp_path / "02-prune").mkdir()
+    with pytest.raises(OutputError, match=r"01-transfer is gone, but 02-prune came after it"):
+        record.check(["transfer", "prune"], [{}, {}])
+
+
+def test_gradual_pruning_ends_at_the_target(tmp_path: Path) -> None:
+    raw = image_recipe(tmp_path)
+    gradual = {
+        "prune": {
+            "target": {"sparsity": {"neurons": 0.5}},
+            "units": ["neurons"],
+            "max_steps": 4,
+            "allow_untrained_teacher": True,
+        }
+    }
+    run(parse_recipe({**raw, "stages": [STAGES[0], gradual]}))
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "02-prune")
+    widths = [m.out_features for n, m in model.named_modules() if n.endswith(("fc1", "up_proj"))]
+    rows = manifest(parse_recipe(raw))["stages"][1]["structure"]
+    assert sum(row["kept"] for row in rows) == 32
+    assert sum(widths or [32]) == 32
+
+
+def test_an_unreachable_target_is_refused_before_any_training(tmp_path: Path) -> None:
+    raw = image_recipe(tmp_path)
+    prune = {"prune": {"target": {"macs": 0.001}}}
+    with pytest.raises(RecipeError, match=r"macs=0.001 cannot be reached.* are left"):
+        run(parse_recipe({**raw, "stages": [STAGES[0], prune]}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_metric_that_does_not_suit_the_labels_is_refused_before_any_work(tmp_path: Path) -> None:
+    raw = image_recipe(tmp_path)
+    with pytest.raises(RecipeError, match=r"'pearson' does not suit single_label.*'accuracy'"):
+        run(parse_recipe({**raw, "metric": "pearson"}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_measuring_needs_something_to_compare_with(tmp_path: Path) -> None:
+    raw = image_recipe(tmp_path)
+    with pytest.raises(RecipeError, match="nothing to compare with"):
+        parse_recipe({**raw, "stages": [STAGES[0], STAGES[3]]})
