@@ -37,7 +37,9 @@ def tweets(source: Path | None, output: Path) -> None:
     if not files:
         sys.exit(f"error: no csv file in {source}")
     table = pd.concat(pd.read_csv(file, encoding="latin-1") for file in files)
-    table = table[["text", "sentiment"]].dropna().drop_duplicates("text")
+    table = table[["text", "sentiment"]].dropna()
+    table["text"] = table["text"].map(lambda text: " ".join(text.split()))
+    table = table.drop_duplicates("text")
     held_out = table["text"].map(lambda text: _fraction(text) < HELD_OUT)
     table[~held_out].to_csv(output / "train.csv", index=False)
     table[held_out].to_csv(output / "validation.csv", index=False)
