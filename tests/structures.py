@@ -1,10 +1,13 @@
-"""Structures for tests: unequal layer by layer, with the hard cases in them."""
+"""For tests: structures unequal layer by layer, and a check that a model is left alone."""
 
 from __future__ import annotations
 
+import copy
 import random
 
+import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from hfslim.anatomy import find_units
 from hfslim.structure import Structure
@@ -32,3 +35,36 @@ def uneven(model: nn.Module, seed: int = 0, drop_layer: bool = True) -> Structur
         kept = sorted(draw.sample(range(site.size), size))
         sites[site.kind][site.path] = (kept, site.size)
     return Structure.of(sites)
+
+
+class Unchanged:
+    """Checks that a block leaves weights, config, classes and sizes bit for bit."""
+
+    PLAIN = (int, float, str, tuple)
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def _state(self) -> tuple:
+        settings = [
+            (
+                type(m),
+                {k: v for k, v in vars(m).items() if k[0] != "_" and isinstance(v, self.PLAIN)},
+            )
+            for m in self.model.modules()
+        ]
+        return copy.deepcopy((self.model.config.to_dict(), settings, self.model.training))
+
+    def __enter__(self) -> None:
+        self.state = self._state()
+        self.parameters = list(self.model.named_parameters())
+        self.values = {k: v.clone() for k, v in self.model.state_dict().items()}
+
+    def __exit__(self, *_: object) -> None:
+        assert self._state() == self.state
+        now = list(self.model.named_parameters())
+        assert [name for name, _ in now] == [name for name, _ in self.parameters]
+        assert all(a is b for (_, a), (_, b) in zip(now, self.parameters, strict=True))
+        after = self.model.state_dict()
+        assert list(after) == list(self.values)
+        assert all(torch.equal(after[k], v) for k, v in self.values.items())

@@ -1,0 +1,99 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from models import tiny
+from structures import Unchanged, uneven
+
+import hfslim
+from hfslim.anatomy import Cut, Units, example_inputs, find_units
+from hfslim.prune import surgery
+from hfslim.structure import Structure
+
+ATTENTION = "bert.encoder.layer.1.attention.self"
+
+
+@pytest.mark.parametrize("tensor", ["query", "key", "output"])
+def test_a_cut_that_goes_wrong_is_taken_back(monkeypatch, tensor):
+    model = tiny("bert")
+    units = find_units(model)
+    site = units.site("heads", ATTENTION)
+
+    class Shifted(Cut):
+        def indices(self, kept, total):
+            return super().indices(kept, total).roll(1)
+
+    cuts = tuple(
+        Shifted(**vars(cut)) if tensor in cut.module and cut.tensor == "weight" else cut
+        for cut in site.cuts
+    )
+    wrong = Units(tuple(replace(s, cuts=cuts) if s == site else s for s in units))
+    monkeypatch.setattr(surgery, "find_units", lambda _: wrong)
+    kept = {"heads": {ATTENTION: ([0, 2], 4)}, "layers": {"bert.encoder.layer": ([1, 2], 3)}}
+    with Unchanged(model), pytest.raises(RuntimeError, match="differs from the gated one"):
+        hfslim.shrink(model, Structure.of(kept))
+
+
+@pytest.mark.parametrize("family", ["wavlm", "mpnet", "swin", "qwen2"])
+def test_a_description_that_fails_takes_everything_back(monkeypatch, family):
+    model = tiny(family)
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(surgery.blueprint, "describe", fail)
+    with Unchanged(model), pytest.raises(OSError, match="disk full"):
+        hfslim.shrink(model, uneven(model))
+
+
+def test_a_second_cut_that_fails_leaves_the_first(monkeypatch):
+    model = tiny("wavlm")
+    hfslim.shrink(model, uneven(model))
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(surgery.blueprint, "describe", fail)
+    with Unchanged(model), pytest.raises(OSError, match="disk full"):
+        hfslim.shrink(model, uneven(model, seed=1, drop_layer=False))
+
+
+def test_outputs_that_are_not_finite_cannot_be_checked():
+    model = tiny("bert")
+    model.classifier.bias.data[0] = float("nan")
+    structure = uneven(model)
+    with pytest.raises(RuntimeError, match="not finite"):
+        hfslim.shrink(model, structure)
+
+
+def test_a_structure_of_another_model_is_refused():
+    model = tiny("bert")
+    with Unchanged(model), pytest.raises(KeyError, match="has no"):
+        hfslim.shrink(model, uneven(tiny("vit")))
+
+
+def test_mode_and_trainability_are_kept():
+    model = tiny("bert").train()
+    model.bert.encoder.layer[0].requires_grad_(False)
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    hfslim.shrink(model, uneven(model, drop_layer=False))
+    assert model.training
+    assert {n for n, p in model.named_parameters() if not p.requires_grad} == frozen
+
+
+def test_works_in_half_precision():
+    model = tiny("bert").to(torch.bfloat16)
+    hfslim.shrink(model, uneven(model))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("family", ["bert", "mpnet", "deberta-v2", "wavlm", "swin"])
+@torch.no_grad()
+def test_hidden_states_and_attention_weights_can_be_asked_for(family):
+    model = tiny(family)
+    inputs = example_inputs(model, length=1200 if family == "wavlm" else 12)
+    whole = len(model(**inputs, output_hidden_states=True).hidden_states)
+    hfslim.shrink(model, uneven(model))
+    outputs = model(**inputs, output_hidden_states=True, output_attentions=True)
+    stages = family == "swin"
+    assert len(outputs.hidden_states) == (whole if stages else whole - 1)
