@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 
@@ -87,8 +89,11 @@ def _trains(stage: Stage) -> bool:
 
 def _arguments(recipe: Recipe, stage: Any, folder: Path) -> TrainingArguments:
     cls = TrainingArguments if isinstance(stage, Transfer) else DistillationConfig
+    # Told nothing, the Trainer starts no process group where there is no accelerator.
+    asked = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
+    use_cpu = asked or not torch.accelerator.is_available()
     return cls(
-        **{**recipe.training, **stage.training},
+        **{"use_cpu": use_cpu, **recipe.training, **stage.training},
         output_dir=str(folder / "training"),
         seed=recipe.seed,
         remove_unused_columns=not TASKS[recipe.task].lazy,
@@ -174,7 +179,7 @@ def _measure(work: Work, stage: Measure, entry: Entry, args: Any) -> None:
         return
     device = work.evaluation.device
     for model in (before, after):
-        model.to(device)
+        model.to(device=device)
     comparisons = []
     for size in stage.batch_sizes:
         logger.info("measuring at batch %d on %s", size, device)

@@ -6,9 +6,19 @@ import logging
 import os
 import sys
 
+from hfslim.distill.teacher import UntrainedTeacherError
 from hfslim.manifest import OutputError
 from hfslim.pipeline import run
+from hfslim.prune import UnreachableTargetError
 from hfslim.recipe import RecipeError, load_recipe
+
+MISTAKES = (
+    FileNotFoundError,
+    OutputError,
+    RecipeError,
+    UnreachableTargetError,
+    UntrainedTeacherError,
+)
 
 
 def main() -> None:
@@ -19,7 +29,7 @@ def main() -> None:
     logging.getLogger("hfslim").setLevel(logging.INFO if first else logging.WARNING)
     try:
         run(load_recipe(sys.argv[1], sys.argv[2:]))
-    except (RecipeError, OutputError, FileNotFoundError) as error:
+    except MISTAKES as error:
         sys.exit(f"error: {error}")
 
 
