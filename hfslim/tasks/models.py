@@ -28,7 +28,8 @@ def make_config(settings: Mapping[str, Any]) -> PreTrainedConfig:
         near = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING), 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"model_config.model_type: unknown {model_type!r}{hint}")
-    known = CONFIG_MAPPING[model_type]().to_dict()
+    default = CONFIG_MAPPING[model_type]()
+    known = {*default.to_dict(), *default.attribute_map}
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
