@@ -46,9 +46,11 @@ def run(recipe: Recipe) -> Path:
     plan = [(stage, f"{number:02d}-{stage.name}") for number, stage in enumerate(recipe.stages, 1)]
     folder = Path(recipe.output_dir)
     arguments = {
-        name: _arguments(recipe, stage, folder / name) for stage, name in plan if _trains(stage)
+        name: _arguments(recipe, stage, folder / name / "training")
+        for stage, name in plan
+        if _trains(stage)
     }
-    evaluation = _arguments(recipe, Transfer(), folder / "evaluation")
+    evaluation = _arguments(recipe, Transfer(), folder)
     manifest = Manifest.open(folder, _base(recipe))
     manifest.check([stage.name for stage, _ in plan], [stage.settings for stage, _ in plan])
     process = PartialState()
@@ -94,7 +96,7 @@ def _arguments(recipe: Recipe, stage: Any, folder: Path) -> TrainingArguments:
     use_cpu = asked or not torch.accelerator.is_available()
     return cls(
         **{"use_cpu": use_cpu, **recipe.training, **stage.training},
-        output_dir=str(folder / "training"),
+        output_dir=str(folder),
         seed=recipe.seed,
         remove_unused_columns=not TASKS[recipe.task].lazy,
     )
