@@ -148,7 +148,7 @@ def _prune(work: Work, stage: Prune, entry: Entry, args: Any) -> None:
             raise RuntimeError("training ended before pruning began")
         entry.structure = structure.table()
         return
-    model.to(work.evaluation.device)
+    torch.nn.Module.to(model, work.evaluation.device)
     process = PartialState()
     data = work.calibration(model, stage.max_examples)
     result = prune(

@@ -100,6 +100,8 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, help="folder to write; data/SET if not given")
     options = parser.parse_args()
     folder = options.output or Path("data") / options.set
+    if folder.exists() and any(folder.iterdir()):
+        sys.exit(f"error: {folder} is not empty; remove it, or give another --output")
     folder.mkdir(parents=True, exist_ok=True)
     SETS[options.set](options.source, folder)
     print(f"wrote {folder}")
