@@ -237,3 +237,14 @@ def test_other_quantization_methods_are_untouched():
     assert type(config) is BitsAndBytesConfig
     ours = [n for n, c in AUTO_QUANTIZER_MAPPING.items() if c.__module__.startswith("hfslim")]
     assert ours == ["hfslim"]
+
+
+def test_a_pruned_model_saves_with_positional_arguments_like_any_other(tmp_path):
+    model = tiny("bert")
+    hfslim.shrink(model, uneven(model))
+    model.save_pretrained(tmp_path / "other_rank", False)
+    assert not (tmp_path / "other_rank" / "modeling_hfslim.py").exists()
+    doubled = {name: 2 * value for name, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "given", True, doubled)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "given")
+    assert all(torch.equal(doubled[name], value) for name, value in again.state_dict().items())

@@ -69,11 +69,16 @@ def carry_file(model: PreTrainedModel) -> None:
 
 
 def _save_pretrained(
-    model: PreTrainedModel, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any
+    model: PreTrainedModel,
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    state_dict: dict[str, Any] | None = None,
+    push_to_hub: bool = False,
+    **kwargs: Any,
 ) -> None:
     """Save as the class does, and add the file that rebuilds the model without hfslim."""
-    type(model).save_pretrained(model, save_directory, **kwargs)
-    if kwargs.get("is_main_process", True) and getattr(model.config, "hfslim", None):
+    type(model).save_pretrained(model, save_directory, is_main_process, state_dict, **kwargs)
+    if is_main_process and getattr(model.config, "hfslim", None):
         shutil.copyfile(modeling_hfslim.__file__, Path(save_directory) / "modeling_hfslim.py")
     if push_to_hub:
         names = ("commit_message", "private", "token", "create_pr", "revision", "max_shard_size")
