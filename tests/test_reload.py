@@ -245,6 +245,6 @@ def test_a_pruned_model_saves_with_positional_arguments_like_any_other(tmp_path)
     model.save_pretrained(tmp_path / "other_rank", False)
     assert not (tmp_path / "other_rank" / "modeling_hfslim.py").exists()
     doubled = {name: 2 * value for name, value in model.state_dict().items()}
-    model.save_pretrained(tmp_path / "given", True, doubled)
+    model.save_pretrained(tmp_path / "given", True, dict(doubled))
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "given")
     assert all(torch.equal(doubled[name], value) for name, value in again.state_dict().items())
