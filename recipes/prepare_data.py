@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import soundfile
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PillowImage
 
@@ -67,6 +68,9 @@ def prompts(source: Path | None, output: Path) -> None:
     if not files:
         sys.exit(f"error: no wav file below {source}")
     for file in files:
+        if not soundfile.info(file).frames:
+            print(f"left out: {file} is empty")
+            continue
         language, *name = file.relative_to(source).parts
         split = "validation" if _fraction("/".join(name)) < HELD_OUT_PROMPTS else "train"
         target = output / split / language.partition("_")[0] / "_".join(name)
