@@ -26,7 +26,8 @@ class DataConfig:
     Attributes:
         dataset_name: Hub id, local data set folder, or `digits` (scikit-learn's, no download).
         dataset_config_name: Configuration of the Hub data set.
-        train_file: A csv, json, jsonl or parquet file; likewise `validation_file`, `test_file`.
+        train_file: A csv, json, jsonl or parquet file, or the address of some (`hf://…`, `https://…`);
+            likewise `validation_file`, `test_file`.
         train_dir: Folder of images or recordings, one subfolder per class.
         validation_dir: As `train_dir`.
         text_column_name: Column of the text; by default `text` or `sentence`.
@@ -86,7 +87,7 @@ class DataConfig:
     def _check_files(self) -> None:
         files = {n: getattr(self, n) for n in ("train_file", "validation_file", "test_file")}
         for name, value in files.items():
-            if value and not Path(value).is_file():
+            if value and "://" not in value and not Path(value).is_file():
                 raise FileNotFoundError(f"{name}: no file {value!r} in {Path.cwd()}")
             if value and Path(value).suffix.lower() not in BUILDERS:
                 raise ValueError(f"{name}: {value!r} must end in one of {sorted(BUILDERS)}")
