@@ -11,7 +11,7 @@ help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 quickstart: $(VENV)/.hfslim ## Compress a small image classifier from start to finish
-	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml \
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml \
 		recipes/compress.py recipes/image/digits_vit.yaml
 
 test: $(VENV)/.hfslim-test ## Run the tests
