@@ -28,6 +28,8 @@ else:
 
 __all__ = ["CheckpointMixin", "SlimTrainer"]
 
+_PRUNING = "PruningCallback"
+
 
 @contextmanager
 def _live_keys(model: nn.Module) -> Iterator[None]:
@@ -55,8 +57,19 @@ class CheckpointMixin(_Base):
     saved shapes when the weights are read.
 
     Raises:
-        ValueError: When a checkpoint is loaded whose keys are not those of the model.
+        ValueError: When a checkpoint is loaded whose keys are not those of the model, or that was
+            saved while a `PruningCallback` pruned, which this Trainer does not have.
     """
+
+    def _load_callback_state(self) -> None:
+        present = {type(callback).__name__ for callback in self.callback_handler.callbacks or ()}
+        if _PRUNING in (self.state.stateful_callbacks or ()) and _PRUNING not in present:
+            raise ValueError(
+                f"The checkpoint was saved in the middle of pruning, by a {_PRUNING} that this "
+                "Trainer does not have, so the units removed so far would come back; pass the "
+                "same callback, or start a new run from the checkpoint by from_pretrained."
+            )
+        super()._load_callback_state()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with _live_keys(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)):

@@ -206,3 +206,14 @@ def test_a_gate_that_is_never_reached_is_reported():
         model(**_inputs(model))
         with pytest.raises(RuntimeError, match=r"encoder\.layer\.1\.attention\.self"):
             gates.check_fired()
+
+
+def test_a_module_that_runs_more_than_once_is_reported():
+    model = tiny("bert")
+    layers = model.bert.encoder.layer
+    layers[2] = layers[1]
+    units = find_units(model).of(["neurons"])
+    with Gates(model, units) as gates:
+        model(**_inputs(model))
+        with pytest.raises(RuntimeError, match=r"layer\.1' 2 times in one forward pass"):
+            gates.check_fired()

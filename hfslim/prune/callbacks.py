@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
 from transformers.trainer_callback import ExportableState
@@ -21,7 +23,7 @@ from hfslim.prune.importance import Scores
 from hfslim.prune.oneshot import agreed, check_reachable, price
 from hfslim.prune.schedules import SCHEDULES, Schedule
 from hfslim.prune.search import search
-from hfslim.prune.surgery import shrink
+from hfslim.prune.surgery import check_gates, shrink
 from hfslim.prune.target import Target
 from hfslim.structure import Kind, Structure
 
@@ -103,15 +105,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         **_: Any,
     ) -> None:
         """Gate the model, and take up a saved state where training resumes."""
-        if args.fp16:
-            raise ValueError(
-                "the loss scale of fp16 would distort the scores: train with bf16=True"
-            )
-        if args.fsdp or getattr(args, "deepspeed", None):
-            raise ValueError(
-                "PruningCallback needs whole parameters on every process: use DDP, not FSDP or "
-                "DeepSpeed"
-            )
+        _check_arguments(args)
         units = find_units(model).of(self._arguments["units"])
         self._costs = price(model, units, self.goal, self._inputs)
         check_reachable(units, self.goal, self._costs)
@@ -120,8 +114,10 @@ class PruningCallback(TrainerCallback, ExportableState):
         )
         self._first, self._last = first, max(last, first + 1)
         self._interval = self._arguments["interval"] or max(1, (last - first) // DECISIONS)
-        gates = Gates(model, units)
+        check_gates(model, units)
+        gates = Gates(model, units, owner=type(self).__name__)
         self._collector = Collector(gates, self.criteria, mean_loss=True)
+        self._decided = False
         self.structure = units.full()
         if state.global_step:
             self._restore(state)
@@ -131,6 +127,9 @@ class PruningCallback(TrainerCallback, ExportableState):
     def on_step_begin(self, args: Arguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Score while there is something left to decide."""
         if self._first <= state.global_step < self._last:
+            if self._decided:
+                self._collector.reset()
+                self._decided = False
             self._collector.start()
 
     def on_step_end(
@@ -170,13 +169,7 @@ class PruningCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Shrink the model."""
         if state.global_step < self._last:
-            logger.warning(
-                "training stopped at step %d, before the target was due at step %d: pruning to "
-                "the target now, without recovery",
-                state.global_step,
-                self._last,
-            )
-            self._decide(state, 1.0, model)
+            self._decide_early(state, model)
         self._collector.gates.detach()
         assert self.structure is not None
         shrink(model, self.structure)
@@ -188,6 +181,7 @@ class PruningCallback(TrainerCallback, ExportableState):
             scores = self._collector.scores
             saved = {
                 "structure": self.structure.to_dict(),
+                "decided": self._decided,
                 "count": scores.count,
                 "sums": {" ".join(key): _packed(value) for key, value in scores.sums.items()},
             }
@@ -206,6 +200,7 @@ class PruningCallback(TrainerCallback, ExportableState):
             changed = [n for n, v in self._arguments.items() if kept["args"].get(n) != v]
             raise ValueError(f"the checkpoint was saved with other values of {changed}")
         self.structure = Structure.from_dict(saved["structure"])
+        self._decided = saved["decided"]
         if _rank() == 0:
             sums = {_key(name): _unpacked(text) for name, text in saved["sums"].items()}
             self._collector.scores = Scores(sums, saved["count"])
@@ -223,12 +218,29 @@ class PruningCallback(TrainerCallback, ExportableState):
         scores = self._collector.result(model, self._seed)
         goal = self.goal.at(self._schedule(progress))
         new = agreed(search(gates.units, scores, goal, self._costs, self.structure))
-        self._collector.reset()
+        self._decided = True
         if new != self.structure:
             self.structure = new
             gates.set(new)
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
             logger.info("step %d: keeps %s (%s)", state.global_step, new, new.digest())
+
+    def _decide_early(self, state: TrainerState, model: PreTrainedModel) -> None:
+        if self._collector.needs_data and not self._collector.scores.reduce().count:
+            logger.warning(
+                "training stopped at step %d, before the first score at step %d: the model is not "
+                "pruned; train for longer, or prune it with `hfslim.prune`",
+                state.global_step,
+                self._first + 1,
+            )
+            return
+        logger.warning(
+            "training stopped at step %d, before the target was due at step %d: pruning to the "
+            "target now, without recovery",
+            state.global_step,
+            self._last,
+        )
+        self._decide(state, 1.0, model)
 
 
 class LayerDropCallback(TrainerCallback):
@@ -262,7 +274,8 @@ class LayerDropCallback(TrainerCallback):
         own = getattr(model.config, "layerdrop", 0.0)
         if own:
             logger.warning("the model drops layers itself (config.layerdrop=%g); both apply", own)
-        self._gates = Gates(model, find_units(model).of(["layers"])).attach()
+        units = find_units(model).of(["layers"])
+        self._gates = Gates(model, units, owner=type(self).__name__).attach()
 
     def on_step_begin(self, args: Arguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Draw the layers that this step skips."""
@@ -279,6 +292,25 @@ class LayerDropCallback(TrainerCallback):
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Take the gates out."""
         self._gates.detach()
+
+
+def _check_arguments(args: Arguments) -> None:
+    """Refuse ways of training under which scores would be wrong."""
+    accelerator: Any = AcceleratorState()
+    sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+    if args.fsdp or getattr(args, "deepspeed", None) or accelerator.distributed_type in sharded:
+        raise ValueError(
+            "PruningCallback needs whole parameters on every process: use DDP, not FSDP or "
+            "DeepSpeed"
+        )
+    if args.fp16 or accelerator.mixed_precision == "fp16":
+        raise ValueError("the loss scale of fp16 would distort the scores: train with bf16=True")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"one process drives {args.n_gpu} GPUs, whose copies of the model cannot share "
+            "gates: start one process per GPU with `accelerate launch` or torchrun, or show it "
+            "one GPU"
+        )
 
 
 def _shape(value: torch.Tensor | Sequence[int]) -> Sequence[int]:

@@ -186,11 +186,11 @@ def collect(
     if not collector.needs_data:
         return collector.result(model, seed)
     generator = torch.Generator().manual_seed(seed)
-    frozen = [p for p in model.parameters() if p.requires_grad]
+    trainable = [p for p in model.parameters() if p.requires_grad]
     first = True
     with gates, evaluating(model):
         collector.start()
-        for parameter in frozen:
+        for parameter in trainable:
             parameter.requires_grad_(False)
         try:
             batches = _limited(data, max_examples)
@@ -209,7 +209,7 @@ def collect(
                             labels = _drawn_labels(logits, problem, generator)
                         hard_loss(logits, labels, problem).sum().backward()
         finally:
-            for parameter in frozen:
+            for parameter in trainable:
                 parameter.requires_grad_(True)
     scores = collector.result(model, seed)
     logger.info("scored %s on %d examples", dict(criteria), collector.scores.count)

@@ -8,6 +8,8 @@ checkpointed or trained meanwhile.
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +21,8 @@ from torch.utils.hooks import RemovableHandle
 from hfslim.anatomy import Site, Units, find_units
 from hfslim.hub import modeling_hfslim
 from hfslim.structure import Kind, Structure
+
+logger = logging.getLogger(__name__)
 
 Key = tuple[Kind, str]
 OnGradient = Callable[[Site, int, torch.Tensor], None]
@@ -34,6 +38,8 @@ class Gates:
     Args:
         model: The model itself, not a wrapper around it.
         units: The sites to gate; all that `find_units` finds if not given.
+        owner: Who keeps them in the model for long. What an interrupted run of the same owner left
+            behind is taken out when these are attached.
 
     Attributes:
         on_gradient: If set, gets the gradient of the loss by the gates of every example, at each
@@ -41,17 +47,18 @@ class Gates:
         on_activation: If set, gets what each gate multiplies, at each forward pass.
         examples: Number of examples in the current forward pass.
         padding: The attention mask of the current forward pass, `[examples, positions]`, if any.
-        fired: The sites whose gates have been reached since `attach`.
+        fired: How often the gates of each site have been reached since `attach`.
     """
 
-    def __init__(self, model: nn.Module, units: Units | None = None) -> None:
+    def __init__(self, model: nn.Module, units: Units | None = None, owner: str = "") -> None:
         self.model = model
+        self.owner = owner
         self.units = find_units(model) if units is None else units
         self.on_gradient: OnGradient | None = None
         self.on_activation: OnActivation | None = None
         self.examples = 0
         self.padding: torch.Tensor | None = None
-        self.fired: set[Key] = set()
+        self.fired: Counter[Key] = Counter()
         self._masks: dict[Key, torch.Tensor] = {}
         self._closed_layers: dict[Key, frozenset[int]] = {}
         self._handles: list[RemovableHandle] = []
@@ -81,6 +88,7 @@ class Gates:
         """Put the gates into the model."""
         if self._handles:
             raise RuntimeError("these gates are attached already")
+        self._take_over()
         self.fired.clear()
         self._handles.append(
             self.model.register_forward_pre_hook(self._count_examples, with_kwargs=True)
@@ -115,17 +123,35 @@ class Gates:
         self.detach()
 
     def check_fired(self) -> None:
-        """Check that a forward pass has reached every gate.
+        """Check that one forward pass, run since `attach`, has reached every gate once.
 
         Raises:
-            RuntimeError: A gate was not reached, so closing it would have no effect.
+            RuntimeError: A gate was not reached, so closing it would have no effect; or more than
+                once, so that its uses cannot be told apart.
         """
-        silent = [site.path for site in self.units if (site.kind, site.path) not in self.fired]
+        silent = [site.path for site in self.units if not self.fired[site.kind, site.path]]
         if silent:
             raise RuntimeError(
                 f"{type(self.model).__name__} does not run {silent[:3]} as modules, so their units "
                 "can be neither scored nor removed; leave their kind out of `units`"
             )
+        for site in self.units:
+            uses = self.fired[site.kind, site.path] / (site.size if site.kind == "layers" else 1)
+            if uses != 1:
+                raise RuntimeError(
+                    f"{type(self.model).__name__} runs {site.path!r} {uses:g} times in one forward "
+                    f"pass; units that are used once only can be scored: leave {site.kind} out of "
+                    "`units`"
+                )
+
+    def _take_over(self) -> None:
+        """Take out the gates that an interrupted run of the same owner left in the model."""
+        hooks = list(self.model._forward_pre_hooks.values())
+        left = [getattr(hook, "__self__", None) for hook in hooks]
+        for gates in left:
+            if self.owner and isinstance(gates, Gates) and gates.owner == self.owner:
+                logger.warning("taking out the gates that an interrupted %s left", self.owner)
+                gates.detach()
 
     def _count_examples(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         tensors = (v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.ndim)
@@ -136,7 +162,7 @@ class Gates:
         key = (site.kind, site.path)
 
         def hook(_: nn.Module, args: tuple) -> tuple | None:
-            self.fired.add(key)
+            self.fired[key] += 1
             value, *rest = args
             if self.on_activation is not None:
                 self.on_activation(site, 0, value.detach(), value.detach())
@@ -161,7 +187,7 @@ class Gates:
         key = (site.kind, site.path)
 
         def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-            self.fired.add(key)
+            self.fired[key] += 1
             before = args[0] if args else kwargs["hidden_states"]
             after = output if isinstance(output, torch.Tensor) else output[0]
             if self.on_activation is not None:

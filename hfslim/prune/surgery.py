@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hfslim.anatomy import Site, Units, example_inputs, families, find_units
 from hfslim.hub import blueprint, modeling_hfslim, reload
-from hfslim.prune.gates import gated
+from hfslim.prune.gates import Gates, gated
 from hfslim.structure import Structure
 from hfslim.timing import evaluating
 
@@ -54,7 +54,7 @@ def shrink(
         logger.info("nothing to remove")
         return model
     if inputs is None:
-        inputs = example_inputs(model, batch_size=2, length=PROBE_LENGTH.get(model.main_input_name))
+        inputs = _probe_inputs(model)
     expected, returns = _probe(model, units, structure, inputs)
     surgery = _Surgery(model)
     try:
@@ -67,6 +67,17 @@ def shrink(
     reload.carry_file(model)
     logger.info("shrunk to %s (%s)", structure, structure.digest())
     return model
+
+
+def check_gates(model: PreTrainedModel, units: Units) -> None:
+    """Check by one forward pass that gates on a model's units act, before training relies on them.
+
+    Raises:
+        RuntimeError: Some do not.
+    """
+    with Gates(model, units) as gates:
+        _logits(model, _probe_inputs(model))
+        gates.check_fired()
 
 
 class _Surgery:
@@ -149,6 +160,10 @@ class _Surgery:
         self.classes.append((module, type(module)))
         self._remember(vars(module))
         modeling_hfslim.replace_class(module, by, **settings)
+
+
+def _probe_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return example_inputs(model, batch_size=2, length=PROBE_LENGTH.get(model.main_input_name))
 
 
 def _probe(
