@@ -3,6 +3,8 @@ import torch
 from models import FAMILIES, tiny
 from torch import nn
 from transformers import (
+    AlbertConfig,
+    AutoModelForSequenceClassification,
     Olmo2Config,
     Olmo2ForSequenceClassification,
     ResNetConfig,
@@ -182,3 +184,16 @@ class TestExampleInputs:
         model.main_input_name = "point_cloud"
         with pytest.raises(ValueError, match="takes 'point_cloud'"):
             example_inputs(model)
+
+
+def test_a_wrapper_is_refused_with_the_name_of_the_model_inside():
+    wrapped = torch.compile(tiny("bert"), backend="eager")
+    with pytest.raises(TypeError, match=r"OptimizedModule is a wrapper.*its '_orig_mod'"):
+        find_units(wrapped)
+
+
+def test_layers_that_are_used_again_and_again_are_no_units():
+    config = AlbertConfig(hidden_size=32, num_attention_heads=4, intermediate_size=48)
+    model = AutoModelForSequenceClassification.from_config(config)
+    with pytest.raises(ValueError, match="no heads that can be removed; it has nothing to prune"):
+        find_units(model).of(["heads"])

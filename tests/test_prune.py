@@ -4,11 +4,14 @@ import pytest
 import torch
 from models import tiny
 from structures import Unchanged
+from transformers import BartConfig, BartForSequenceClassification
 
 import hfslim
 from hfslim.anatomy import example_inputs, find_units
 from hfslim.measure import count_parameters, macs
 from hfslim.prune import UnreachableTargetError
+
+BART = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
 
 
 def _data(model, batches=2, labels=True):
@@ -214,3 +217,22 @@ def test_a_layer_goes_by_its_own_criterion():
         criterion={"layers": "block_influence"},
     )
     assert result.structure.kept("layers", "bert.encoder.layer") == (0, 2)
+
+
+def test_an_encoder_with_a_decoder_loses_units_of_both(tmp_path):
+    widths = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in BART.items()}
+    config = BartConfig(d_model=32, vocab_size=64, max_position_embeddings=40, **widths)
+    config.num_labels, config.eos_token_id, config.decoder_start_token_id = 3, 2, 2
+    model = BartForSequenceClassification(config).eval()
+    inputs = example_inputs(model, 4, length=8)
+    batch = inputs | {"labels": torch.arange(4) % 3}
+    units = ("heads", "neurons", "layers")
+    pruned = hfslim.prune(model, [batch], {"sparsity": 0.5}, units, progress=False)
+    cut = {entry.path for entry in pruned.structure if len(entry.kept) < entry.total}
+    assert any("decoder" in path for path in cut)
+    model = hfslim.prune(
+        model, [batch], {"sparsity": {"heads": 0.6}}, ("heads",), progress=False
+    ).model
+    model.save_pretrained(tmp_path)
+    again = BartForSequenceClassification.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(**inputs).logits, model(**inputs).logits)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from hfslim.anatomy import families
 from hfslim.anatomy.units import Cut, Refusal, Site, Units
@@ -23,7 +24,16 @@ def find_units(model: nn.Module) -> Units:
 
     Returns:
         The sites, and the places that are not offered, with the reason.
+
+    Raises:
+        TypeError: The model is a wrapper around a transformers model.
     """
+    inner = next((name for name, m in model.named_modules() if isinstance(m, PreTrainedModel)), "")
+    if inner and not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"{type(model).__name__} is a wrapper: pass the model inside, its {inner!r}; merge "
+            "adapters first (`merge_and_unload()`)"
+        )
     finder = _Finder(model)
     narrow = [*finder.heads(), *finder.neurons()]
     layers = list(finder.layers({site.path for site in narrow}))

@@ -71,6 +71,9 @@ def example_inputs(
         for token in special:
             if isinstance(token, int):
                 ids = ids.masked_fill(ids == token, free)
+        if config.is_encoder_decoder:
+            # BART and T5 classify from the position of the one end of the text.
+            ids[:, -1] = config.eos_token_id
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     elif name == "pixel_values":
         size = getattr(config, "image_size", 224)
