@@ -67,7 +67,8 @@ class CheckpointMixin(_Base):
             raise ValueError(
                 f"The checkpoint was saved in the middle of pruning, by a {_PRUNING} that this "
                 "Trainer does not have, so the units removed so far would come back; pass the "
-                "same callback, or start a new run from the checkpoint by from_pretrained."
+                "same callback. To go on with the whole model, start a new run from the folder by "
+                "from_pretrained."
             )
         super()._load_callback_state()
 

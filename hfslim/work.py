@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,24 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from hfslim.anatomy import find_units
 from hfslim.anatomy.inputs import example_inputs
 from hfslim.checkpoint import SlimTrainer
-from hfslim.distill.teacher import accepted_inputs
+from hfslim.distill.teacher import accepted_inputs, align_labels
 from hfslim.manifest import Entry, Manifest
 from hfslim.prune.oneshot import check_reachable, price
 from hfslim.prune.target import Target
-from hfslim.recipe import Recipe
-from hfslim.stages import Prune
+from hfslim.recipe import Recipe, RecipeError
+from hfslim.stages import Distil, Prune, Recover
 from hfslim.tasks import TASKS, Examples, build_model, compute_metrics, load_model
 
 logger = logging.getLogger(__name__)
@@ -60,23 +67,39 @@ class Work:
     def prepare(cls, recipe: Recipe, manifest: Manifest, evaluation: TrainingArguments) -> Work:
         """Load data and processor, and check all that can be checked before the first stage."""
         task, data = TASKS[recipe.task], recipe.data
-        examples = task.load_examples(data, recipe.seed)
+        with _explained("data"):
+            examples = task.load_examples(data, recipe.seed)
         labels = examples.labels
         compute_metrics(recipe.metric, labels.problem, len(labels.names))
         if recipe.model is not None:
-            config = AutoConfig.from_pretrained(recipe.model)
+            with _explained(f"model {recipe.model!r}"):
+                config = AutoConfig.from_pretrained(recipe.model)
             examples = examples.with_order_of(config.id2label)
-            processor = task.load_processor(recipe.processor or recipe.model, config)
+            source = recipe.processor or recipe.model
+            with _explained(f"processor {source!r}"):
+                processor = task.load_processor(source, config)
         else:
             config = build_model(task, recipe.model_config or {}, labels).config
-            processor = task.load_processor(recipe.processor, config)
+            with _explained(f"processor {recipe.processor!r}"):
+                processor = task.load_processor(recipe.processor, config)
         train, held = (
             task.prepare(part, examples, data, processor)
             for part in (examples.train, examples.evaluation)
         )
         work = cls(recipe, manifest, evaluation, examples, processor, train, held, recipe.model)
+        work.check_teachers()
         work.check_target()
         return work
+
+    def check_teachers(self) -> None:
+        """Refuse a teacher of other labels before any stage has run."""
+        own = PreTrainedConfig(**self.examples.labels.config)
+        for stage in self.recipe.stages:
+            if isinstance(stage, Distil | Recover) or (isinstance(stage, Prune) and stage.gradual):
+                teacher = stage.teacher or self.recipe.teacher
+                if teacher:
+                    with _explained(f"teacher {teacher!r}"):
+                        align_labels(own, AutoConfig.from_pretrained(teacher))
 
     def check_target(self) -> None:
         """Refuse a target of the first cut that the model cannot reach, before it is trained."""
@@ -156,3 +179,12 @@ class Work:
         )
         for batch in loader:
             yield {key: value for key, value in batch.items() if key in accepted}
+
+
+@contextmanager
+def _explained(place: str) -> Iterator[None]:
+    """Say which part of a recipe cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise RecipeError(f"{place} cannot be read: {' '.join(str(error).split())}") from error

@@ -34,10 +34,16 @@ class ImageClassification(Task):
                 f"no image processor is known for {config.model_type!r}: "
                 "set `processor` to a Hub id or folder"
             )
+        size = getattr(config, "image_size", None)
+        if not isinstance(size, int):
+            raise ValueError(
+                f"the config of {config.model_type!r} does not tell the size of an image "
+                f"(image_size is {size!r}): set `processor` to a Hub id or folder"
+            )
         channels = config.num_channels
         processors: Any = IMAGE_PROCESSOR_MAPPING[type(config)]
         return processors["pil"](
-            size={"height": config.image_size, "width": config.image_size},
+            size={"height": size, "width": size},
             image_mean=[0.5] * channels,
             image_std=[0.5] * channels,
         )
