@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from distributed.launch import launch
 from transformers import AutoModelForSequenceClassification
 
@@ -29,3 +30,16 @@ def test_two_processes_prune_like_one(tmp_path):
     sizes = {site.path: site.size for site in hfslim.find_units(model) if site.kind == "neurons"}
     kept = {path: len(site["kept"]) for path, site in two["structure"]["neurons"].items()}
     assert sizes == {path: size for path, size in kept.items() if size}
+
+
+@pytest.mark.distributed
+def test_two_processes_resume_exactly(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(SCRIPT.parents[1]), prepend=":")
+    launch(SCRIPT.with_name("resume_pruning.py"), tmp_path, processes=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    expected = ranks[0]["whole"]
+    for found in (ranks[0]["resumed"], ranks[1]["whole"], ranks[1]["resumed"]):
+        assert found["structure"] == expected["structure"]
+        assert found["weights"].keys() == expected["weights"].keys()
+        for name, value in expected["weights"].items():
+            assert torch.equal(found["weights"][name], value)
