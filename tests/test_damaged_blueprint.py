@@ -4,8 +4,9 @@ import json
 
 import pytest
 from models import tiny
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BertConfig
 
+from hfslim.hub import modeling_hfslim
 from hfslim.hub.modeling_hfslim import BlueprintError, apply_blueprint
 
 LAYER = "bert.encoder.layer.0"
@@ -117,3 +118,9 @@ def test_a_damaged_blueprint_is_refused(damage, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(BlueprintError, match=message):
         AutoModelForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_a_config_that_lost_its_blueprint_is_refused_without_hfslim_too():
+    small = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    with pytest.raises(BlueprintError, match=r"version None.*config\.json is damaged"):
+        modeling_hfslim.SlimBertForSequenceClassification(small)

@@ -221,9 +221,10 @@ def _check_form(blueprint: Any) -> None:
     parts = {"layers": list, "replaced": dict, "attributes": dict, "shapes": list}
     if not isinstance(blueprint, dict) or blueprint.get("version") != VERSION:
         found = blueprint.get("version") if isinstance(blueprint, dict) else blueprint
+        newer = "update hfslim, or load the folder with the modeling_hfslim.py saved beside it"
         raise BlueprintError(
-            f"config.hfslim has version {found!r}, expected {VERSION}: update hfslim, or load the "
-            "folder with the modeling_hfslim.py that it was saved with"
+            f"config.hfslim has version {found!r}, expected {VERSION}: "
+            + (newer if type(found) is int else "config.json is damaged, restore it or save again")
         )
     unknown = sorted(set(blueprint) - {"version", *parts})
     if unknown:
@@ -293,7 +294,7 @@ class Slim:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        apply_blueprint(self, config.hfslim)  # type: ignore[arg-type]
+        apply_blueprint(self, getattr(config, "hfslim", None))  # type: ignore[arg-type]
         self.hfslim_applied = True
 
     @classmethod
