@@ -82,6 +82,7 @@ def elsewhere(tmp_path_factory):
     command = [sys.executable, str(SCRIPT), json.dumps(jobs)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
+    assert "quantization" not in done.stderr
     return root, expected
 
 

@@ -14,6 +14,7 @@ that the rest of the config describes:
 A blueprint is data from outside: every path, name and size is checked, and only sizes go down.
 """
 
+import copy
 import importlib
 import re
 from collections.abc import Callable, Sequence
@@ -296,6 +297,19 @@ class Slim:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         apply_blueprint(self, getattr(config, "hfslim", None))  # type: ignore[arg-type]
         self.hfslim_applied = True
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """Load as the stock class does; the call of hfslim's own loader is not needed here."""
+        call = None
+        if getattr(config, "hfslim", None):
+            config = copy.deepcopy(config)
+            call = vars(config).pop("quantization_config", None)
+        result = super().from_pretrained(*args, config=config, **kwargs)  # type: ignore[misc]
+        model = result[0] if isinstance(result, tuple) else result
+        if call is not None:
+            model.config.quantization_config = call
+        return result
 
     @classmethod
     def is_custom_code(cls) -> bool:
