@@ -197,3 +197,8 @@ def test_layers_that_are_used_again_and_again_are_no_units():
     model = AutoModelForSequenceClassification.from_config(config)
     with pytest.raises(ValueError, match="no heads that can be removed; it has nothing to prune"):
         find_units(model).of(["heads"])
+
+
+def test_a_name_is_no_model():
+    with pytest.raises(TypeError, match="expected a model, got 'bert-base-uncased'"):
+        find_units("bert-base-uncased")

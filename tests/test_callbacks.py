@@ -138,6 +138,7 @@ def test_an_unreachable_target_is_refused_before_training(tmp_path):
         ({"target": {"macs": 0.5}, "schedule": "quadratic"}, "schedule must be one of"),
         ({"target": {"macs": 0.5}, "start": 0.6, "end": 0.5}, "start < end"),
         ({"target": {"macs": 0.5}, "interval": 0}, "at least 1"),
+        ({"target": {"macs": 0.5}, "units": ("head",)}, "unknown kind of unit 'head'"),
         ({"target": {"macs": 0.5}, "criterion": "luck"}, "expected one of"),
     ],
 )

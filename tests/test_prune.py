@@ -11,6 +11,7 @@ from hfslim.anatomy import example_inputs, find_units
 from hfslim.measure import count_parameters, macs
 from hfslim.prune import UnreachableTargetError
 
+TEXTS = {"input_ids": torch.ones(2, 3, dtype=torch.long)}
 BART = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
 
 
@@ -58,7 +59,9 @@ def test_a_target_out_of_range_is_refused(target):
         ({"units": ()}, "no kind of unit given"),
         ({"criterion": "hessian"}, "criterion for heads: got 'hessian'"),
         ({"data": []}, "calibration data is empty"),
-        ({"max_examples": 0}, "calibration data is empty"),
+        ({"max_examples": 0}, "max_examples must be at least 1"),
+        ({"data": {"input_ids": torch.ones(2, 3)}}, "data gives str where a batch is expected"),
+        ({"data": [{**TEXTS, "labels": torch.tensor([0, 3])}]}, "the model has classes 0 to 2"),
         ({"data": [{"input_ids": [[1, 2]]}]}, r"holds no tensors, only \['input_ids'\]"),
     ],
 )

@@ -142,6 +142,14 @@ def test_a_model_without_layers_cannot_drop_any(tmp_path):
         trainer.train()
 
 
+def test_a_layer_that_has_to_stay_is_never_dropped():
+    model = tiny("deberta-v2")
+    callback = LayerDropCallback(p=0.99)
+    callback.on_train_begin(None, None, model=model)
+    callback.on_step_begin(None, SimpleNamespace(global_step=0))
+    assert callback._gates._closed_layers == {("layers", "deberta.encoder.layer"): {1, 2}}
+
+
 def test_resuming_without_the_callback_is_refused(tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 4}
     _trainer(tmp_path, [PruningCallback({"macs": 0.6})], **saving).train()

@@ -129,3 +129,8 @@ def test_outputs_must_correlate_with_the_labels(problem: str) -> None:
 def test_few_examples_allow_no_verdict() -> None:
     labels = torch.tensor([0, 1] * 10)
     assert check_skill(torch.zeros(20, 2), labels, "single_label_classification") is None
+
+
+def test_a_teacher_that_cannot_be_read_is_named_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"teacher '.*nowhere' is no folder of a model"):
+        load_teacher(tmp_path / "nowhere", tiny("bert"))

@@ -26,8 +26,10 @@ def find_units(model: nn.Module) -> Units:
         The sites, and the places that are not offered, with the reason.
 
     Raises:
-        TypeError: The model is a wrapper around a transformers model.
+        TypeError: The model is no module, or a wrapper around a transformers model.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a model, got {model!r}: load it with from_pretrained first")
     inner = next((name for name, m in model.named_modules() if isinstance(m, PreTrainedModel)), "")
     if inner and not isinstance(model, PreTrainedModel):
         raise TypeError(

@@ -67,14 +67,20 @@ def load_teacher(
     Raises:
         ValueError: If the teacher is the student itself, or the task of the student is not known.
         TypeError: If the teacher is something else.
+        FileNotFoundError: If there is no such folder or Hub id.
         UntrainedTeacherError: If weights of the teacher are new, or all biases of its head are 0.
     """
     missing: list[str] = []
     if isinstance(teacher, (str, PathLike)):
         name = str(teacher)
-        model, info = _auto_class(student).from_pretrained(
-            teacher, dtype=next(student.parameters()).dtype, output_loading_info=True
-        )
+        dtype, auto = next(student.parameters()).dtype, _auto_class(student)
+        try:
+            model, info = auto.from_pretrained(teacher, dtype=dtype, output_loading_info=True)
+        except OSError as error:
+            raise FileNotFoundError(
+                f"The teacher {name!r} is no folder of a model, nor a Hub id that can be read: "
+                + " ".join(str(error).split())
+            ) from error
         missing = sorted(info["missing_keys"])
     elif isinstance(teacher, nn.Module) and hasattr(teacher, "config"):
         name, model = type(teacher).__name__, teacher

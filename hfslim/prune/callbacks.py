@@ -246,9 +246,9 @@ class PruningCallback(TrainerCallback, ExportableState):
 class LayerDropCallback(TrainerCallback):
     """Skips random layers in training, so that layers can be removed afterwards.
 
-    Each step draws the layers to skip from (seed, step): every process, every accumulation step
-    and every resumed run skips the same ones. The residual stream passes by a skipped layer, whose
-    parameters stay in the graph. Evaluation runs all layers.
+    Each step draws, of the layers that may be removed, those to skip from (seed, step): every
+    process, every accumulation step and every resumed run skips the same ones. The residual stream
+    passes by a skipped layer, whose parameters stay in the graph. Evaluation runs all layers.
 
     (Fan et al. 2019, arXiv 1909.11556, who train from the start with it; at fine-tuning pair it
     with distillation.)
@@ -282,7 +282,7 @@ class LayerDropCallback(TrainerCallback):
         draw = np.random.default_rng([self.seed, state.global_step])
         for site in self._gates.units:
             skipped = np.flatnonzero(draw.random(site.size) < self.p)
-            self._gates.close_layers(site, frozenset(skipped.tolist()))
+            self._gates.close_layers(site, frozenset(skipped.tolist()) - set(site.fixed))
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Run all layers again."""

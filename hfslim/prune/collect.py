@@ -11,11 +11,11 @@ from rich.progress import track
 from transformers import PreTrainedModel
 
 from hfslim.anatomy import Site, Units
-from hfslim.objective import ProblemType, hard_loss, problem_type
+from hfslim.objective import IGNORED_LABEL, ProblemType, hard_loss, problem_type
 from hfslim.prune import importance
 from hfslim.prune.gates import Gates, Key
 from hfslim.prune.importance import CRITERIA, Criterion, Scores
-from hfslim.structure import Kind
+from hfslim.structure import KINDS, Kind
 from hfslim.timing import evaluating, placed
 
 logger = logging.getLogger(__name__)
@@ -27,11 +27,13 @@ def criteria_by_kind(criterion: Criteria, kinds: Iterable[Kind]) -> dict[Kind, C
     """Spell out a criterion for each kind of unit.
 
     Raises:
-        ValueError: A criterion is unknown, is not for that kind, or a kind has none.
+        ValueError: A kind or a criterion is unknown, is not for that kind, or a kind has none.
     """
     given = dict(criterion) if isinstance(criterion, Mapping) else None
     result: dict[Kind, Criterion] = {}
     for kind in kinds:
+        if kind not in KINDS:
+            raise ValueError(f"unknown kind of unit {kind!r}: expected some of {list(KINDS)}")
         name = criterion if given is None else given.get(kind)
         if name not in CRITERIA:
             raise ValueError(
@@ -179,7 +181,7 @@ def collect(
         Mean scores by site, `[units]`, float64.
 
     Raises:
-        ValueError: There are no examples, or a score is not finite.
+        ValueError: There are no examples, a batch or label does not fit, or a score is not finite.
     """
     gates = Gates(model, units)
     collector = Collector(gates, criteria)
@@ -207,6 +209,7 @@ def collect(
                         problem = problem_type(model.config, labels)
                         if labels is None:
                             labels = _drawn_labels(logits, problem, generator)
+                        _check_labels(labels, logits.shape[-1], problem)
                         hard_loss(logits, labels, problem).sum().backward()
         finally:
             for parameter in trainable:
@@ -221,6 +224,11 @@ def _limited(data: Iterable[Mapping[str, Any]], max_examples: int) -> Iterator[d
     for batch in data:
         if left <= 0:
             return
+        if not isinstance(batch, Mapping):
+            raise ValueError(
+                f"data gives {type(batch).__name__} where a batch is expected, a dict of tensors: "
+                "pass a list of batches, or a DataLoader"
+            )
         tensors = {k: v[:left] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
         sizes = [len(v) for v in tensors.values() if isinstance(v, torch.Tensor)]
         if not sizes:
@@ -230,6 +238,16 @@ def _limited(data: Iterable[Mapping[str, Any]], max_examples: int) -> Iterator[d
             )
         left -= sizes[0]
         yield tensors
+
+
+def _check_labels(labels: torch.Tensor, classes: int, problem: ProblemType) -> None:
+    """Refuse classes that the model does not have; on a GPU they would end the process."""
+    if problem == "single_label_classification" and len(labels):
+        lowest, highest = labels.min().item(), labels.max().item()
+        if highest >= classes or (lowest < 0 and lowest != IGNORED_LABEL):
+            raise ValueError(
+                f"labels go from {lowest} to {highest}, the model has classes 0 to {classes - 1}"
+            )
 
 
 def _drawn_labels(

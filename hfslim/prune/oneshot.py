@@ -73,11 +73,14 @@ def prune(
         The structure, the model and the scores.
 
     Raises:
+        TypeError: The model is no module, or a wrapper around one.
         UnreachableTargetError: The target is below what can be reached; the message says what can.
         ValueError: An argument is wrong, the data is empty, or scores are not finite. The model is
             unchanged.
         RuntimeError: The cut model would not equal the gated one. The model is unchanged.
     """
+    if max_examples < 1:
+        raise ValueError(f"max_examples must be at least 1, got {max_examples}")
     sites = find_units(model).of(units)
     goal = Target.parse(target, units)
     criteria = criteria_by_kind(criterion, units)
