@@ -40,7 +40,10 @@ class PruningCallback(TrainerCallback, ExportableState):
     processes; at each decision more gates close, and none opens again. Shapes change only when
     training has ended: `trainer.model` is then the small model, `trainer.save_model()` saves it,
     and further training needs a new Trainer. Checkpoints hold the whole model with its gates, and
-    resume exactly. The best model is tracked from the last decision on.
+    resume exactly, with the same callback; without it the stock Trainer would bring the removed
+    units back, `SlimTrainer` and `DistillationTrainer` refuse. The best model is tracked from the
+    last decision on. An error in training leaves the gates in the model until the next training
+    with a PruningCallback begins.
 
     Args:
         target: What to keep, as for `prune`.
@@ -55,7 +58,11 @@ class PruningCallback(TrainerCallback, ExportableState):
         seed: Seed of random scores.
 
     Raises:
-        ValueError: An argument is out of range.
+        ValueError: An argument is out of range; or, when training begins, it is by fp16, FSDP,
+            DeepSpeed or several GPUs in one process, or the checkpoint is of another callback.
+        UnreachableTargetError: When training begins, the target is below what can be reached.
+        RuntimeError: When training begins, the model does not run some units as modules, or runs
+            them more than once.
 
     Attributes:
         structure: The units that are kept, by their numbers before any cut; None before training.
