@@ -24,9 +24,12 @@ HEADS = {
     "bert-partly-labelled": ("bert", 3),
     "vit-single": ("vit", 3),
     "vit-multi": ("vit", 3),
+    "vit-regression": ("vit", 1),
     "wav2vec2-single": ("wav2vec2", 3),
     "wav2vec2-multi": ("wav2vec2", 3),
+    "wav2vec2-regression": ("wav2vec2", 1),
     "whisper-single": ("whisper", 3),
+    "whisper-multi": ("whisper", 3),
     "whisper-regression": ("whisper", 1),
 }
 
