@@ -9,7 +9,7 @@ import sys
 from hfslim.distill.teacher import UntrainedTeacherError
 from hfslim.manifest import OutputError
 from hfslim.pipeline import run
-from hfslim.prune import UnreachableTargetError
+from hfslim.prune import UnreachableTargetError, UnusableScoresError
 from hfslim.recipe import RecipeError, load_recipe
 
 MISTAKES = (
@@ -18,6 +18,7 @@ MISTAKES = (
     RecipeError,
     UnreachableTargetError,
     UntrainedTeacherError,
+    UnusableScoresError,
 )
 
 

@@ -1,9 +1,14 @@
 """What a recipe cannot use is refused in words before any stage runs; nothing is written."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
 from models import tiny
 
 from hfslim.pipeline import run
@@ -63,3 +68,33 @@ def test_a_teacher_of_other_labels(tmp_path: Path, stage: str) -> None:
     message = refusal(tmp_path, stages=["transfer", {stage: own}])
     assert "labels of teacher and student do not match" in message
     assert "LABEL_1" in message
+
+
+def test_the_launcher_tells_of_weights_that_are_not_finite_without_a_traceback(
+    tmp_path: Path,
+) -> None:
+    model = tiny("vit", image_size=8, num_labels=10)
+    with torch.no_grad():
+        model.vit.layers[1].mlp.fc1.weight[0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "vit")
+    processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": 8, "width": 8}}
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(processor))
+    recipe = {
+        "task": "image-classification",
+        "model": str(tmp_path / "vit"),
+        "data": {"dataset_name": "digits", "max_train_samples": 32, "max_eval_samples": 32},
+        "training": {"use_cpu": True, "disable_tqdm": True},
+        "stages": [{"prune": {"target": {"macs": 0.6}}}],
+        "output_dir": str(tmp_path / "out"),
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    launcher = Path(__file__).parents[1] / "recipes" / "compress.py"
+    done = subprocess.run(
+        [sys.executable, str(launcher), str(tmp_path / "recipe.yaml")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert "are not finite: check the model's weights" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr

@@ -2,6 +2,7 @@
 
 from hfslim.prune.callbacks import LayerDropCallback, PruningCallback
 from hfslim.prune.gates import Gates, gated
+from hfslim.prune.importance import UnusableScoresError
 from hfslim.prune.oneshot import PruneResult, prune
 from hfslim.prune.search import UnreachableTargetError
 from hfslim.prune.surgery import shrink
@@ -12,6 +13,7 @@ __all__ = [
     "PruneResult",
     "PruningCallback",
     "UnreachableTargetError",
+    "UnusableScoresError",
     "gated",
     "prune",
     "shrink",

@@ -18,6 +18,10 @@ FROM_GRADIENTS = ("fisher", "taylor")
 FROM_ACTIVATIONS = ("activation", "block_influence")
 
 
+class UnusableScoresError(ValueError):
+    """There are no scores to decide by, or they are not finite."""
+
+
 @dataclass
 class Scores:
     """Importance of every unit, as sums over examples, so that ranks can add theirs.
@@ -34,13 +38,13 @@ class Scores:
         """Return the mean over examples by site, `[units]`.
 
         Raises:
-            ValueError: There are no examples, or a score is not finite.
+            UnusableScoresError: There are no examples, or a score is not finite.
         """
         if not self.count:
-            raise ValueError("no examples were scored: the calibration data is empty")
+            raise UnusableScoresError("no examples were scored: the calibration data is empty")
         for (kind, path), value in self.sums.items():
             if not torch.isfinite(value).all():
-                raise ValueError(
+                raise UnusableScoresError(
                     f"the scores of the {kind} at {path!r} are not finite: check the model's "
                     "weights and the calibration data for NaN and overflow"
                 )
