@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from transformers import EvalPrediction
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 
-class LocalMetric(evaluate.Metric):
+class LocalMetric(evaluate.Metric, ABC):
     """An `evaluate.Metric` whose score is a function of predictions and references.
 
     Args:
@@ -41,9 +42,9 @@ class LocalMetric(evaluate.Metric):
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
         return {self.name: float(self.score(np.asarray(references), np.asarray(predictions)))}
 
+    @abstractmethod
     def score(self, references: np.ndarray, predictions: np.ndarray) -> float:
         """Return the score of `predictions` against `references`."""
-        raise NotImplementedError
 
 
 class Accuracy(LocalMetric):
