@@ -113,6 +113,12 @@ class PruningCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Gate the model, and take up a saved state where training resumes."""
         _check_arguments(args)
+        if args.world_size > 1 and args.average_tokens_across_devices:
+            logger.warning(
+                "average_tokens_across_devices is set to False: with it the stock Trainer "
+                "multiplies a classifier's gradient by the number of processes"
+            )
+            args.average_tokens_across_devices = False
         units = find_units(model).of(self._arguments["units"])
         self._costs = price(model, units, self.goal, self._inputs)
         check_reachable(units, self.goal, self._costs)

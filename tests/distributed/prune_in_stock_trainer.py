@@ -41,7 +41,6 @@ def main(output: Path) -> None:
         num_train_epochs=2,
         learning_rate=1e-3,
         use_cpu=True,
-        average_tokens_across_devices=False,
         disable_tqdm=True,
         save_strategy="steps",
         save_steps=7,
