@@ -7,6 +7,7 @@ from torch.nn.functional import cross_entropy
 
 from hfslim.anatomy import example_inputs, find_units
 from hfslim.prune import importance
+from hfslim.prune.batches import Batches
 from hfslim.prune.collect import collect, criteria_by_kind
 from hfslim.prune.importance import Scores
 
@@ -70,7 +71,7 @@ def test_no_more_examples_are_used_than_asked_for():
     model = tiny("bert")
     batch = _batch(model)
     first = {k: v[:3] for k, v in batch.items()}
-    limited = _collect(model, [batch, batch], "fisher", max_examples=3)
+    limited = _collect(model, Batches([batch, batch], 3), "fisher")
     expected = _collect(model, [first], "fisher")
     for key, value in expected.items():
         torch.testing.assert_close(limited[key], value, rtol=1e-4, atol=1e-10)

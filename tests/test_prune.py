@@ -10,6 +10,9 @@ import hfslim
 from hfslim.anatomy import example_inputs, find_units
 from hfslim.measure import count_parameters, macs
 from hfslim.prune import UnreachableTargetError
+from hfslim.prune.batches import Batches
+from hfslim.prune.oneshot import calibrate, cut, decide, price
+from hfslim.prune.target import Target
 
 TEXTS = {"input_ids": torch.ones(2, 3, dtype=torch.long)}
 BART = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
@@ -78,6 +81,21 @@ def test_weights_that_are_not_finite_are_refused(criterion):
     with pytest.raises(ValueError, match="not finite"):
         _prune(model, criterion=criterion)
     assert find_units(model).full().counts()["heads"] == (12, 12)
+
+
+def test_one_calibration_cuts_to_any_target():
+    """A generator serves as often as a list, and copies are cut as the model itself would be."""
+    model, copies = tiny("bert"), [tiny("bert"), tiny("bert")]
+    units = find_units(model).of(("heads", "neurons"))
+    criteria = {"heads": "fisher", "neurons": "fisher"}
+    calibration = calibrate(model, units, Batches(_data(model), 64), criteria, progress=False)
+    for copied, kept in zip(copies, (0.8, 0.6), strict=True):
+        goal = Target.parse({"parameters": kept}, ("heads", "neurons"))
+        cut(copied, decide(calibration, goal, price(copied, units, goal)), calibration)
+        alone = tiny("bert")
+        _prune(alone, target={"parameters": kept})
+        batch = example_inputs(model, 2, length=8)
+        torch.testing.assert_close(copied(**batch).logits, alone(**batch).logits)
 
 
 def test_a_target_below_the_least_reachable_is_refused_before_any_scoring():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -158,7 +158,6 @@ def collect(
     units: Units,
     data: Iterable[Mapping[str, Any]],
     criteria: Mapping[Kind, Criterion],
-    max_examples: int = 512,
     seed: int = 0,
     progress: bool = True,
 ) -> dict[Key, torch.Tensor]:
@@ -173,7 +172,6 @@ def collect(
         units: The sites to score.
         data: Batches of model inputs, with or without `labels`.
         criteria: The criterion of each kind of unit.
-        max_examples: Examples to use at most, on each rank.
         seed: Seed of drawn labels and of random scores.
         progress: Whether to show a progress bar.
 
@@ -195,8 +193,7 @@ def collect(
         for parameter in trainable:
             parameter.requires_grad_(False)
         try:
-            batches = _limited(data, max_examples)
-            shown = track(batches, "scoring", disable=not progress, transient=True)
+            shown = track(data, "scoring", disable=not progress, transient=True)
             for batch in shown:
                 inputs = placed(model, batch)
                 labels = inputs.pop("labels", inputs.pop("label", None))
@@ -217,27 +214,6 @@ def collect(
     scores = collector.result(model, seed)
     logger.info("scored %s on %d examples", dict(criteria), collector.scores.count)
     return scores
-
-
-def _limited(data: Iterable[Mapping[str, Any]], max_examples: int) -> Iterator[dict[str, Any]]:
-    left = max_examples
-    for batch in data:
-        if left <= 0:
-            return
-        if not isinstance(batch, Mapping):
-            raise ValueError(
-                f"data gives {type(batch).__name__} where a batch is expected, a dict of tensors: "
-                "pass a list of batches, or a DataLoader"
-            )
-        tensors = {k: v[:left] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        sizes = [len(v) for v in tensors.values() if isinstance(v, torch.Tensor)]
-        if not sizes:
-            raise ValueError(
-                f"a batch holds no tensors, only {sorted(tensors)}: data must give batches of "
-                "model inputs, such as a DataLoader or a list of dicts of tensors"
-            )
-        left -= sizes[0]
-        yield tensors
 
 
 def _check_labels(labels: torch.Tensor, classes: int, problem: ProblemType) -> None:

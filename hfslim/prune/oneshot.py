@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 
 from hfslim.anatomy import Stated, Units, find_units, stated_inputs
 from hfslim.prune import costs as pricing
+from hfslim.prune.batches import Batches
 from hfslim.prune.collect import Criteria, collect, criteria_by_kind
 from hfslim.prune.gates import Key
+from hfslim.prune.importance import Criterion
 from hfslim.prune.search import search
 from hfslim.prune.surgery import shrink
 from hfslim.prune.target import Target
@@ -79,18 +81,75 @@ def prune(
             unchanged.
         RuntimeError: The cut model would not equal the gated one. The model is unchanged.
     """
-    if max_examples < 1:
-        raise ValueError(f"max_examples must be at least 1, got {max_examples}")
+    batches = Batches(data, max_examples)
     sites = find_units(model).of(units)
     goal = Target.parse(target, units)
     criteria = criteria_by_kind(criterion, units)
     costs = price(model, sites, goal, inputs)
     check_reachable(sites, goal, costs)
-    scores = collect(model, sites, data, criteria, max_examples, seed, progress)
-    structure = agreed(search(sites, scores, goal, costs))
-    logger.info("keeps %s for target %s", structure, dict(target))
+    calibration = calibrate(model, sites, batches, criteria, seed, progress)
+    structure = decide(calibration, goal, costs)
+    cut(model, structure, calibration)
+    return PruneResult(structure, model, calibration.scores)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What calibration data told of a model: enough to cut it, or copies of it, to any target.
+
+    Attributes:
+        units: The sites that may lose units.
+        scores: Importance of every unit by site, `[units]`.
+        batches: The data.
+    """
+
+    units: Units
+    scores: Mapping[Key, torch.Tensor]
+    batches: Batches
+
+
+def calibrate(
+    model: PreTrainedModel,
+    units: Units,
+    batches: Batches,
+    criteria: Mapping[Kind, Criterion],
+    seed: int = 0,
+    progress: bool = True,
+) -> Calibration:
+    """Score the units of a model: the slow part of pruning, done once for any number of targets.
+
+    Args:
+        model: The model, not a wrapper; it is not changed.
+        units: The sites that may lose units.
+        batches: The calibration data.
+        criteria: The criterion of each kind of unit.
+        seed: Seed of whatever is drawn.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: The data is empty or does not fit, or scores are not finite.
+    """
+    return Calibration(units, collect(model, units, batches, criteria, seed, progress), batches)
+
+
+def decide(calibration: Calibration, target: Target, costs: pricing.Costs | None) -> Structure:
+    """Choose the units to keep for a target; the same on every rank.
+
+    Raises:
+        UnreachableTargetError: The target cannot be met; the message says what can.
+    """
+    structure = agreed(search(calibration.units, calibration.scores, target, costs))
+    logger.info("keeps %s for %s", structure, target)
+    return structure
+
+
+def cut(model: PreTrainedModel, structure: Structure, calibration: Calibration) -> None:
+    """Remove what a structure does not keep from the model that was calibrated, or a copy of it.
+
+    Raises:
+        RuntimeError: The cut model would not equal the gated one. The model is unchanged.
+    """
     shrink(model, structure)
-    return PruneResult(structure, model, scores)
 
 
 def price(
