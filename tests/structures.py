@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from hfslim.anatomy import find_units
-from hfslim.structure import Structure
+from hfslim.structure import KINDS, Kind, Structure
 
 
-def uneven(model: nn.Module, seed: int = 0, drop_layer: bool = True) -> Structure:
+def uneven(
+    model: nn.Module, seed: int = 0, drop_layer: bool = True, kinds: Sequence[Kind] = KINDS
+) -> Structure:
     """Cut every site to another size: one without heads, one without neurons, one layer gone."""
     draw = random.Random(seed)
-    units = find_units(model)
+    units = [site for site in find_units(model) if site.kind in kinds]
     sites: dict = {"heads": {}, "neurons": {}, "layers": {}}
     dropped = set()
     for site in units:

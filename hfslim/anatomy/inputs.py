@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 TEXT_LENGTH = 128
 AUDIO_SAMPLES = 16_000
+CHARACTERS = 256
+"""Code points for models that read characters."""
 _FLOATING = ("pixel_values", "input_values", "input_features", "inputs_embeds")
 
 
@@ -60,27 +63,20 @@ def example_inputs(
     """
     config, name = model.config, model.main_input_name
     generator = torch.Generator().manual_seed(seed)
-    shape: tuple[int, ...]
-    if name == "input_ids":
-        longest = getattr(config, "max_position_embeddings", None) or TEXT_LENGTH + 2
-        # RoBERTa-like models count positions from the padding index on.
-        shape = (batch_size, min(length or TEXT_LENGTH, max(longest - 2, 1)))
-        special = {config.pad_token_id, getattr(config, "eos_token_id", None)}
-        ids = torch.randint(config.vocab_size, shape, generator=generator)
-        free = next(i for i in range(config.vocab_size - 1, -1, -1) if i not in special)
-        for token in special:
-            if isinstance(token, int):
-                ids = ids.masked_fill(ids == token, free)
+    kind = _perceived(model) if name == "inputs" else name
+    if kind == "input_ids":
+        text = config.get_text_config()
+        ids = _text(text, batch_size, length, generator)
         if config.is_encoder_decoder:
             # BART and T5 classify from the position of the one end of the text.
-            ids[:, -1] = config.eos_token_id
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    elif name == "pixel_values":
-        size = getattr(config, "image_size", 224)
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (batch_size, getattr(config, "num_channels", 3), height, width)
-        inputs = {name: torch.randn(shape, generator=generator)}
-    elif name in ("input_values", "input_features"):
+            ids[:, -1] = text.eos_token_id
+        inputs = {name: ids, "attention_mask": torch.ones_like(ids)}
+    elif kind == "pixel_values":
+        inputs = {name: torch.randn(batch_size, *_image_shape(config), generator=generator)}
+        patches = getattr(getattr(config, "vision_config", None), "num_patches", None)
+        if patches:
+            inputs |= _patches(config.vision_config, batch_size, generator)
+    elif kind in ("input_values", "input_features"):
         shape = (batch_size, *_speech_shape(config, length))
         inputs = {name: torch.randn(shape, generator=generator)}
     else:
@@ -93,6 +89,51 @@ def example_inputs(
         key: value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
         for key, value in inputs.items()
     }
+
+
+def _text(
+    config: PreTrainedConfig, batch_size: int, length: int | None, generator: torch.Generator
+) -> torch.Tensor:
+    longest = getattr(config, "max_position_embeddings", None) or TEXT_LENGTH + 2
+    # RoBERTa-like models count positions from the padding index on.
+    shape = (batch_size, min(length or TEXT_LENGTH, max(longest - 2, 1)))
+    size = getattr(config, "vocab_size", CHARACTERS)
+    special = set()
+    for name in ("pad_token_id", "eos_token_id"):
+        token = getattr(config, name, None)
+        special |= set(token) if isinstance(token, list) else {token}
+    ids = torch.randint(size, shape, generator=generator)
+    free = next(i for i in range(size - 1, -1, -1) if i not in special)
+    for token in special:
+        if isinstance(token, int):
+            ids = ids.masked_fill(ids == token, free)
+    return ids
+
+
+def _image_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
+    config = getattr(config, "vision_config", config)
+    size = getattr(config, "image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else size
+    return getattr(config, "num_channels", 3), height, width
+
+
+def _patches(
+    config: PreTrainedConfig, batch_size: int, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """Return an image as SigLIP 2 takes it: flat patches, and how many there are each way."""
+    side = math.isqrt(config.num_patches)
+    pixels = config.num_channels * config.patch_size**2
+    return {
+        "pixel_values": torch.randn(batch_size, side * side, pixels, generator=generator),
+        "pixel_attention_mask": torch.ones(batch_size, side * side, dtype=torch.long),
+        "spatial_shapes": torch.full((batch_size, 2), side),
+    }
+
+
+def _perceived(model: PreTrainedModel) -> str:
+    """Tell what a Perceiver's preprocessor embeds."""
+    embeds = getattr(model.get_submodule("perceiver.input_preprocessor"), "embeddings", None)
+    return "pixel_values" if embeds is None else "input_ids"
 
 
 def _speech_shape(config: object, length: int | None) -> tuple[int, ...]:

@@ -1,0 +1,82 @@
+"""What can be cut from which model type, as the sweep over all types found it.
+
+The table is measured, not written: `python tests/sweep.py --write` builds each type of the three
+auto classes tiny, cuts it kind by kind, and keeps here what came out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+COLUMNS = ("heads", "neurons", "channels", "layers", "dimensions")
+SIGNS = {"exact": "yes", "refused": "refused", "failed": "no", "absent": "–", "untried": ""}
+"""Outcomes, and how the table shows them."""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What one model type can lose.
+
+    Attributes:
+        task: `text`, `image` or `audio`.
+        model_type: The type as transformers names it.
+        outcomes: By kind of unit: `exact` (gated, cut and reloaded outputs are equal), `refused`
+            (with the reason), `failed` (an error, so nothing is cut), `absent` (the type has no
+            such part) or `untried`.
+        plain: Kinds whose uniform cut the type's own config describes, so that the result loads
+            with nothing of hfslim's.
+        reasons: Why kinds are refused, or fail.
+    """
+
+    task: str
+    model_type: str
+    outcomes: Mapping[str, str]
+    plain: tuple[str, ...] = ()
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+
+@cache
+def measured() -> dict[str, Any]:
+    """Return the sweep's record: `transformers`, its version, and `types`, by task and type."""
+    return json.loads(files(__package__).joinpath("coverage.json").read_text())
+
+
+def coverage(tasks: Sequence[str] = ("text", "image", "audio")) -> tuple[Coverage, ...]:
+    """List what each model type of the classification auto classes can lose.
+
+    Args:
+        tasks: Which auto classes.
+
+    Returns:
+        One row a type, in the order of the tasks and of the alphabet.
+
+    Examples:
+        >>> next(r for r in coverage(["text"]) if r.model_type == "bert").outcomes["heads"]
+        'exact'
+    """
+    return tuple(
+        Coverage(
+            task,
+            name,
+            {kind: entry.get(kind, "untried") for kind in COLUMNS},
+            tuple(entry.get("plain", ())),
+            entry.get("reasons", {}),
+        )
+        for task in tasks
+        for name, entry in sorted(measured()["types"].get(task, {}).items())
+    )
+
+
+def markdown(rows: Sequence[Coverage]) -> str:
+    """Return a Markdown table of the rows."""
+    head = ("type", *COLUMNS, "plain reload")
+    lines = [" | ".join(head), " | ".join("---" for _ in head)]
+    for row in rows:
+        signs = (SIGNS[row.outcomes[kind]] for kind in COLUMNS)
+        lines.append(" | ".join((f"`{row.model_type}`", *signs, ", ".join(row.plain))))
+    return "\n".join(f"| {line} |" for line in lines) + "\n"

@@ -1,0 +1,33 @@
+import pytest
+import sweep
+import zoo
+
+from hfslim.anatomy import coverage
+from hfslim.anatomy.coverage import SIGNS, markdown
+
+ROWS = {f"{row.task}/{row.model_type}": row for row in coverage()}
+
+
+def test_rows_are_of_types_that_transformers_knows():
+    assert set(ROWS) <= set(zoo.CASES)
+    assert all(set(row.outcomes.values()) <= set(SIGNS) for row in ROWS.values())
+
+
+def test_the_table_shows_each_type_once():
+    lines = markdown(coverage(["text"])).splitlines()
+    assert len(lines) == 2 + sum(row.task == "text" for row in ROWS.values())
+    assert any(line.startswith("| `bert` | yes | yes |") for line in lines)
+
+
+@pytest.mark.parametrize("case", ["text/bert", "text/llama"])
+def test_the_table_is_what_the_sweep_finds(case):
+    for row in sweep.sweep(case):
+        if "+" not in row.kind:
+            assert row.outcome == ROWS[case].outcomes[row.kind], row
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_every_type_is_exact_or_refused():
+    rows = list(sweep.run(list(zoo.CASES), jobs=2, limit=600))
+    assert [row for row in rows if row.outcome == "wrong"] == []
