@@ -2,9 +2,8 @@
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,12 +11,25 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hfslim.measure import Comparison
+from hfslim.measure import Comparison, Measurement
+from hfslim.picture import natural
+from hfslim.provenance import Provenance
 from hfslim.timing import Latency
 
-__all__ = ["Quality", "Report"]
+__all__ = ["NOT_MEASURED", "REPORT", "Quality", "Report", "Row", "markdown_table"]
 
 BAR_WIDTH = 24
+REPORT = "report.json"
+NOT_MEASURED = "not measured"
+COSTS = (
+    "parameters",
+    "parameters without embeddings",
+    "bytes of weights",
+    "MACs",
+    "p50 ms",
+    "p95 ms",
+    "examples/s",
+)
 
 
 @dataclass(frozen=True)
@@ -27,19 +39,23 @@ class Quality:
     Attributes:
         metric: Name of the metric, such as `accuracy`.
         value: The compressed model's value.
-        teacher: The teacher's value.
+        teacher: The teacher's value; None if it was not measured.
         data: Name of the examples, such as `test, 1,421 examples`.
+        examples: Number of examples.
+        seeds: Seeds of the runs that the value is taken over.
     """
 
     metric: str
     value: float
-    teacher: float
+    teacher: float | None
     data: str
+    examples: int | None = None
+    seeds: Sequence[int] = ()
 
     @property
-    def difference(self) -> float:
-        """Value less the teacher's value."""
-        return self.value - self.teacher
+    def difference(self) -> float | None:
+        """Value less the teacher's value; None if that was not measured."""
+        return None if self.teacher is None else self.value - self.teacher
 
 
 class Row(NamedTuple):
@@ -57,38 +73,67 @@ class Report:
 
     Attributes:
         model: Name of the model.
-        comparisons: Both models measured, once for each stated input.
+        comparisons: Both models measured, once for each stated input; none if not measured.
         quality: Metrics on held-out examples.
         structure: A row `{"kind", "path", "kept", "total"}` for each place where units can be
             removed, as `Structure.table` gives them.
         stages: The path taken, as in a recipe: each stage's name to its settings.
+        provenance: What the model was made from, and on which machine.
     """
 
     model: str
-    comparisons: Sequence[Comparison]
+    comparisons: Sequence[Comparison] = ()
     quality: Sequence[Quality] = ()
     structure: Sequence[Mapping[str, Any]] = ()
     stages: Sequence[Mapping[str, Mapping[str, Any]]] = field(default=())
+    provenance: Provenance = field(default_factory=Provenance)
 
-    def __post_init__(self) -> None:
-        if not self.comparisons:
-            raise ValueError(
-                "A report without a measurement was given, at least one comparison was expected: "
-                "pass comparisons=[hfslim.measure.compare(before, after, inputs)]."
-            )
+    @classmethod
+    def load(cls, folder: str | Path) -> "Report":
+        """Read the `report.json` of a folder.
+
+        Raises:
+            FileNotFoundError: There is none.
+            ValueError: It is not what `write` writes.
+        """
+        path = Path(folder) / REPORT
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a report of hfslim: {error!r}") from error
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Report":
+        """Rebuild a report from what `to_dict` gives."""
+        quality = []
+        for one in values.get("quality", ()):
+            own = {key: value for key, value in one.items() if key != "difference"}
+            own["value"] = math.nan if own["value"] is None else own["value"]
+            own["seeds"] = tuple(own.get("seeds", ()))
+            quality.append(Quality(**own))
+        return cls(
+            model=values["model"],
+            comparisons=[_comparison(one) for one in values.get("comparisons", ())],
+            quality=quality,
+            structure=values.get("structure", ()),
+            stages=values.get("stages", ()),
+            provenance=Provenance.from_dict(values.get("provenance", {})),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The report as nested dictionaries and lists of plain values, ready for JSON.
 
         A metric that is not finite, such as the correlation of constant predictions, is `None`.
         """
-        return {
+        values = {
             "model": self.model,
             "comparisons": [comparison.to_dict() for comparison in self.comparisons],
             "quality": [_finite({**vars(q), "difference": q.difference}) for q in self.quality],
             "structure": [dict(row) for row in self.structure],
             "stages": [{name: dict(made) for name, made in s.items()} for s in self.stages],
+            "provenance": asdict(self.provenance),
         }
+        return json.loads(json.dumps(values, allow_nan=False))
 
     def print(self, console: Console | None = None) -> None:
         """Show the figures, the kept units of each layer as bars, and the stages.
@@ -98,11 +143,11 @@ class Report:
         """
         console = console or Console()
         figures = Table(title=escape(self.model), title_justify="left", caption_justify="left")
-        figures.caption = escape("\n".join(self._conditions()))
+        figures.caption = escape("\n".join(self.conditions()))
         figures.add_column("")
         for heading in ("before", "after", "change"):
             figures.add_column(heading, justify="right")
-        for row in self._figures():
+        for row in self.figures():
             figures.add_row(*map(escape, row))
         console.print(figures)
         if self.structure:
@@ -110,25 +155,25 @@ class Report:
             for heading in ("layer", "units", "kept"):
                 kept.add_column(heading)
             kept.add_column("", justify="right")
-            for path, kind, bar, count in self._kept():
+            for path, kind, bar, count in self.kept():
                 kept.add_row(path, kind, bar, count)
             console.print(kept)
-        for line in self._path():
+        for line in self.path():
             console.print(line, markup=False)
 
     def to_markdown(self) -> str:
         """The report as Markdown."""
         blocks = [
             f"# {self.model}",
-            _markdown_table(("", "before", "after", "change"), self._figures()),
-            "\n".join(f"- {line}" for line in self._conditions()),
+            markdown_table(("", "before", "after", "change"), self.figures()),
+            "\n".join(f"- {line}" for line in self.conditions()),
         ]
         if self.structure:
-            rows = [(f"`{path}`", kind, f"`{bar}`", n) for path, kind, bar, n in self._kept()]
-            table = _markdown_table(("layer", "units", "kept", ""), rows)
+            rows = [(f"`{path}`", kind, f"`{bar}`", n) for path, kind, bar, n in self.kept()]
+            table = markdown_table(("layer", "units", "kept", ""), rows)
             blocks += ["## Kept in each layer", table]
         if self.stages:
-            blocks += ["## How it was made", "\n".join(self._path())]
+            blocks += ["## How it was made", "\n".join(self.path())]
         return "\n\n".join(blocks) + "\n"
 
     def write(self, folder: str | Path) -> None:
@@ -140,10 +185,25 @@ class Report:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), indent=2, allow_nan=False)
-        (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+        (folder / REPORT).write_text(text + "\n", encoding="utf-8")
         (folder / "report.md").write_text(self.to_markdown(), encoding="utf-8")
 
-    def _figures(self) -> list[Row]:
+    def figures(self) -> list[Row]:
+        """The lines of the table of figures."""
+        rows = self.costs()
+        for q in self.quality:
+            values = (
+                _number(q.teacher, " (teacher)"),
+                _number(q.value),
+                _number(q.difference, sign="+"),
+            )
+            rows.append(Row(f"{q.metric}, {q.data}", *values))
+        return rows
+
+    def costs(self) -> list[Row]:
+        """The lines of parameters, bytes, multiply-accumulates and times."""
+        if not self.comparisons:
+            return [Row(figure, NOT_MEASURED, NOT_MEASURED, "-") for figure in COSTS]
         before, after = self.comparisons[0].before, self.comparisons[0].after
         rows = [
             _count("parameters", before.parameters, after.parameters),
@@ -158,12 +218,10 @@ class Report:
             at = f"batch {c.after.latency.batch_size}"
             rows.append(_count(f"MACs, {at}", c.before.macs, c.after.macs))
             rows += _times(at, c)
-        for q in self.quality:
-            values = (f"{q.teacher:.4f} (teacher)", f"{q.value:.4f}", f"{q.difference:+.4f}")
-            rows.append(Row(f"{q.metric}, {q.data}", *values))
         return rows
 
-    def _conditions(self) -> list[str]:
+    def conditions(self) -> list[str]:
+        """What each measurement holds for: input, device, dtype, threads, calls."""
         lines = []
         for c in self.comparisons:
             before, after = _stated(c.before.latency), _stated(c.after.latency)
@@ -175,7 +233,8 @@ class Report:
             )
         return lines
 
-    def _kept(self) -> list[tuple[str, str, str, str]]:
+    def kept(self) -> list[tuple[str, str, str, str]]:
+        """Layer, kind of unit, a bar and the numbers kept and before, layer by layer."""
         return [
             (
                 row["path"],
@@ -183,10 +242,11 @@ class Report:
                 _bar(row["kept"], row["total"]),
                 f"{row['kept']:,} / {row['total']:,}",
             )
-            for row in sorted(self.structure, key=lambda row: _natural(row["path"]))
+            for row in sorted(self.structure, key=lambda row: natural(row["path"]))
         ]
 
-    def _path(self) -> list[str]:
+    def path(self) -> list[str]:
+        """The stages, numbered, with their settings."""
         made = [(name, settings) for stage in self.stages for name, settings in stage.items()]
         return [
             f"{number}. {name}: " + ", ".join(f"{key}={value}" for key, value in settings.items())
@@ -194,6 +254,20 @@ class Report:
             else f"{number}. {name}"
             for number, (name, settings) in enumerate(made, start=1)
         ]
+
+
+def _comparison(values: Mapping[str, Any]) -> Comparison:
+    sides = {
+        side: Measurement(
+            **{**values[side], "latency": Latency(**values[side]["latency"])},
+        )
+        for side in ("before", "after")
+    }
+    return Comparison(**{**values, **sides})
+
+
+def _number(value: float | None, after: str = "", sign: str = "") -> str:
+    return NOT_MEASURED if value is None else f"{value:{sign}.4f}{after}"
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
@@ -240,10 +314,7 @@ def _bar(kept: int, total: int) -> str:
     return "█" * filled + "░" * (BAR_WIDTH - filled)
 
 
-def _natural(path: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"\.", path)]
-
-
-def _markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay out rows as a Markdown table."""
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in x) + " |" for x in lines)

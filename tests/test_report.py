@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from hfslim.measure import Comparison, Measurement
+from hfslim.provenance import Machine, Origin, Provenance
 from hfslim.report import Quality, Report
 from hfslim.timing import Latency
 
@@ -136,6 +137,33 @@ def test_a_metric_without_a_value_is_shown_and_written_as_null(tmp_path) -> None
     assert lines_with(report.to_markdown(), "pearson, test", "| nan |")
 
 
-def test_a_report_without_a_measurement_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least one comparison was expected"):
-        Report("m", [])
+@pytest.mark.parametrize("render", [shown, Report.to_markdown], ids=["screen", "markdown"])
+def test_what_was_not_measured_is_called_so(render) -> None:
+    text = render(Report("m", quality=[Quality("accuracy", 0.5, None, "test")]))
+    assert lines_with(text, "MACs", "not measured")
+    assert lines_with(text, "accuracy, test", "not measured", "0.5000")
+
+
+def test_a_report_reads_back_as_it_was_written(report: Report, tmp_path) -> None:
+    made = dataclasses.replace(
+        report,
+        quality=[Quality("pearson", float("nan"), 0.9, "test", examples=3, seeds=(1, 2))],
+        provenance=Provenance(
+            task="text-classification",
+            base=Origin("org/base", on_hub=True, revision="abc"),
+            losses={"1. transfer": "loss_hard"},
+            seeds=(1, 2),
+            machine=Machine("a processor, 2 cores", "Linux", {"torch": "2"}),
+        ),
+    )
+    made.write(tmp_path)
+    again = Report.load(tmp_path)
+    assert again.to_dict() == made.to_dict()
+    assert again.provenance == made.provenance
+    assert again.comparisons == made.comparisons
+
+
+def test_what_is_no_report_is_refused_with_its_path(tmp_path) -> None:
+    (tmp_path / "report.json").write_text('{"model": "m", "comparisons": [1]}')
+    with pytest.raises(ValueError, match=r"report\.json is not a report of hfslim"):
+        Report.load(tmp_path)

@@ -1,0 +1,341 @@
+"""The model card: what a compressed model is, costs and scores, and how to load it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
+
+from hfslim.picture import draw_structure
+from hfslim.provenance import Origin
+from hfslim.report import NOT_MEASURED, REPORT, Report, markdown_table
+
+__all__ = ["CARD", "MARKER", "PICTURE", "RECIPE", "CardError", "merge", "write_card"]
+
+logger = logging.getLogger(__name__)
+
+CARD, PICTURE, RECIPE = "README.md", "structure.png", "recipe.yaml"
+NOT_STATED = "not stated"
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
+NOTICE = "<!-- hfslim writes this card again at each push, down to the line that says so. -->"
+MARKER = "<!-- What stands below this line is yours: hfslim keeps it. -->"
+GENERATED = (
+    "This model card has been generated automatically according to the information the Trainer",
+    "This is the model card of a 🤗 transformers model that has been pushed on the Hub",
+)
+"""Marks of transformers' own drafts, which hold nothing of the user's."""
+OWN = (
+    *("base_model", "base_model_relation", "library_name"),
+    *("metrics", "model-index", "pipeline_tag", "tags"),
+)
+OWN_TAGS = ("hfslim", "pruned", "distilled", "generated_from_trainer")
+TASKS = {
+    "ForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification"),
+    "ForImageClassification": ("image-classification", "AutoModelForImageClassification"),
+    "ForAudioClassification": ("audio-classification", "AutoModelForAudioClassification"),
+}
+
+
+class CardError(ValueError):
+    """A card cannot be written, or two versions of the user's part cannot be joined."""
+
+
+class Way(NamedTuple):
+    """One way of loading the model: what it needs, and the code."""
+
+    when: str
+    code: str
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a folder says of the model that was saved to it.
+
+    Attributes:
+        config: Its `config.json`.
+        task: transformers' name of the task; None if it is none of hfslim's.
+        auto_class: The auto class that loads it.
+    """
+
+    config: dict[str, Any]
+    task: str | None
+    auto_class: str
+
+    @classmethod
+    def read(cls, folder: Path) -> Saved:
+        """Read the `config.json` of a folder.
+
+        Raises:
+            CardError: There is none that can be read.
+        """
+        path = folder / "config.json"
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+            architecture = (config.get("architectures") or [""])[0]
+        except FileNotFoundError:
+            raise CardError(
+                f"{folder} has no config.json: give the folder of a saved model"
+            ) from None
+        except (ValueError, AttributeError) as error:
+            raise CardError(f"{path} is damaged: {error}") from error
+        ending = next((end for end in TASKS if str(architecture).endswith(end)), None)
+        task, auto_class = TASKS[ending] if ending else (None, "AutoModel")
+        return cls(config, task, auto_class)
+
+    @property
+    def pruned(self) -> bool:
+        """Whether its structure is one that a stock config cannot say."""
+        return "hfslim" in self.config
+
+
+def write_card(
+    folder: str | Path, report: Report | None = None, *, name: str | None = None
+) -> Path:
+    """Write the model card of a folder, and the picture of the structure beside it.
+
+    Every figure is that of the report. What stands below `MARKER` in an earlier card is kept, and
+    so is its metadata (such as `license` and `language`) that hfslim does not write; a card without
+    the marker is kept whole, below it.
+
+    Args:
+        folder: Of a saved model.
+        report: Its report; by default the folder's `report.json`, or none.
+        name: Hub id that the examples load; by default the folder.
+
+    Returns:
+        The card's path.
+
+    Raises:
+        CardError: The folder holds no saved model.
+        ValueError: `report.json` is damaged.
+    """
+    folder = Path(folder)
+    saved = Saved.read(folder)
+    if report is None and (folder / REPORT).exists():
+        report = Report.load(folder)
+    report = report or Report(model=name or folder.name)
+    if report.structure:
+        draw_structure(report.structure, folder / PICTURE)
+    card = _render(folder, saved, report, name or str(folder))
+    path = folder / CARD
+    earlier = [path.read_text(encoding="utf-8-sig")] if path.exists() else []
+    path.write_text(merge(card, *earlier), encoding="utf-8")
+    return path
+
+
+def merge(card: str, *earlier: str) -> str:
+    """Carry the user's part of earlier versions of a card over to a new one.
+
+    Args:
+        card: As hfslim has just written it.
+        *earlier: Earlier versions, the most trusted first.
+
+    Returns:
+        The card with the text that stood below the marker and the metadata that are not hfslim's.
+
+    Raises:
+        CardError: Two versions hold different text of the user's.
+    """
+    new = ModelCard(card, ignore_metadata_errors=True)
+    own = _user_part(new.text)
+    for text in earlier:
+        old = ModelCard(text, ignore_metadata_errors=True)
+        other = _user_part(old.text)
+        if own and other and own not in other and other not in own:
+            raise CardError(
+                f"two versions of {CARD} differ below the line {MARKER!r}: {own[:60]!r} here, "
+                f"{other[:60]!r} there; make the two the same, or empty one"
+            )
+        own = max(own, other, key=len)
+        theirs = [tag for tag in old.data.get("tags", []) if tag not in OWN_TAGS]
+        new.data["tags"] = list(dict.fromkeys([*new.data.get("tags", []), *theirs]))
+        for key, value in old.data.to_dict().items():
+            if key not in OWN and new.data.get(key) is None:
+                new.data[key] = value
+    head, _, _ = new.text.partition(MARKER)
+    new.text = f"{head}{MARKER}\n" + (f"\n{own}\n" if own else "")
+    return str(new)
+
+
+def _user_part(text: str) -> str:
+    if MARKER in text:
+        return text.partition(MARKER)[2].strip()
+    return "" if any(mark in text for mark in GENERATED) else text.strip()
+
+
+def _render(folder: Path, saved: Saved, report: Report, name: str) -> str:
+    structure = ""
+    if report.structure:
+        rows = [(f"`{path}`", kind, f"`{bar}`", count) for path, kind, bar, count in report.kept()]
+        structure = markdown_table(("layer", "units", "kept", ""), rows)
+    made = report.provenance
+    processes = f"--num_processes {made.processes} " if made.processes > 1 else ""
+    card = ModelCard.from_template(
+        _metadata(saved, report, name),
+        template_path=str(TEMPLATE),
+        notice=NOTICE,
+        marker=MARKER,
+        title=name.rstrip("/").rpartition("/")[2],
+        summary=_summary(saved, report),
+        picture=PICTURE if report.structure else None,
+        figures=markdown_table(("", "before", "after", "change"), report.costs()),
+        conditions=report.conditions(),
+        machine=str(made.machine) if made.machine else NOT_MEASURED,
+        quality=_quality(report),
+        ways=_ways(saved, name),
+        origins=_origins(report),
+        stages=report.path(),
+        recipe=RECIPE if (folder / RECIPE).exists() else None,
+        command=f"accelerate launch {processes}recipes/compress.py {RECIPE}",
+        structure=structure,
+        limits=_limits(report),
+    )
+    card.text = re.sub(r"\n{3,}", "\n\n", card.text)
+    return str(card)
+
+
+def _metadata(saved: Saved, report: Report, name: str) -> ModelCardData:
+    made = report.provenance
+    task = made.task or saved.task
+    stages = {stage for one in report.stages for stage in one}
+    tags = ["hfslim"]
+    if saved.pruned or report.structure or "prune" in stages:
+        tags.append("pruned")
+    if made.teacher:
+        tags.append("distilled")
+    data = made.data
+    results = [
+        EvalResult(
+            task_type=task or "other",
+            dataset_type=data.name if data and data.on_hub else "local",
+            dataset_name=data.name if data else quality.data,
+            dataset_config=data.config if data else None,
+            dataset_split=data.split if data else None,
+            dataset_revision=data.revision if data else None,
+            metric_type=quality.metric,
+            metric_name=quality.metric,
+            metric_value=quality.value,
+        )
+        for quality in report.quality
+        if quality.value == quality.value
+    ]
+    on_hub = made.base is not None and made.base.on_hub
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag=task,
+        base_model=made.base.name if made.base and on_hub else None,
+        base_model_relation="finetune" if on_hub else None,
+        datasets=[data.name] if data and data.on_hub else None,
+        metrics=[quality.metric for quality in report.quality] or None,
+        tags=[*tags, *([task] if task else [])],
+        model_name=name.rstrip("/").rpartition("/")[2] if results else None,
+        eval_results=results or None,
+    )
+
+
+def _summary(saved: Saved, report: Report) -> str:
+    made = report.provenance
+    kind = (made.task or saved.task or "model").replace("-", " ")
+    base = _link(made.base) if made.base else f"`{saved.config.get('model_type', 'unknown')}`"
+    done = "compressed"
+    if report.comparisons:
+        first = report.comparisons[0]
+        share = first.after.macs / first.before.macs if first.before.macs else 1
+        done = f"cut to {share:.1%} of its multiply-accumulates"
+    taught = ", and taught by the model named as its teacher" if made.teacher else ""
+    return f"A model for {kind}: {base}, {done} with hfslim{taught}. Its layers are dense."
+
+
+def _quality(report: Report) -> str:
+    headings = ("metric", "data", "before", "after", "difference", "n", "seeds")
+    rows = []
+    for quality in report.quality:
+        numbers = [
+            NOT_MEASURED if value is None else f"{value:{sign}.4f}"
+            for value, sign in (
+                (quality.teacher, ""),
+                (quality.value, ""),
+                (quality.difference, "+"),
+            )
+        ]
+        count = NOT_MEASURED if quality.examples is None else f"{quality.examples:,}"
+        seeds = ", ".join(map(str, quality.seeds)) or NOT_MEASURED
+        rows.append((quality.metric, quality.data, *numbers, count, seeds))
+    return markdown_table(headings, rows or [(NOT_MEASURED,) * len(headings)])
+
+
+def _origins(report: Report) -> str:
+    made = report.provenance
+    criteria = [
+        f"{number}. {name}: {settings['criterion']}"
+        for number, (name, settings) in enumerate(
+            ((name, settings) for stage in report.stages for name, settings in stage.items()), 1
+        )
+        if "criterion" in settings
+    ]
+    losses = [f"{stage}: {loss}" for stage, loss in made.losses.items()]
+    rows = [
+        ("base model", _link(made.base) if made.base else NOT_STATED),
+        ("teacher", _link(made.teacher) if made.teacher else NOT_STATED),
+        ("data", _link(made.data, "datasets/") if made.data else NOT_STATED),
+        ("importance criterion", "; ".join(criteria) or NOT_STATED),
+        ("loss", "; ".join(losses) or NOT_STATED),
+    ]
+    return markdown_table(("", ""), rows)
+
+
+def _link(origin: Origin, kind: str = "") -> str:
+    if not origin.on_hub:
+        return str(origin)
+    address = f"{constants.ENDPOINT}/{kind}{origin.name}"
+    rest = str(origin).removeprefix(origin.name)
+    return f"[{origin.name}]({address}){rest}"
+
+
+def _ways(saved: Saved, name: str) -> list[Way]:
+    load = 'model = {auto}.from_pretrained("{name}"{more})'
+    pipe = 'classify = pipeline("{task}", model="{name}"{more})'
+
+    def code(first: str, more: str) -> str:
+        names = f"{saved.auto_class}, pipeline" if saved.task else saved.auto_class
+        lines = [first, f"from transformers import {names}", ""]
+        lines.append(load.format(auto=saved.auto_class, name=name, more=more))
+        if saved.task:
+            lines.append(pipe.format(task=saved.task, name=name, more=more))
+        return "\n".join(line for i, line in enumerate(lines) if line or i)
+
+    if not saved.pruned:
+        return [Way("With transformers alone:", code("", ""))]
+    ways = [Way("Where hfslim is installed:", code("import hfslim", ""))]
+    if saved.config.get("auto_map"):
+        ways.append(
+            Way(
+                "With transformers alone, by the small file `modeling_hfslim.py` beside the "
+                "weights, which builds the layers in their sizes:",
+                code("", ", trust_remote_code=True"),
+            )
+        )
+    return ways
+
+
+def _limits(report: Report) -> list[str]:
+    limits = [
+        "Labels, biases and licence conditions of the base model and of the data apply.",
+        "Robustness, calibration and fairness after compression: not measured.",
+    ]
+    if report.comparisons:
+        limits.append(
+            "Times hold for the machine, the input and the number of threads that are stated."
+        )
+    for quality in report.quality:
+        if len(quality.seeds) == 1:
+            limits.append(
+                f"The {quality.metric} is that of one run (seed {quality.seeds[0]}): how much it "
+                "varies from seed to seed is not measured."
+            )
+    return limits

@@ -1,0 +1,251 @@
+"""Push a folder to the Hub: one commit, that holds all of it or nothing."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    get_token,
+    hf_hub_download,
+)
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+)
+
+from hfslim.hub import modeling_hfslim
+from hfslim.hub.card import CARD, CardError, Saved, merge, write_card
+
+__all__ = ["PushError", "check_login", "push"]
+
+logger = logging.getLogger(__name__)
+
+LEFT_OUT = (
+    *(".*", "_*", "checkpoint-*", "*.lock"),
+    *("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt"),
+)
+"""Names that are not pushed: hidden and temporary files, checkpoints, and pickles."""
+OURS = (
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
+    *("modeling_hfslim.py", "report.json", "report.md", "structure.png", "recipe.yaml"),
+)
+"""Names that are deleted from the repository where the folder no longer has them."""
+PASSING = (409, 412, 429, 500, 502, 503, 504)
+ATTEMPTS = 4
+
+
+class PushError(ValueError):
+    """A folder could not be pushed; the message has the reason, and the folder is complete."""
+
+
+def check_login(token: str | None = None) -> None:
+    """Refuse a missing or wrong token before hours of work; a Hub that is down is no reason.
+
+    Raises:
+        PushError: There is no token, the Hub refuses it, or the process is offline.
+    """
+    try:
+        HfApi().whoami(token=token)
+    except Exception as error:
+        if _passing(error):
+            logger.warning("the Hub cannot be asked for the token now: %s", _line(error))
+            return
+        raise _explained(error, "the Hub", token) from error
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    commit_message: str = "Upload model",
+    create_pr: bool = False,
+) -> CommitInfo:
+    """Push a saved model with its card and all that lies beside it, in one commit.
+
+    The card is written anew for `repo_id`, and keeps what was edited on the Hub below its marker.
+    Uploads are the Hub client's, with its retries; the commit is tried again where the repository
+    changed meanwhile or the Hub failed, so that a push that ended in an error can be repeated.
+
+    Args:
+        folder: Of a saved model. Checkpoints, hidden files and pickles in it are left out.
+        repo_id: Such as `you/bert-sst2-half`; the repository is made if it does not exist.
+        private: Whether a new repository is private; by default as the organisation's settings say.
+        revision: Branch to push to, made if it does not exist; `main` by default.
+        token: Of the Hub; by default that of `hf auth login` or `HF_TOKEN`.
+        commit_message: First line of the commit.
+        create_pr: Whether to open a pull request instead.
+
+    Returns:
+        The commit.
+
+    Raises:
+        PushError: The folder holds no model, or the Hub refused it.
+    """
+    folder = Path(folder)
+    try:
+        saved = Saved.read(folder)
+    except CardError as error:
+        raise PushError(str(error)) from error
+    if not any(folder.glob("*.safetensors")):
+        raise PushError(f"{folder} holds no *.safetensors: save the model there first")
+    repository = _Repository(HfApi(library_name="hfslim"), repo_id, token, revision)
+    try:
+        repository.make(private)
+        return repository.commit(folder, saved, commit_message, create_pr)
+    except Exception as error:
+        raise _explained(error, repr(repo_id), token, folder) from error
+
+
+@dataclass
+class _Repository:
+    """A branch of a repository on the Hub."""
+
+    api: HfApi
+    repo_id: str
+    token: str | None
+    revision: str | None
+
+    def make(self, private: bool | None) -> None:
+        """Make what does not exist: the repository, and the branch."""
+        place: dict[str, Any] = {"token": self.token, "exist_ok": True}
+        url = _patiently(self.api.create_repo, repo_id=self.repo_id, private=private, **place)
+        self.repo_id = url.repo_id
+        if self.revision and not self.revision.startswith("refs/pr"):
+            branch = {"repo_id": self.repo_id, "branch": self.revision}
+            _patiently(self.api.create_branch, **branch, **place)
+
+    def commit(self, folder: Path, saved: Saved, message: str, create_pr: bool) -> CommitInfo:
+        """Commit a folder on top of what is there, as often as that changes meanwhile."""
+        place: dict[str, Any] = {
+            "repo_id": self.repo_id,
+            "token": self.token,
+            "revision": self.revision,
+        }
+        for attempt in range(ATTEMPTS):
+            head = _patiently(self.api.model_info, **place)
+            present = {file.rfilename for file in head.siblings or ()}
+            self._write_card(folder, head.sha if CARD in present else None)
+            files = dict(_files(folder))
+            if saved.pruned:
+                files.setdefault("modeling_hfslim.py", Path(modeling_hfslim.__file__))
+            stale = [name for name in present - files.keys() if any(fnmatch(name, o) for o in OURS)]
+            additions = [CommitOperationAdd(name, path) for name, path in sorted(files.items())]
+            self.api.preupload_lfs_files(**place, additions=additions, free_memory=False)
+            try:
+                return self.api.create_commit(
+                    **place,
+                    operations=[*additions, *(CommitOperationDelete(name) for name in stale)],
+                    commit_message=message,
+                    create_pr=create_pr,
+                    # Its card was merged: one that was edited in between must not be lost.
+                    parent_commit=head.sha,
+                )
+            except Exception as error:
+                if attempt == ATTEMPTS - 1 or not _passing(error):
+                    raise
+                _wait(attempt, error)
+        raise AssertionError("unreachable")
+
+    def _write_card(self, folder: Path, earlier: str | None) -> None:
+        """Write the folder's card, with the user's part of the one at an earlier commit."""
+        path = write_card(folder, name=self.repo_id)
+        if earlier is not None:
+            place = {"repo_id": self.repo_id, "filename": CARD, "revision": earlier}
+            there = Path(_patiently(hf_hub_download, **place, token=self.token))
+            card = path.read_text(encoding="utf-8")
+            path.write_text(merge(card, there.read_text(encoding="utf-8-sig")), encoding="utf-8")
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    left_out = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if any(fnmatch(part, pattern) for part in name.parts for pattern in LEFT_OUT):
+            left_out.append(str(name))
+        elif path.is_file():
+            yield name.as_posix(), path
+    if left_out:
+        logger.info("not pushed: %s", ", ".join(left_out[:8]))
+
+
+def _patiently(call: Any, **arguments: Any) -> Any:
+    for attempt in range(ATTEMPTS):
+        try:
+            return call(**arguments)
+        except EntryNotFoundError:
+            raise
+        except Exception as error:
+            if attempt == ATTEMPTS - 1 or not _passing(error):
+                raise
+            _wait(attempt, error)
+    raise AssertionError("unreachable")
+
+
+def _wait(attempt: int, error: BaseException) -> None:
+    seconds = 2**attempt
+    logger.warning("the Hub failed, trying again in %d s: %s", seconds, _line(error))
+    time.sleep(seconds)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _status(error: BaseException) -> int | None:
+    responses = (getattr(one, "response", None) for one in _chain(error))
+    return next((r.status_code for r in responses if r is not None), None)
+
+
+def _passing(error: BaseException) -> bool:
+    """Tell whether the same call may succeed a little later."""
+    status = _status(error)
+    if status is not None:
+        return status in PASSING
+    # The client's HTTP library, whose name depends on the client's version.
+    return any(type(one).__module__.partition(".")[0].startswith("httpx") for one in _chain(error))
+
+
+def _line(error: BaseException) -> str:
+    cause = [*_chain(error)][-1]
+    return " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
+
+
+def _explained(
+    error: Exception, place: str, token: str | None, folder: Path | None = None
+) -> PushError:
+    status, chain = _status(error), list(_chain(error))
+    if any(isinstance(one, OfflineModeIsEnabled) for one in chain):
+        reason = "HF_HUB_OFFLINE is set: unset it to push"
+    elif any(isinstance(one, HFValidationError | CardError) for one in chain):
+        reason = str(error)
+    elif not (token or get_token()) and not _passing(error):
+        reason = "no token: log in with `hf auth login`, or set HF_TOKEN"
+    elif status == 401:
+        reason = "the Hub refused the token: log in with `hf auth login`, or set HF_TOKEN"
+    elif status == 403:
+        reason = "the token may not write there: use one with the role `write`"
+    elif status == 404:
+        reason = "there is no such repository, or the token may not see it"
+    else:
+        reason = _line(error)
+    after = ""
+    if folder is not None:
+        pushed = "push again to complete it" if _passing(error) else "nothing was pushed"
+        after = f"; {pushed}, {folder} is complete"
+    return PushError(f"{place}: {reason}{after}")

@@ -1,0 +1,126 @@
+"""Where a model comes from: what it was made from, with what, and on which machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["Machine", "Origin", "Provenance"]
+
+PACKAGES = ("hfslim", "transformers", "torch", "accelerate", "datasets")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A model or a data set that something was made from.
+
+    Attributes:
+        name: Its Hub id, or what to call it if it is not on the Hub.
+        on_hub: Whether `name` is a Hub id.
+        revision: The commit that was read, if it is on the Hub and known.
+        config: Configuration of a data set.
+        split: Split of a data set.
+    """
+
+    name: str
+    on_hub: bool = False
+    revision: str | None = None
+    config: str | None = None
+    split: str | None = None
+
+    def __str__(self) -> str:
+        parts = (self.config, self.split, self.revision and f"revision {self.revision}")
+        return ", ".join([self.name, *(part for part in parts if part)])
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What figures of time hold for.
+
+    Attributes:
+        hardware: Processors and accelerators.
+        system: Operating system.
+        versions: Versions of Python and of the libraries that matter.
+    """
+
+    hardware: str
+    system: str
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def here(cls) -> Machine:
+        """Describe the machine that this process runs on."""
+        versions = {"python": platform.python_version()}
+        for package in PACKAGES:
+            try:
+                versions[package] = version(package)
+            except PackageNotFoundError:
+                continue
+        parts = [f"{_processor()}, {_cores()} cores"]
+        if torch.cuda.is_available():
+            names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+            parts += [f"{names.count(name)} x {name}" for name in dict.fromkeys(names)]
+        return cls("; ".join(parts), f"{platform.system()} {platform.machine()}", versions)
+
+    def __str__(self) -> str:
+        versions = ", ".join(f"{name} {number}" for name, number in self.versions.items())
+        return "; ".join(part for part in (self.hardware, self.system, versions) if part)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a compressed model was made from, and how.
+
+    Attributes:
+        task: transformers' name of the task, such as `text-classification`.
+        base: The model that all began with; None if it was untrained.
+        teacher: The model whose outputs were learnt; None if there was none.
+        data: The examples.
+        losses: What each training stage minimised, by the stage's number and name.
+        seeds: Seeds of the runs that the metric was taken over.
+        processes: Number of processes of the launch.
+        machine: What the times hold for.
+    """
+
+    task: str | None = None
+    base: Origin | None = None
+    teacher: Origin | None = None
+    data: Origin | None = None
+    losses: Mapping[str, str] = field(default_factory=dict)
+    seeds: Sequence[int] = ()
+    processes: int = 1
+    machine: Machine | None = None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Provenance:
+        """Rebuild from what `dataclasses.asdict` gives."""
+        parts: dict[str, Any] = dict(values)
+        for name in ("base", "teacher", "data"):
+            if parts.get(name) is not None:
+                parts[name] = Origin(**parts[name])
+        if parts.get("machine") is not None:
+            parts["machine"] = Machine(**parts["machine"])
+        parts["seeds"] = tuple(parts.get("seeds", ()))
+        return cls(**parts)
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
