@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from transformers import TrainingArguments
 
 from hfslim.distill import DistillationConfig
-from hfslim.prune.collect import criteria_by_kind
+from hfslim.prune.criteria import Criteria, criteria_by_kind
 from hfslim.prune.schedules import Schedule
 from hfslim.prune.target import Target
 from hfslim.structure import Kind
@@ -73,7 +73,7 @@ class Prune(Stage):
     arguments = DistillationConfig
     target: Mapping[str, Any]
     units: tuple[Kind, ...] = ("heads", "neurons")
-    criterion: str | Mapping[str, str] = "fisher"
+    criterion: Criteria = "fisher"
     max_examples: int = 512
     schedule: Schedule | None = None
     start: float = 0.0
@@ -83,8 +83,8 @@ class Prune(Stage):
 
     def __post_init__(self) -> None:
         Target.parse(self.target, self.units)
-        criterion: Any = self.criterion
-        criteria_by_kind(criterion, self.units)
+        when = "training" if self.gradual else "calibration"
+        criteria_by_kind(self.criterion, self.units, when)
         if self.max_examples < 1:
             raise ValueError(f"max_examples must be at least 1, got {self.max_examples}")
         if not 0 <= self.start < self.end <= 1:

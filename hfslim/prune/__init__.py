@@ -1,13 +1,17 @@
 """Remove heads, neurons and layers: gates, importance, search under a budget, surgery."""
 
 from hfslim.prune.callbacks import LayerDropCallback, PruningCallback
+from hfslim.prune.criteria import CRITERIA, Criterion
 from hfslim.prune.gates import Gates, gated
 from hfslim.prune.importance import UnusableScoresError
+from hfslim.prune.layers import spaced_layers
 from hfslim.prune.oneshot import PruneResult, prune
 from hfslim.prune.search import UnreachableTargetError
 from hfslim.prune.surgery import shrink
 
 __all__ = [
+    "CRITERIA",
+    "Criterion",
     "Gates",
     "LayerDropCallback",
     "PruneResult",
@@ -17,4 +21,5 @@ __all__ = [
     "gated",
     "prune",
     "shrink",
+    "spaced_layers",
 ]

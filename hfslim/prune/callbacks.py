@@ -17,7 +17,8 @@ from transformers import TrainingArguments as Arguments
 from transformers.trainer_callback import ExportableState
 
 from hfslim.anatomy import Stated, find_units
-from hfslim.prune.collect import Collector, Criteria, criteria_by_kind
+from hfslim.prune.collect import Collector
+from hfslim.prune.criteria import Criteria, criteria_by_kind
 from hfslim.prune.gates import Gates, Key
 from hfslim.prune.importance import Scores
 from hfslim.prune.oneshot import agreed, check_reachable, price
@@ -87,7 +88,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         if interval is not None and interval < 1:
             raise ValueError(f"interval is a number of steps, at least 1; got {interval}")
         self.goal = Target.parse(target, units)
-        self.criteria = criteria_by_kind(criterion, units)
+        self.criteria = criteria_by_kind(criterion, units, "training")
         self.structure: Structure | None = None
         self._arguments: dict[str, Any] = {
             "target": dict(target),
@@ -141,7 +142,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         """Score while there is something left to decide."""
         if self._first <= state.global_step < self._last:
             if self._decided:
-                self._collector.reset()
+                self._collector.renew()
                 self._decided = False
             self._collector.start()
 

@@ -30,6 +30,8 @@ OnGradient = Callable[[Site, int, torch.Tensor], None]
 OnActivation = Callable[[Site, int, torch.Tensor, torch.Tensor], None]
 """Called with a site, the index of a layer, its input and its output, `[rows, ..., features]`; for
 heads and neurons both are what the gate multiplies."""
+OnOutput = Callable[[Any], None]
+"""Called with what the model returns."""
 
 
 class Gates:
@@ -45,6 +47,9 @@ class Gates:
         on_gradient: If set, gets the gradient of the loss by the gates of every example, at each
             backward pass.
         on_activation: If set, gets what each gate multiplies, at each forward pass.
+        on_output: If set, gets what the model returns, at each forward pass.
+        anchors: Tensors whose gradients, when asked of autograd, make `on_gradient` fire for the
+            current forward pass.
         examples: Number of examples in the current forward pass.
         padding: The attention mask of the current forward pass, `[examples, positions]`, if any.
         fired: How often the gates of each site have been reached since `attach`.
@@ -56,6 +61,8 @@ class Gates:
         self.units = find_units(model) if units is None else units
         self.on_gradient: OnGradient | None = None
         self.on_activation: OnActivation | None = None
+        self.on_output: OnOutput | None = None
+        self.anchors: list[torch.Tensor] = []
         self.examples = 0
         self.padding: torch.Tensor | None = None
         self.fired: Counter[Key] = Counter()
@@ -93,6 +100,7 @@ class Gates:
         self._handles.append(
             self.model.register_forward_pre_hook(self._count_examples, with_kwargs=True)
         )
+        self._handles.append(self.model.register_forward_hook(self._show_output))
         for site in self.units:
             module = self.model.get_submodule(site.path)
             if site.replacement and type(module) is modeling_hfslim.stock_class(module):
@@ -115,6 +123,7 @@ class Gates:
             module.__class__ = stock
         self._handles.clear()
         self._stock.clear()
+        self.anchors.clear()
 
     def __enter__(self) -> Gates:
         return self.attach()
@@ -157,6 +166,16 @@ class Gates:
         tensors = (v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.ndim)
         self.examples = next(tensors).shape[0]
         self.padding = kwargs.get("attention_mask")
+        self.anchors.clear()
+
+    def _show_output(self, _: nn.Module, __: tuple, output: Any) -> None:
+        if self.on_output is not None:
+            self.on_output(output)
+
+    def _anchor(self, value: torch.Tensor) -> torch.Tensor:
+        """Make the graph reach a tap even where no parameter before it needs a gradient."""
+        self.anchors.append(torch.zeros((), device=value.device, requires_grad=True))
+        return self.anchors[-1]
 
     def _unit_hook(self, site: Site) -> Callable[[nn.Module, tuple], tuple | None]:
         key = (site.kind, site.path)
@@ -171,7 +190,7 @@ class Gates:
                 value = _Tap.apply(
                     value,
                     None,
-                    _anchor(value),
+                    self._anchor(value),
                     lambda grad, x: send(site, 0, _by_unit(grad * x, examples, site)),
                 )
             mask = self._masks.get(key)
@@ -197,7 +216,7 @@ class Gates:
                 after = _Tap.apply(
                     after,
                     before,
-                    _anchor(after),
+                    self._anchor(after),
                     lambda grad, x: send(site, index, _by_layer(grad * x, examples)),
                 )
             if index in self._closed_layers.get(key, ()):
@@ -255,11 +274,6 @@ class _Tap(torch.autograd.Function):
         value, *base = ctx.saved_tensors
         ctx.show(grad, value - base[0] if base else value)
         return grad, None, None, None
-
-
-def _anchor(value: torch.Tensor) -> torch.Tensor:
-    """Make the graph reach a tap even where no parameter before it needs a gradient."""
-    return torch.zeros((), device=value.device, requires_grad=True)
 
 
 def _by_unit(product: torch.Tensor, examples: int, site: Site) -> torch.Tensor:

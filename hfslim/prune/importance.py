@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from hfslim.anatomy import Site, Units
+from hfslim.objective import ProblemType
 from hfslim.prune.gates import Key
-
-Criterion = Literal["fisher", "taylor", "activation", "magnitude", "random", "block_influence"]
-CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
-FROM_GRADIENTS = ("fisher", "taylor")
-FROM_ACTIVATIONS = ("activation", "block_influence")
 
 
 class UnusableScoresError(ValueError):
@@ -99,6 +95,62 @@ def taylor(gradient: torch.Tensor) -> torch.Tensor:
     return gradient.abs().sum(0)
 
 
+def movement(gradient: torch.Tensor) -> torch.Tensor:
+    """Sum `−∂L/∂gate`, `[examples, units]` to `[units]`; it grows while weights leave zero.
+
+    It is `−Σ W · ∂L/∂W` over the unit's slice of the projection that follows, which gradient
+    descent turns into a change of the unit's size. (Sanh et al. 2020, arXiv 2005.07683, for whole
+    units as Lagunas et al. 2021, arXiv 2109.04838.)
+
+    Examples:
+        >>> movement(torch.tensor([[1.0, -2.0], [-1.0, 3.0]]))
+        tensor([-0., -1.])
+    """
+    return -gradient.sum(0)
+
+
+def divergence_roots(
+    logits: torch.Tensor, problem: ProblemType, temperature: float = 1.0, outcomes: int = 8
+) -> torch.Tensor:
+    """Write the curvature of the divergence from a model's own predictions as a sum of squares.
+
+    The divergence `KL_T` between what a model predicts and what it predicts with a gate ξ changed
+    is 0 at ξ = 1 with slope 0, so its gradient scores nothing there. Its second derivative is the
+    Fisher information `Σ_k (∂r_k/∂ξ)²` of the roots `r_k` returned here: for one class per example
+    `r_k = T √p_k log p_k`, where `p = softmax(logits / T)` and the square root is a constant.
+
+    Args:
+        logits: `[examples, classes]`.
+        problem: What the logits mean.
+        temperature: T > 0; of no effect for regression.
+        outcomes: Roots at most, one backward pass each. Where there are more classes, those least
+            likely count as one outcome, which is the Fisher information of the coarser
+            distribution; of several yes-or-no questions the surest are left out.
+
+    Returns:
+        `[examples, min(classes, outcomes)]`; all outputs for regression.
+
+    Examples:
+        >>> roots = divergence_roots(torch.zeros(1, 4), "single_label_classification")
+        >>> [round(r, 4) for r in roots[0].tolist()]  # ½ · log ¼
+        [-0.6931, -0.6931, -0.6931, -0.6931]
+    """
+    logits = logits.float()
+    if problem == "regression":
+        return logits * (2 / logits.shape[-1]) ** 0.5
+    if problem == "multi_label_classification":
+        yes = (logits.detach() / temperature).sigmoid()
+        weight = (yes * (1 - yes) / logits.shape[-1]).sqrt()
+        largest = weight.topk(min(outcomes, logits.shape[-1]), dim=-1).indices
+        return (weight * logits).gather(-1, largest)
+    log_p = F.log_softmax(logits / temperature, dim=-1)
+    if log_p.shape[-1] > outcomes:
+        largest = log_p.detach().topk(outcomes - 1, dim=-1).indices
+        rest = log_p.scatter(-1, largest, float("-inf")).logsumexp(-1, keepdim=True)
+        log_p = torch.cat([log_p.gather(-1, largest), rest], dim=-1)
+    return temperature * log_p.detach().exp().sqrt() * log_p
+
+
 def normalise(scores: Mapping[Key, torch.Tensor]) -> dict[Key, torch.Tensor]:
     """Divide each site's scores by their L2 norm, as Michel et al. (1905.10650) do per layer."""
     return {key: value / value.norm().clamp_min(1e-30) for key, value in scores.items()}
@@ -123,6 +175,37 @@ def activation(value: torch.Tensor, units: int) -> torch.Tensor:
     """
     squares = value.float().square().sum(1)
     return squares.reshape(len(value), units, -1).sum(-1).sqrt().sum(0)
+
+
+def output_norm(
+    value: torch.Tensor, projection: torch.Tensor, units: int, weight: torch.Tensor
+) -> torch.Tensor:
+    """Sum over examples the mean square of what each unit adds to the residual stream.
+
+    (The representational knowledge of K-prune, Park et al. 2023, arXiv 2308.03449; there the width
+    of a head is averaged before the projection, here the head's whole output counts.)
+
+    Args:
+        value: What the projection gets, `[examples, positions, units · width]`.
+        projection: Its weight, `[features, units · width]`.
+        units: Number of units.
+        weight: `[examples, positions]`, 0 for padding, 1 elsewhere.
+
+    Returns:
+        `[units]`, means over positions and features.
+
+    Examples:
+        >>> value = torch.tensor([[[1.0, 2.0], [3.0, 0.0]]])
+        >>> output_norm(value, torch.tensor([[2.0, 1.0], [0.0, 1.0]]), 2, torch.ones(1, 2))
+        tensor([10.,  2.])
+    """
+    examples, positions, _ = value.shape
+    value = value.float().reshape(examples, positions, units, -1)
+    projection = projection.float().reshape(len(projection), units, -1)
+    gram = torch.einsum("fuv,fuw->uvw", projection, projection) / len(projection)
+    squares = torch.einsum("epuv,uvw,epuw->epu", value, gram, value)
+    positions_of = weight.sum(1).clamp_min(1)
+    return ((squares * weight.unsqueeze(-1)).sum(1) / positions_of.unsqueeze(-1)).sum(0)
 
 
 def block_influence(

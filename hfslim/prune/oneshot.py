@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from hfslim.anatomy import Stated, Units, find_units, stated_inputs
 from hfslim.prune import costs as pricing
 from hfslim.prune.batches import Batches
-from hfslim.prune.collect import Criteria, collect, criteria_by_kind
+from hfslim.prune.collect import collect
+from hfslim.prune.criteria import Criteria, criteria_by_kind
 from hfslim.prune.gates import Key
-from hfslim.prune.importance import Criterion
 from hfslim.prune.search import search
 from hfslim.prune.surgery import shrink
 from hfslim.prune.target import Target
@@ -63,8 +63,8 @@ def prune(
             keep, or `{"sparsity": f}` or `{"sparsity": {kind: f}}`, the fraction of units to
             remove.
         units: Kinds of units that may go: `heads`, `neurons`, `layers`.
-        criterion: `fisher`, `taylor`, `activation`, `magnitude` or `random`; for layers also
-            `block_influence`. A dict gives each kind its own.
+        criterion: A name of `hfslim.prune.CRITERIA`, which tells its source, the kinds of units
+            that it is for and whether it needs labels; a dict gives each kind its own.
         inputs: The input at which multiply-accumulates are counted, as tensors or as shapes such
             as `{"input_ids": [1, 128]}`; one example of `example_inputs` if not given.
         max_examples: Calibration examples to use at most, on each rank.
@@ -112,7 +112,7 @@ def calibrate(
     model: PreTrainedModel,
     units: Units,
     batches: Batches,
-    criteria: Mapping[Kind, Criterion],
+    criteria: Mapping[Kind, str],
     seed: int = 0,
     progress: bool = True,
 ) -> Calibration:

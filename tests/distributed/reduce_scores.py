@@ -7,17 +7,19 @@ import torch
 from models import tiny
 
 from hfslim.anatomy import example_inputs, find_units
-from hfslim.prune.collect import collect, criteria_by_kind
+from hfslim.prune.collect import collect
+from hfslim.prune.criteria import CRITERIA, criteria_by_kind
 
-KINDS = ("heads", "neurons", "layers")
+CALIBRATED = [name for name, entry in CRITERIA.items() if "calibration" in entry.when]
 
 
-def scores_of(share: slice) -> dict:
+def scores_of(share: slice, criterion: str) -> dict:
     model = tiny("bert")
     batch = example_inputs(model, batch_size=7, length=8) | {"labels": torch.arange(7) % 3}
     data = [{name: value[share] for name, value in batch.items()}]
-    criteria = criteria_by_kind("fisher", KINDS)
-    return collect(model, find_units(model), data, criteria, progress=False)
+    kinds = CRITERIA[criterion].kinds
+    criteria = criteria_by_kind(criterion, kinds)
+    return collect(model, find_units(model).of(kinds), data, criteria, progress=False)
 
 
 if __name__ == "__main__":
@@ -25,6 +27,7 @@ if __name__ == "__main__":
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
     # Shares of unequal size: the mean must weigh examples, not ranks.
-    scores = scores_of((slice(0, 5), slice(5, 7))[rank])
+    share = (slice(0, 5), slice(5, 7))[rank]
+    scores = {name: scores_of(share, name) for name in CALIBRATED}
     torch.save(scores, Path(sys.argv[1]) / f"{rank}.pt")
     torch.distributed.destroy_process_group()
