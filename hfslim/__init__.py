@@ -15,11 +15,13 @@ _HOMES = {
     "Report": "hfslim.report",
     "SlimTrainer": "hfslim.checkpoint",
     "Structure": "hfslim.structure",
+    "WeightPruningCallback": "hfslim.prune",
     "find_units": "hfslim.anatomy",
     "gated": "hfslim.prune",
     "measure": "hfslim.measure",
     "prune": "hfslim.prune",
     "shrink": "hfslim.prune",
+    "weight_sparsity": "hfslim.prune",
 }
 __all__ = list(_HOMES)
 __version__ = "0.1.0"

@@ -28,7 +28,11 @@ else:
 
 __all__ = ["CheckpointMixin", "SlimTrainer"]
 
-_PRUNING = "PruningCallback"
+_LOST = {
+    "PruningCallback": "the units removed so far would come back",
+    "WeightPruningCallback": "the weights removed so far would come back",
+}
+"""Callbacks without which a checkpoint cannot be resumed, and what would happen."""
 
 
 @contextmanager
@@ -58,18 +62,18 @@ class CheckpointMixin(_Base):
 
     Raises:
         ValueError: When a checkpoint is loaded whose keys are not those of the model, or that was
-            saved while a `PruningCallback` pruned, which this Trainer does not have.
+            saved while a callback pruned that this Trainer does not have.
     """
 
     def _load_callback_state(self) -> None:
         present = {type(callback).__name__ for callback in self.callback_handler.callbacks or ()}
-        if _PRUNING in (self.state.stateful_callbacks or ()) and _PRUNING not in present:
-            raise ValueError(
-                f"The checkpoint was saved in the middle of pruning, by a {_PRUNING} that this "
-                "Trainer does not have, so the units removed so far would come back; pass the "
-                "same callback. To go on with the whole model, start a new run from the folder by "
-                "from_pretrained."
-            )
+        for name, consequence in _LOST.items():
+            if name in (self.state.stateful_callbacks or ()) and name not in present:
+                raise ValueError(
+                    f"The checkpoint was saved in the middle of pruning, by a {name} that this "
+                    f"Trainer does not have, so {consequence}; pass the same callback. To go on "
+                    "with the whole model, start a new run from the folder by from_pretrained."
+                )
         super()._load_callback_state()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

@@ -8,6 +8,8 @@ from hfslim.prune.layers import spaced_layers
 from hfslim.prune.oneshot import PruneResult, prune
 from hfslim.prune.search import UnreachableTargetError
 from hfslim.prune.surgery import shrink
+from hfslim.prune.weight_callback import WeightPruningCallback
+from hfslim.prune.weights import WeightSparsity, weight_sparsity
 
 __all__ = [
     "CRITERIA",
@@ -18,8 +20,11 @@ __all__ = [
     "PruningCallback",
     "UnreachableTargetError",
     "UnusableScoresError",
+    "WeightPruningCallback",
+    "WeightSparsity",
     "gated",
     "prune",
     "shrink",
     "spaced_layers",
+    "weight_sparsity",
 ]

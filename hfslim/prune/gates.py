@@ -53,6 +53,7 @@ class Gates:
         examples: Number of examples in the current forward pass.
         padding: The attention mask of the current forward pass, `[examples, positions]`, if any.
         fired: How often the gates of each site have been reached since `attach`.
+        structure: What the gates leave open, where `set` has told.
     """
 
     def __init__(self, model: nn.Module, units: Units | None = None, owner: str = "") -> None:
@@ -66,6 +67,7 @@ class Gates:
         self.examples = 0
         self.padding: torch.Tensor | None = None
         self.fired: Counter[Key] = Counter()
+        self.structure: Structure | None = None
         self._masks: dict[Key, torch.Tensor] = {}
         self._closed_layers: dict[Key, frozenset[int]] = {}
         self._handles: list[RemovableHandle] = []
@@ -73,7 +75,7 @@ class Gates:
 
     def set(self, structure: Structure) -> None:
         """Close the gates of the units that a structure removes, and open all others."""
-        structure = self.units.complete(structure)
+        structure = self.structure = self.units.complete(structure)
         self._masks.clear()
         self._closed_layers.clear()
         for site in self.units:
@@ -155,12 +157,11 @@ class Gates:
 
     def _take_over(self) -> None:
         """Take out the gates that an interrupted run of the same owner left in the model."""
-        hooks = list(self.model._forward_pre_hooks.values())
-        left = [getattr(hook, "__self__", None) for hook in hooks]
-        for gates in left:
-            if self.owner and isinstance(gates, Gates) and gates.owner == self.owner:
-                logger.warning("taking out the gates that an interrupted %s left", self.owner)
-                gates.detach()
+        left = attached(self.model, self.owner) if self.owner else None
+        while left is not None:
+            logger.warning("taking out the gates that an interrupted %s left", self.owner)
+            left.detach()
+            left = attached(self.model, self.owner)
 
     def _count_examples(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         tensors = (v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.ndim)
@@ -227,6 +228,15 @@ class Gates:
             return type(output)([after, *output[1:]])
 
         return hook
+
+
+def attached(model: nn.Module, owner: str) -> Gates | None:
+    """Return the gates that an owner keeps in a model, if there are any."""
+    for hook in model._forward_pre_hooks.values():
+        gates = getattr(hook, "__self__", None)
+        if isinstance(gates, Gates) and gates.owner == owner:
+            return gates
+    return None
 
 
 @contextmanager

@@ -1,0 +1,353 @@
+"""Prune single weights while training: a callback for any Trainer, the stock one too."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainingArguments as Arguments
+from transformers.trainer_callback import ExportableState
+
+from hfslim.prune.gates import attached
+from hfslim.prune.held_zeros import HeldZeros
+from hfslim.prune.importance import UnusableScoresError
+from hfslim.prune.schedules import SCHEDULES, Schedule
+from hfslim.prune.weight_masks import SCOPES, Goal, Scope, remove
+from hfslim.prune.weights import Names, find_weights, weight_of
+from hfslim.structure import Structure
+
+logger = logging.getLogger(__name__)
+
+TrainingMethod = Literal["magnitude", "movement"]
+DECISIONS = 20
+"""Steps towards the goal, if no interval is given."""
+MOVEMENT = "hfslim_movement"
+"""Key of the movement scores in the optimizer's first parameter group, in checkpoints."""
+
+
+class WeightPruningCallback(TrainerCallback, ExportableState):
+    """Sets single weights to zero while a Trainer trains, and holds them there.
+
+    At each decision the weights of the lowest scores go, and none comes back: its gradient is
+    zero, its state in the optimizer is zero, and it is set to zero again after each optimizer step.
+    The zeros stand in the weights themselves: nothing is registered on the model, `state_dict`
+    keys stay, evaluation, saving and reload need nothing. Zeros that the model has when training
+    begins count and are held. Resume is exact, with the same callback; without it the stock Trainer
+    would lose the zeros, `SlimTrainer` and `DistillationTrainer` refuse. The best model is tracked
+    from the last decision on.
+
+    With `PruningCallback` in one training, put this one after it: fractions and patterns then hold
+    for the weights that it leaves. N:M patterns need its decisions done first: give this one a
+    `start` no earlier than its `end`.
+
+    (Magnitude, gradually: Zhu and Gupta 2017, arXiv 1710.01878; movement: Sanh et al. 2020,
+    arXiv 2005.07683.)
+
+    Args:
+        sparsity: Fraction of the weights to remove. With neither it nor `pattern`, the zeros that
+            the model has are held.
+        pattern: `"2:4"` or another N:M, at most N weights kept of each M consecutive inputs.
+        method: What scores a weight: `magnitude`, its absolute value, or `movement`, the sum over
+            the steps so far of −weight · gradient.
+        scope: Whether weights compete within the whole model (`global`) or within each module
+            (`layer`); at the end of a pattern it makes no difference.
+        schedule: `cubic`, `linear` or `oneshot`.
+        start: When pruning begins, as a fraction of the training steps.
+        end: When the goal is met, as a fraction of the training steps; the rest is recovery.
+        interval: Optimizer steps between decisions; a twentieth of the time from start to end if
+            not given.
+        target_modules: The modules to prune, as for `find_weights`: names, or a regular expression.
+        exclude_modules: Modules to leave out.
+
+    Raises:
+        ValueError: An argument is out of range; or, when training begins, no module has such a
+            name, there are no zeros to hold, the model has more than asked, it is trained under
+            FSDP or DeepSpeed, the scores cannot be taken, or the checkpoint is of another callback.
+        UnusableScoresError: A weight or a score is not finite.
+
+    Attributes:
+        zeros: Where weights are removed, bool tensors in the shape of the weights, by path; None
+            before training.
+    """
+
+    def __init__(
+        self,
+        sparsity: float | None = None,
+        pattern: str | None = None,
+        method: TrainingMethod = "magnitude",
+        scope: Scope = "global",
+        schedule: Schedule = "cubic",
+        start: float = 0.0,
+        end: float = 0.5,
+        interval: int | None = None,
+        target_modules: Names = None,
+        exclude_modules: Names = None,
+    ) -> None:
+        for name, value, valid in (
+            ("method", method, get_args(TrainingMethod)),
+            ("scope", scope, SCOPES[:2]),
+            ("schedule", schedule, SCHEDULES),
+        ):
+            if value not in valid:
+                raise ValueError(f"{name} must be one of {list(valid)}, got {value!r}")
+        if not 0 <= start < end <= 1:
+            raise ValueError(f"start and end must be 0 <= start < end <= 1, got {start} and {end}")
+        if interval is not None and interval < 1:
+            raise ValueError(f"interval is a number of steps, at least 1; got {interval}")
+        holds = sparsity is None and pattern is None
+        self.goal = None if holds else Goal.parse(sparsity, pattern)
+        self.zeros: dict[str, torch.Tensor] | None = None
+        self._arguments: dict[str, Any] = {
+            "sparsity": sparsity,
+            "pattern": pattern,
+            "method": method,
+            "scope": scope,
+            "schedule": schedule,
+            "start": start,
+            "end": end,
+            "interval": interval,
+            "target_modules": _plain(target_modules),
+            "exclude_modules": _plain(exclude_modules),
+        }
+        self._method, self._scope, self._schedule = method, scope, SCHEDULES[schedule]
+
+    def on_train_begin(  # type: ignore[override]  # the Trainer always passes the model
+        self,
+        args: Arguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel,
+        optimizer: Any = None,
+        **_: Any,
+    ) -> None:
+        """Take up the zeros that the model has, and a saved state where training resumes."""
+        self._scores_gradients = self.goal is not None and self._method == "movement"
+        _check_arguments(args, self._scores_gradients)
+        names = (self._arguments["target_modules"], self._arguments["exclude_modules"])
+        self._held = HeldZeros(model, find_weights(model, *names))
+        self._initial, self._steps_scored = self._held.fraction, 0
+        self._movement: dict[str, torch.Tensor] = {}
+        if self._scores_gradients:
+            _check_trainable(self._held.weights)
+            self._movement = {
+                path: torch.zeros_like(zeros, dtype=torch.float32)
+                for path, zeros in self._held.zeros.items()
+            }
+        if state.global_step:
+            self._restore(state, optimizer)
+        self._check_goal(type(model).__name__)
+        first, last = (
+            math.ceil(self._arguments[name] * state.max_steps) for name in ("start", "end")
+        )
+        self._first, self._last = first, max(last, first + 1)
+        self._interval = self._arguments["interval"] or max(1, (last - first) // DECISIONS)
+        self._gates = attached(model, "PruningCallback")
+        self._structure: Structure | None = None
+        self.zeros = self._held.zeros
+        self._held.attach()
+        self._held.apply(optimizer)
+        if self._scores_gradients:
+            # torch saves and loads what it does not know in a group as it is.
+            optimizer.param_groups[0][MOVEMENT] = self._movement
+        logger.info("holds %.2f %% of the weights at zero", 100 * self._held.fraction)
+
+    def on_step_begin(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse gates that came after this callback."""
+        if attached(kwargs["model"], "PruningCallback") is not self._gates:
+            raise ValueError("put WeightPruningCallback after PruningCallback in `callbacks`")
+
+    def on_pre_optimizer_step(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Score by the gradients of all processes, before the weights move."""
+        if self._scores_gradients and state.global_step < self._last:
+            self._steps_scored += 1
+            for path, score in self._movement.items():
+                weight = weight_of(self._held.weights[path])
+                if weight.grad is not None:
+                    score.addcmul_(weight.detach(), weight.grad, value=-1)
+
+    def on_optimizer_step(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set the zeros again."""
+        self._held.apply()
+
+    def on_step_end(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remove more weights when a decision is due, or the structure has changed since."""
+        step = state.global_step
+        due = step == self._last or (step - self._first) % self._interval == 0
+        if self._first < step <= self._last and due:
+            progress = (step - self._first) / (self._last - self._first)
+            self._decide(self._schedule(progress), state, kwargs["optimizer"])
+        elif step > self._last and self._structure_changed():
+            self._decide(1.0, state, kwargs["optimizer"])
+
+    def on_log(  # type: ignore[override]  # the Trainer always passes the logs
+        self, args: Arguments, state: TrainerState, *_: Any, logs: dict[str, Any], **__: Any
+    ) -> None:
+        """Add the fraction of weights removed to the Trainer's logs."""
+        if self.zeros is not None and "loss" in logs:
+            logs["weight_sparsity"] = self._held.fraction
+            state.log_history[-1]["weight_sparsity"] = logs["weight_sparsity"]
+
+    def on_train_end(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Meet the goal if training stopped early, and let go of the model."""
+        kwargs["optimizer"].param_groups[0].pop(MOVEMENT, None)
+        self._held.detach()
+        early = state.global_step < self._last and self.goal is not None
+        if early and self._scores_gradients and not self._steps_scored:
+            logger.warning("training ended before the first score: no weight was removed")
+        elif early or self._structure_changed():
+            if early:
+                logger.warning(
+                    "training stopped at step %d, before the goal was due at step %d: removing "
+                    "weights to the goal now, without recovery",
+                    state.global_step,
+                    self._last,
+                )
+            self._decide(1.0, state)
+        self._take_structure()
+        self._held.apply()
+        logger.info("%.2f %% of the weights are zero", 100 * self._held.fraction)
+
+    def state(self) -> dict[str, Any]:
+        """Return what the Trainer writes into a checkpoint."""
+        saved = None
+        if self.zeros is not None:
+            own = {"initial": self._initial, "steps_scored": self._steps_scored}
+            saved = own | self._held.state()
+        return {"args": self._arguments, "attributes": {"saved": saved}}
+
+    def _restore(self, state: TrainerState, optimizer: Any) -> None:
+        callbacks: Any = state.stateful_callbacks
+        kept = callbacks.get(type(self).__name__)
+        saved = kept and kept["attributes"]["saved"]
+        if not saved:
+            raise ValueError(
+                "the checkpoint was saved without a WeightPruningCallback, so weight pruning "
+                "cannot be resumed; train without the callback, or start anew"
+            )
+        if kept["args"] != self._arguments:
+            changed = [n for n, v in self._arguments.items() if kept["args"].get(n) != v]
+            raise ValueError(f"the checkpoint was saved with other values of {changed}")
+        self._held.restore(saved)
+        self._initial, self._steps_scored = saved["initial"], saved["steps_scored"]
+        if self._scores_gradients:
+            scores = optimizer.param_groups[0].get(MOVEMENT)
+            if scores is None:
+                raise ValueError(
+                    "the checkpoint holds no state of the optimizer, where the movement scores "
+                    "are: resume from one saved with save_only_model=False"
+                )
+            for path, score in self._movement.items():
+                score.copy_(scores[path])
+
+    def _check_goal(self, name: str) -> None:
+        if self.goal is None and not self._initial:
+            raise ValueError(
+                "WeightPruningCallback with neither sparsity nor pattern holds the zeros that the "
+                f"model has, and this {name} has none: give one of them"
+            )
+        if self.goal is not None and self._initial > self.goal.sparsity:
+            raise ValueError(
+                f"{self._initial:.2%} of the weights are zero already, more than the "
+                f"{self.goal.sparsity:.2%} asked for"
+            )
+
+    def _decide(self, progress: float, state: TrainerState, optimizer: Any = None) -> None:
+        self._take_structure()
+        if self.goal is None:
+            return
+        held = self._held
+        before = {path: held.part(path, zeros) for path, zeros in held.zeros.items()}
+        scores = {path: held.part(path, score) for path, score in self._scores().items()}
+        after = remove(scores, before, self.goal, self._scope, progress, self._initial)
+        changed = any(not torch.equal(after[path], zeros) for path, zeros in before.items())
+        held.add(after)
+        if changed:
+            held.apply(optimizer)
+            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+            logger.info(
+                "step %d: %.2f %% of the weights removed", state.global_step, 100 * held.fraction
+            )
+
+    def _scores(self) -> dict[str, torch.Tensor]:
+        scores = self._movement or {
+            path: weight_of(module).detach().abs() for path, module in self._held.weights.items()
+        }
+        for path, score in scores.items():
+            if not torch.isfinite(score).all():
+                raise UnusableScoresError(
+                    f"the {self._method} scores of {path!r} are not finite: training has diverged"
+                )
+        return scores
+
+    def _structure_changed(self) -> bool:
+        return self._gates is not None and self._gates.structure != self._structure
+
+    def _take_structure(self) -> None:
+        """Note what the gates of a PruningCallback leave of each weight."""
+        if self._gates is None or self._gates.structure is None:
+            return
+        self._structure = self._gates.structure
+        cuts: dict[str, dict[int, torch.Tensor]] = {}
+        for site in self._gates.units:
+            kept = self._structure.kept(site.kind, site.path)
+            removed = set(range(site.size)) - set(kept)
+            for cut in site.cuts if removed else ():
+                if cut.tensor == "weight":
+                    cuts.setdefault(cut.module, {})[cut.dim] = cut.indices(kept, site.size)
+            if site.kind == "layers":
+                gone = tuple(f"{site.path}.{index}." for index in removed)
+                for path in self._held.weights:
+                    if path.startswith(gone):
+                        cuts[path] = {0: torch.empty(0, dtype=torch.long)}
+        self._held.cuts = cuts
+
+
+def _check_arguments(args: Arguments, scores_gradients: bool) -> None:
+    accelerator: Any = AcceleratorState()
+    sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+    if args.fsdp or getattr(args, "deepspeed", None) or accelerator.distributed_type in sharded:
+        raise ValueError(
+            "WeightPruningCallback needs whole parameters on every process: use DDP, not FSDP or "
+            "DeepSpeed"
+        )
+    if scores_gradients and (args.fp16 or accelerator.mixed_precision == "fp16"):
+        raise ValueError(
+            "the changing loss scale of fp16 would distort movement scores: train with bf16=True, "
+            "or use method='magnitude'"
+        )
+    if args.world_size > 1 and args.average_tokens_across_devices:
+        logger.warning(
+            "average_tokens_across_devices is set to False: with it the stock Trainer multiplies a "
+            "classifier's gradient by the number of processes"
+        )
+        args.average_tokens_across_devices = False
+
+
+def _check_trainable(weights: Mapping[str, nn.Module]) -> None:
+    frozen = [path for path, module in weights.items() if not weight_of(module).requires_grad]
+    if frozen:
+        raise ValueError(
+            f"movement scores come from training, and {len(frozen)} weights are frozen, such as "
+            f"{frozen[0]!r}: leave them out with exclude_modules, or use method='magnitude'"
+        )
+
+
+def _plain(names: Names) -> Any:
+    return names if names is None or isinstance(names, str) else list(names)

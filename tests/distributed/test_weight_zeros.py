@@ -1,0 +1,21 @@
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import prune_weights
+from distributed.launch import launch
+
+
+@pytest.mark.distributed
+def test_two_processes_prune_weights_like_one_and_resume_exactly(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=":")
+    one = prune_weights.run(tmp_path / "one")
+    launch(Path(prune_weights.__file__), tmp_path, processes=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    for name, expected in one.items():
+        for path, zeros in expected["zeros"].items():
+            assert torch.equal(first[name]["zeros"][path], zeros), (name, path)
+            assert torch.equal(second[name]["zeros"][path], zeros), (name, path)
+        for key, value in expected["weights"].items():
+            assert torch.equal(first[name]["weights"][key], second[name]["weights"][key])
+            torch.testing.assert_close(first[name]["weights"][key], value, rtol=1e-4, atol=1e-5)
