@@ -57,9 +57,10 @@ def run(recipe: Recipe) -> Path:
     try:
         with process.main_process_first():
             work = Work.prepare(recipe, manifest, evaluation)
+        process.wait_for_everyone()
+        work.check_target()
     except ValueError as error:
         raise RecipeError(str(error)) from error
-    process.wait_for_everyone()
     for number, (stage, name) in enumerate(plan, 1):
         entry = manifest.begin(stage.name, name, stage.settings)
         label = f"stage {number} of {len(plan)}, {stage.name}"
@@ -123,7 +124,7 @@ def _distil(work: Work, stage: Distil | Recover, entry: Entry, args: Any) -> Non
 
 def _prune(work: Work, stage: Prune, entry: Entry, args: Any) -> None:
     model, seed = work.load(), work.recipe.seed
-    inputs = work.inputs(model)
+    inputs = work.inputs(model, stage.batch_size)
     target, criterion = dict(stage.target), stage.criterion
     shared: dict[str, Any] = {"units": stage.units, "criterion": criterion, "inputs": inputs}
     if stage.gradual:

@@ -66,7 +66,8 @@ class Recover(Stage):
 class Prune(Stage):
     """Cut the model: at once from calibration data, or little by little while it is distilled.
 
-    It is gradual where a `schedule`, `num_train_epochs` or `max_steps` is given.
+    It is gradual where a `schedule`, `num_train_epochs` or `max_steps` is given. The target's cost
+    is that of a forward pass of `batch_size` examples.
     """
 
     name = "prune"
@@ -75,6 +76,7 @@ class Prune(Stage):
     units: tuple[Kind, ...] = ("heads", "neurons")
     criterion: Criteria = "fisher"
     max_examples: int = 512
+    batch_size: int = 1
     schedule: Schedule | None = None
     start: float = 0.0
     end: float = 0.5
@@ -87,6 +89,8 @@ class Prune(Stage):
         criteria_by_kind(self.criterion, self.units, when)
         if self.max_examples < 1:
             raise ValueError(f"max_examples must be at least 1, got {self.max_examples}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         if not 0 <= self.start < self.end <= 1:
             raise ValueError(f"start {self.start} and end {self.end} must be 0 ≤ start < end ≤ 1")
         if self.training and not self.gradual:

@@ -88,7 +88,6 @@ class Work:
         )
         work = cls(recipe, manifest, evaluation, examples, processor, train, held, recipe.model)
         work.check_teachers()
-        work.check_target()
         return work
 
     def check_teachers(self) -> None:
@@ -102,12 +101,18 @@ class Work:
                         align_labels(own, AutoConfig.from_pretrained(teacher))
 
     def check_target(self) -> None:
-        """Refuse a target of the first cut that the model cannot reach, before it is trained."""
+        """Refuse a target of the first cut that the model cannot reach, before it is trained.
+
+        Every process calls this: a latency is measured by the first for all.
+        """
         cut = next((stage for stage in self.recipe.stages if isinstance(stage, Prune)), None)
         if cut is not None:
             model = self.load(new_head=True)
+            torch.nn.Module.to(model, self.evaluation.device)
             units, goal = find_units(model).of(cut.units), Target.parse(cut.target, cut.units)
-            check_reachable(units, goal, price(model, units, goal, self.inputs(model)))
+            inputs = self.inputs(model, cut.batch_size)
+            shown = PartialState().is_main_process
+            check_reachable(units, goal, price(model, units, goal, inputs, shown))
 
     def save_manifest(self) -> None:
         """Write the manifest, on the first process."""

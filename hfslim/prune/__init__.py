@@ -6,8 +6,8 @@ from hfslim.prune.gates import Gates, gated
 from hfslim.prune.importance import UnusableScoresError
 from hfslim.prune.layers import spaced_layers
 from hfslim.prune.oneshot import PruneResult, prune
-from hfslim.prune.search import UnreachableTargetError
 from hfslim.prune.surgery import shrink
+from hfslim.prune.target import UnreachableTargetError
 from hfslim.prune.weight_callback import WeightPruningCallback
 from hfslim.prune.weights import WeightSparsity, weight_sparsity
 

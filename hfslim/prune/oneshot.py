@@ -16,12 +16,18 @@ from hfslim.prune.batches import Batches
 from hfslim.prune.collect import collect
 from hfslim.prune.criteria import Criteria, criteria_by_kind
 from hfslim.prune.gates import Key
+from hfslim.prune.latency import LatencyTable
+from hfslim.prune.measured import LatencyTry, search_measured
 from hfslim.prune.search import search
 from hfslim.prune.surgery import shrink
 from hfslim.prune.target import Target
+from hfslim.prune.timetable import latency_table
 from hfslim.structure import Kind, Structure
 
 logger = logging.getLogger(__name__)
+
+Prices = pricing.Costs | LatencyTable | None
+"""What units cost; None where a target counts units."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +38,13 @@ class PruneResult:
         structure: The units kept, by their numbers before the cut.
         model: The model, shrunk in place.
         scores: Importance of every unit by kind and site, `[units]`.
+        tries: For a latency, what was timed until it was met.
     """
 
     structure: Structure
     model: PreTrainedModel
     scores: Mapping[Key, torch.Tensor]
+    tries: tuple[LatencyTry, ...] = ()
 
 
 def prune(
@@ -59,14 +67,15 @@ def prune(
     Args:
         model: The classifier; not a wrapper around it.
         data: Batches of model inputs, with or without `labels`: a DataLoader, or a list of dicts.
-        target: `{"macs": f}` or `{"parameters": f}`, the fraction of the whole model's figure to
-            keep, or `{"sparsity": f}` or `{"sparsity": {kind: f}}`, the fraction of units to
-            remove.
+        target: `{"macs": f}`, `{"parameters": f}` or `{"latency": f}`, the fraction of the whole
+            model's figure to keep, latency as measured on the model's device at `inputs`; or
+            `{"sparsity": f}` or `{"sparsity": {kind: f}}`, the fraction of units to remove.
         units: Kinds of units that may go: `heads`, `neurons`, `layers`.
         criterion: A name of `hfslim.prune.CRITERIA`, which tells its source, the kinds of units
             that it is for and whether it needs labels; a dict gives each kind its own.
-        inputs: The input at which multiply-accumulates are counted, as tensors or as shapes such
-            as `{"input_ids": [1, 128]}`; one example of `example_inputs` if not given.
+        inputs: The input at which multiply-accumulates are counted and latency is measured, as
+            tensors or as shapes such as `{"input_ids": [1, 128]}`; one example of `example_inputs`
+            if not given.
         max_examples: Calibration examples to use at most, on each rank.
         seed: Seed of whatever is drawn.
         progress: Whether to show a progress bar.
@@ -85,12 +94,12 @@ def prune(
     sites = find_units(model).of(units)
     goal = Target.parse(target, units)
     criteria = criteria_by_kind(criterion, units)
-    costs = price(model, sites, goal, inputs)
+    costs = price(model, sites, goal, inputs, progress)
     check_reachable(sites, goal, costs)
     calibration = calibrate(model, sites, batches, criteria, seed, progress)
-    structure = decide(calibration, goal, costs)
+    structure, tries = decide(model, calibration, goal, costs, inputs)
     cut(model, structure, calibration)
-    return PruneResult(structure, model, calibration.scores)
+    return PruneResult(structure, model, calibration.scores, tries)
 
 
 @dataclass(frozen=True)
@@ -132,15 +141,37 @@ def calibrate(
     return Calibration(units, collect(model, units, batches, criteria, seed, progress), batches)
 
 
-def decide(calibration: Calibration, target: Target, costs: pricing.Costs | None) -> Structure:
+def decide(
+    model: PreTrainedModel,
+    calibration: Calibration,
+    target: Target,
+    costs: Prices,
+    inputs: Stated | None = None,
+) -> tuple[Structure, tuple[LatencyTry, ...]]:
     """Choose the units to keep for a target; the same on every rank.
+
+    Args:
+        model: The model that was calibrated; it is not changed.
+        calibration: What is known of it.
+        target: What it may cost.
+        costs: What its units cost.
+        inputs: The input at which they cost that.
+
+    Returns:
+        The structure, and for a latency what was timed until it was met.
 
     Raises:
         UnreachableTargetError: The target cannot be met; the message says what can.
     """
-    structure = agreed(search(calibration.units, calibration.scores, target, costs))
+    units, scores = calibration.units, calibration.scores
+    tries: list[LatencyTry] = []
+    if isinstance(costs, LatencyTable):
+        stated = stated_inputs(model, inputs)
+        structure, tries = search_measured(model, units, scores, target, costs, stated)
+    else:
+        structure = search(units, scores, target, costs)
     logger.info("keeps %s for %s", structure, target)
-    return structure
+    return agreed(structure), tuple(tries)
 
 
 def cut(model: PreTrainedModel, structure: Structure, calibration: Calibration) -> None:
@@ -157,12 +188,18 @@ def price(
     units: Units,
     target: Target,
     inputs: Stated | None = None,
-) -> pricing.Costs | None:
-    """Count what units cost in a target's resource; None where the target is a sparsity."""
+    progress: bool = True,
+) -> Prices:
+    """Tell what units cost in a target's resource; None where the target is a sparsity.
+
+    Latencies are measured, where the cache does not have them.
+    """
     if target.resource == "sparsity":
         return None
-    resource: pricing.Resource = "macs" if target.resource == "macs" else "parameters"
-    return pricing.count(model, units, resource, stated_inputs(model, inputs))
+    stated = stated_inputs(model, inputs)
+    if target.resource == "latency":
+        return latency_table(model, units, stated, progress)
+    return pricing.count(model, units, target.resource, stated)
 
 
 def agreed(structure: Structure) -> Structure:
@@ -184,7 +221,7 @@ def agreed(structure: Structure) -> Structure:
     return first
 
 
-def check_reachable(units: Units, target: Target, costs: pricing.Costs | None) -> None:
+def check_reachable(units: Units, target: Target, costs: Prices) -> None:
     """Check that a target can be met, before any work is done.
 
     Raises:

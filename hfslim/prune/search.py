@@ -13,21 +13,19 @@ import torch
 from hfslim.anatomy import Site, Units
 from hfslim.prune.costs import Costs
 from hfslim.prune.gates import Key
-from hfslim.prune.target import Target
+from hfslim.prune.latency import LatencyTable
+from hfslim.prune.target import Target, UnreachableTargetError
+from hfslim.prune.widths import least_ms, widths_within
 from hfslim.structure import Entry, Kind, Structure
 
 logger = logging.getLogger(__name__)
-
-
-class UnreachableTargetError(ValueError):
-    """The target is below what is left when everything that may go is gone."""
 
 
 def search(
     units: Units,
     scores: Mapping[Key, torch.Tensor],
     target: Target,
-    costs: Costs | None = None,
+    costs: Costs | LatencyTable | None = None,
     within: Structure | None = None,
 ) -> Structure:
     """Find the structure of greatest importance that meets a target.
@@ -36,6 +34,7 @@ def search(
     none included, the heads of greatest importance per cost stay, and what is left of the budget
     is spent on neurons in the same way. The combination that loses the least importance wins
     (Kwon et al. 2022, arXiv 2204.09656, section 4.1, with layers, and heads of unequal cost).
+    For a latency, which is not linear in the units, see `widths_within`.
     Ties go to the lower index, so that the same scores give the same structure everywhere.
 
     Args:
@@ -52,7 +51,10 @@ def search(
         UnreachableTargetError: The budget cannot be met; the message says what can.
         ValueError: `costs` are missing.
     """
-    pool = _Pool(units, scores, within or units.full())
+    within = within or units.full()
+    if isinstance(costs, LatencyTable):
+        return _by_latency(units, scores, costs, target, within)
+    pool = _Pool(units, scores, within)
     if target.resource == "sparsity":
         return _by_sparsity(pool, target)
     if costs is None:
@@ -152,13 +154,30 @@ def _by_budget(pool: _Pool, costs: Costs, target: Target) -> Structure:
         if best is None or lost + lost_layers < best[0]:
             best = lost + lost_layers, pool.structure(kept, dropped)
     if best is None:
-        raise UnreachableTargetError(
-            f"target {target.resource}={target.kept:g} cannot be reached: without any of the "
-            f"{sorted({s.kind for s in pool.units})} that may go, "
-            f"{math.ceil(1e4 * least / costs.total) / 1e4:.4f} of the {target.resource} are left; "
-            "raise the target or add kinds to `units`"
-        )
+        raise _unreachable(target, pool.units, least / costs.total)
     return best[1]
+
+
+def _by_latency(
+    units: Units,
+    scores: Mapping[Key, torch.Tensor],
+    table: LatencyTable,
+    target: Target,
+    within: Structure,
+) -> Structure:
+    found = widths_within(units, scores, table, target.kept * table.total, within)
+    if found is None:
+        raise _unreachable(target, units, least_ms(units, table) / table.total)
+    return found
+
+
+def _unreachable(target: Target, units: Units, least: float) -> UnreachableTargetError:
+    return UnreachableTargetError(
+        f"target {target.resource}={target.kept:g} cannot be reached: without any of the "
+        f"{sorted({s.kind for s in units})} that may go, {math.ceil(1e4 * least) / 1e4:.4f} of the "
+        f"{target.resource} {'is' if target.resource == 'latency' else 'are'} left; "
+        "raise the target or add kinds to `units`"
+    )
 
 
 def _heads_then_neurons(

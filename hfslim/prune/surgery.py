@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -78,6 +79,34 @@ def check_gates(model: PreTrainedModel, units: Units) -> None:
     with Gates(model, units) as gates:
         _logits(model, _probe_inputs(model))
         gates.check_fired()
+
+
+@contextmanager
+def cut_for_now(
+    model: PreTrainedModel, units: Units, structure: Structure, returns: dict[str, int]
+) -> Iterator[None]:
+    """Cut a model inside the block only, unchecked, its config untouched.
+
+    Args:
+        model: The model itself, not a wrapper.
+        units: Its sites.
+        structure: The units to keep, of every site.
+        returns: What `attention_returns` gives for the model.
+
+    Yields:
+        Nothing.
+    """
+    surgery = _Surgery(model)
+    try:
+        surgery.cut(units, structure, returns)
+        yield
+    finally:
+        surgery.undo()
+
+
+def attention_returns(model: PreTrainedModel, units: Units) -> dict[str, int]:
+    """Run a model once, to see how many values each attention module returns; 0 for a tensor."""
+    return _probe(model, units, units.full(), _probe_inputs(model))[1]
 
 
 class _Surgery:

@@ -1,14 +1,19 @@
-"""What a pruned model is to cost: one of macs, parameters, or sparsity by kind of unit."""
+"""What a pruned model is to cost: one of macs, parameters, latency, or sparsity by kind of unit."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard, get_args
 
 from hfslim.structure import KINDS, Kind
 
-RESOURCES = ("macs", "parameters")
+Resource = Literal["macs", "parameters", "latency"]
+RESOURCES: tuple[Resource, ...] = get_args(Resource)
+
+
+class UnreachableTargetError(ValueError):
+    """The target is below what is left when everything that may go is gone."""
 
 
 @dataclass(frozen=True)
@@ -16,13 +21,13 @@ class Target:
     """A target as users write it: `{"macs": 0.5}`, `{"sparsity": {"heads": 0.3}}`.
 
     Attributes:
-        resource: `macs`, `parameters` or `sparsity`.
+        resource: `macs`, `parameters`, `latency` or `sparsity`.
         kept: Fraction of the whole model's figure that is kept, in (0, 1]; 1 for `sparsity`.
         sparsity: Fraction of the units of each kind that is removed, in [0, 1); those that go with
             their layer count.
     """
 
-    resource: str
+    resource: Resource | Literal["sparsity"]
     kept: float = 1.0
     sparsity: Mapping[Kind, float] = field(default_factory=dict)
 
@@ -36,7 +41,7 @@ class Target:
         names = (*RESOURCES, "sparsity")
         if not isinstance(target, Mapping) or len(target) != 1 or next(iter(target)) not in names:
             raise ValueError(f"target must be a dict with one of {list(names)}, got {target!r}")
-        resource = next(iter(target))
+        resource: Any = next(iter(target))
         value: Any = target[resource]
         kinds = tuple(kinds)
         if resource != "sparsity":

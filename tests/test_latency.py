@@ -1,0 +1,255 @@
+import itertools
+import json
+import re
+
+import pytest
+import torch
+from models import FAMILIES, tiny
+from structures import Unchanged, uneven
+
+import hfslim
+from hfslim.anatomy import Cut, Site, Units, example_inputs, find_units
+from hfslim.prune import UnreachableTargetError, latency, timetable
+from hfslim.prune.latency import Curve, LatencyTable
+from hfslim.prune.measured import TOLERANCE
+from hfslim.prune.search import search
+from hfslim.prune.surgery import attention_returns, cut_for_now
+from hfslim.prune.target import Target
+from hfslim.timing import evaluating
+
+HEADS, NEURONS, LAYERS = 3, 8, 2
+
+
+class WorkClock:
+    """A clock that only multiplications move: what a linear layer takes is known."""
+
+    PER_CALL, PER_MAC = 1e-5, 1e-8
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def work(self, module, args, output):
+        if isinstance(module, torch.nn.Linear):
+            self.now += self.PER_CALL + self.PER_MAC * args[0].numel() * module.out_features
+
+
+@pytest.fixture
+def clock(monkeypatch, tmp_path):
+    clock = WorkClock()
+    monkeypatch.setattr(timetable, "time", clock)
+    monkeypatch.setattr("hfslim.timing.time", clock)
+    monkeypatch.setattr(timetable, "SECONDS", 0.0)
+    monkeypatch.setenv(latency.CACHE, str(tmp_path))
+    handle = torch.nn.modules.module.register_module_forward_hook(clock.work)
+    yield clock
+    handle.remove()
+
+
+def _units(layers=True):
+    cut = (Cut("any", "weight", 0),)
+    sites = [Site("layers", "l", LAYERS)] if layers else []
+    for i in range(LAYERS):
+        around = f"l.{i}" if layers else ""
+        sites.append(Site("heads", f"l.{i}.a", HEADS, "any", cuts=cut, layer=around))
+        sites.append(Site("neurons", f"l.{i}.f", NEURONS, "any", cuts=cut, layer=around))
+    return Units(tuple(sites))
+
+
+def _table(step=4):
+    """Costs that are not linear: a sub-layer costs something as soon as it has one unit."""
+    heads = Curve((0, 1, HEADS), (0.0, 10.0, 20.0))
+    neurons = Curve((0, step, NEURONS), (0.0, 6.0, 10.0))
+    site = {}
+    for i in range(LAYERS):
+        site |= {("heads", f"l.{i}.a"): heads, ("neurons", f"l.{i}.f"): neurons}
+    inside = LAYERS * (20 + 10 + 5)
+    return LatencyTable(inside + 7.0, {f"l.{i}": 5.0 for i in range(LAYERS)}, site, step)
+
+
+def _scores(units, seed):
+    draw = torch.Generator().manual_seed(seed)
+    return {(s.kind, s.path): torch.rand(s.size, generator=draw).double() for s in units}
+
+
+def _lost(units, structure, scores):
+    layers = structure.kept("layers", "l")
+    gone = sum(scores["layers", "l"][i].item() for i in range(LAYERS) if i not in layers)
+    for e in structure:
+        if e.kind != "layers" and int(e.path.split(".")[1]) in layers:
+            gone += sum(scores[e.kind, e.path][u].item() for u in set(range(e.total)) - set(e.kept))
+    return gone
+
+
+def _every_structure(units, scores):
+    def best(kind, path, width):
+        return sorted(scores[kind, path].argsort(descending=True)[:width].tolist()), sizes[kind]
+
+    sizes = {"heads": HEADS, "neurons": NEURONS}
+    widths = {"heads": range(HEADS + 1), "neurons": (0, 4, 8)}
+    narrow = [(s.kind, s.path) for s in units if s.kind != "layers"]
+    for chosen in itertools.product(*(widths[kind] for kind, _ in narrow)):
+        for layers in ((0,), (1,), (0, 1)):
+            sites = {"heads": {}, "neurons": {}, "layers": {"l": (layers, LAYERS)}}
+            for (kind, path), width in zip(narrow, chosen, strict=True):
+                sites[kind][path] = best(kind, path, width)
+            yield hfslim.Structure.of(sites)
+
+
+@pytest.mark.parametrize("kept", [0.2, 0.4, 0.6, 0.9])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_search_finds_the_best_of_all_structures(seed, kept):
+    units, table = _units(), _table()
+    scores = _scores(units, seed)
+    found = search(units, scores, Target("latency", kept), table)
+    fits = [
+        _lost(units, s, scores)
+        for s in _every_structure(units, scores)
+        if table.of(units, s) <= kept * table.total
+    ]
+    assert table.of(units, found) <= kept * table.total
+    assert _lost(units, found, scores) == pytest.approx(min(fits), abs=1e-12)
+
+
+def test_neurons_are_kept_in_the_numbers_that_the_device_likes():
+    units = _units(layers=False)
+    found = search(units, _scores(units, 0), Target("latency", 0.6), _table(step=4))
+    assert {len(e.kept) for e in found if e.kind == "neurons"} <= {0, 4, 8}
+
+
+def test_the_least_reachable_is_told_and_can_be_reached():
+    units, table = _units(), _table()
+    scores = _scores(units, 0)
+    with pytest.raises(UnreachableTargetError) as failure:
+        search(units, scores, Target("latency", 0.05), table)
+    least = float(re.search(r"(0\.\d+) of the latency", str(failure.value))[1])
+    found = search(units, scores, Target("latency", least), table)
+    assert table.of(units, found) == 7 + 5
+    assert len(found.kept("layers", "l")) == 1
+
+
+def test_within_never_brings_a_unit_back():
+    units, table = _units(), _table()
+    before = units.full()
+    for step, kept in enumerate((0.8, 0.6, 0.5, 0.3)):
+        found = search(units, _scores(units, step), Target("latency", kept), table, within=before)
+        assert found.within(before)
+        assert table.of(units, found) <= kept * table.total
+        before = found
+
+
+def test_a_correction_scales_savings_and_leaves_the_whole():
+    units, table = _units(), _table()
+    cut = search(units, _scores(units, 0), Target("latency", 0.5), table)
+    corrected = table.corrected(0.5)
+    assert corrected.of(units, units.full()) == pytest.approx(table.total)
+    saved, corrected_saved = (t.total - t.of(units, cut) for t in (table, corrected))
+    assert corrected_saved == pytest.approx(saved / 2)
+
+
+# WavLM runs its projections as modules only when heads are missing; the clock would see a jump.
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "wavlm"])
+@pytest.mark.usefixtures("clock")
+def test_a_measured_table_tells_what_every_cut_takes(family):
+    model = tiny(family)
+    length = 1200 if model.main_input_name == "input_values" else 12
+    inputs, units = example_inputs(model, length=length), find_units(model)
+    with Unchanged(model):
+        table = timetable.measure_table(model, units, inputs, progress=False)
+    returns = attention_returns(model, units)
+    with timetable.Stopwatch(model, []) as watch, evaluating(model):
+        watch.run(inputs)
+        assert table.total == pytest.approx(1000 * watch.seconds[""])
+        for seed in range(3):
+            structure = units.complete(uneven(model, seed))
+            with cut_for_now(model, units, structure, returns):
+                watch.run(inputs)
+            assert table.of(units, structure) == pytest.approx(1000 * watch.seconds[""], rel=1e-6)
+
+
+def _batches(model):
+    return [example_inputs(model, 4, length=8) | {"labels": torch.arange(4) % 3}]
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize("units", [("heads", "neurons"), ("heads", "neurons", "layers")])
+def test_the_latency_asked_for_is_met(units):
+    model, whole = tiny("bert"), tiny("bert")
+    inputs = example_inputs(model, length=16)
+    result = hfslim.prune(
+        model, _batches(model), {"latency": 0.6}, units=units, inputs=inputs, progress=False
+    )
+    with timetable.Stopwatch(model, []) as small, timetable.Stopwatch(whole, []) as large:
+        small.run(inputs), large.run(inputs)
+        ratio = small.seconds[""] / large.seconds[""]
+    (only,) = result.tries
+    assert only.measured == pytest.approx(ratio) == pytest.approx(only.predicted)
+    assert ratio <= 0.6 * (1 + TOLERANCE)
+    if "layers" not in units:
+        assert ratio >= 0.6 * (1 - TOLERANCE)
+    assert {len(e.kept) % 16 for e in result.structure if e.kind == "neurons"} == {0}
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_wrong_table_is_corrected_by_what_was_measured(monkeypatch, caplog):
+    real = timetable.measure_table
+    monkeypatch.setattr(timetable, "measure_table", lambda *a, **k: real(*a, **k).corrected(0.8))
+    model = tiny("bert")
+    with caplog.at_level("INFO", logger="hfslim.prune.measured"):
+        result = hfslim.prune(model, _batches(model), {"latency": 0.6}, progress=False)
+    first, *_, last = result.tries
+    assert abs(first.measured - 0.6) > 0.06
+    assert abs(last.measured - 0.6) < 0.02
+    assert sum("latency, try" in message for message in caplog.messages) == len(result.tries)
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_latency_that_cannot_be_reached_is_refused_before_scoring():
+    model = tiny("bert")
+
+    def data():
+        raise AssertionError("the data was touched")
+        yield
+
+    with Unchanged(model), pytest.raises(UnreachableTargetError, match="of the latency is left"):
+        hfslim.prune(model, data(), {"latency": 0.01}, progress=False)
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_table_is_measured_once_for_its_conditions(tmp_path, caplog):
+    model = tiny("bert")
+    units, inputs = find_units(model), example_inputs(model, length=12)
+    first = timetable.latency_table(model, units, inputs, progress=False)
+    (file,) = (tmp_path / "latency").iterdir()
+    assert json.loads(file.read_text())["conditions"]["threads"] == torch.get_num_threads()
+    with caplog.at_level("INFO"):
+        again = timetable.latency_table(tiny("bert", seed=1), units, inputs, progress=False)
+    assert again == first
+    assert not any("timing" in message for message in caplog.messages)
+    timetable.latency_table(model, units, example_inputs(model, 2, length=12), progress=False)
+    timetable.latency_table(model, units.of(["heads"]), inputs, progress=False)
+    assert len(list((tmp_path / "latency").iterdir())) == 3
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_damaged_table_is_measured_anew(tmp_path, caplog):
+    model = tiny("bert")
+    units, inputs = find_units(model), example_inputs(model, length=12)
+    first = timetable.latency_table(model, units, inputs, progress=False)
+    (file,) = (tmp_path / "latency").iterdir()
+    file.write_text('{"conditions": ')
+    again = timetable.latency_table(model, units, inputs, progress=False)
+    assert "is damaged" in caplog.text
+    assert again == LatencyTable.from_dict(json.loads(file.read_text())["table"])
+    assert again.total == pytest.approx(first.total)
+
+
+def test_a_module_that_does_not_run_cannot_be_timed():
+    model = tiny("bert")
+    model.idle = torch.nn.Identity()
+    inputs = example_inputs(model, length=4)
+    with timetable.Stopwatch(model, ["idle"]) as watch:
+        with pytest.raises(RuntimeError, match=r"does not run \['idle'\] as modules"):
+            watch.run(inputs)
