@@ -26,7 +26,7 @@ from hfslim.anatomy.inputs import example_inputs
 from hfslim.checkpoint import SlimTrainer
 from hfslim.distill.teacher import accepted_inputs, align_labels
 from hfslim.manifest import Entry, Manifest
-from hfslim.prune.oneshot import check_reachable, price
+from hfslim.prune.steps import check_reachable, price
 from hfslim.prune.target import Target
 from hfslim.recipe import Recipe, RecipeError
 from hfslim.stages import Distil, Prune, Recover

@@ -11,7 +11,7 @@ from hfslim.anatomy import example_inputs, find_units
 from hfslim.measure import count_parameters, macs
 from hfslim.prune import UnreachableTargetError
 from hfslim.prune.batches import Batches
-from hfslim.prune.oneshot import calibrate, cut, decide, price
+from hfslim.prune.steps import calibrate, cut, decide, price
 from hfslim.prune.target import Target
 
 TEXTS = {"input_ids": torch.ones(2, 3, dtype=torch.long)}

@@ -21,9 +21,9 @@ from hfslim.prune.collect import Collector
 from hfslim.prune.criteria import Criteria, criteria_by_kind
 from hfslim.prune.gates import Gates, Key
 from hfslim.prune.importance import Scores
-from hfslim.prune.oneshot import agreed, check_reachable, price
 from hfslim.prune.schedules import SCHEDULES, Schedule
 from hfslim.prune.search import search
+from hfslim.prune.steps import agreed, check_reachable, price
 from hfslim.prune.surgery import check_gates, shrink
 from hfslim.prune.target import Target
 from hfslim.structure import Kind, Structure

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,24 +9,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hfslim.anatomy import Stated, Units, find_units, stated_inputs
-from hfslim.prune import costs as pricing
+from hfslim.anatomy import Stated, find_units
 from hfslim.prune.batches import Batches
-from hfslim.prune.collect import collect
 from hfslim.prune.criteria import Criteria, criteria_by_kind
 from hfslim.prune.gates import Key
-from hfslim.prune.latency import LatencyTable
-from hfslim.prune.measured import LatencyTry, search_measured
-from hfslim.prune.search import search
-from hfslim.prune.surgery import shrink
+from hfslim.prune.measured import LatencyTry
+from hfslim.prune.steps import calibrate, check_reachable, cut, decide, price
 from hfslim.prune.target import Target
-from hfslim.prune.timetable import latency_table
 from hfslim.structure import Kind, Structure
-
-logger = logging.getLogger(__name__)
-
-Prices = pricing.Costs | LatencyTable | None
-"""What units cost; None where a target counts units."""
 
 
 @dataclass(frozen=True)
@@ -100,132 +89,3 @@ def prune(
     structure, tries = decide(model, calibration, goal, costs, inputs)
     cut(model, structure, calibration)
     return PruneResult(structure, model, calibration.scores, tries)
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What calibration data told of a model: enough to cut it, or copies of it, to any target.
-
-    Attributes:
-        units: The sites that may lose units.
-        scores: Importance of every unit by site, `[units]`.
-        batches: The data.
-    """
-
-    units: Units
-    scores: Mapping[Key, torch.Tensor]
-    batches: Batches
-
-
-def calibrate(
-    model: PreTrainedModel,
-    units: Units,
-    batches: Batches,
-    criteria: Mapping[Kind, str],
-    seed: int = 0,
-    progress: bool = True,
-) -> Calibration:
-    """Score the units of a model: the slow part of pruning, done once for any number of targets.
-
-    Args:
-        model: The model, not a wrapper; it is not changed.
-        units: The sites that may lose units.
-        batches: The calibration data.
-        criteria: The criterion of each kind of unit.
-        seed: Seed of whatever is drawn.
-        progress: Whether to show a progress bar.
-
-    Raises:
-        ValueError: The data is empty or does not fit, or scores are not finite.
-    """
-    return Calibration(units, collect(model, units, batches, criteria, seed, progress), batches)
-
-
-def decide(
-    model: PreTrainedModel,
-    calibration: Calibration,
-    target: Target,
-    costs: Prices,
-    inputs: Stated | None = None,
-) -> tuple[Structure, tuple[LatencyTry, ...]]:
-    """Choose the units to keep for a target; the same on every rank.
-
-    Args:
-        model: The model that was calibrated; it is not changed.
-        calibration: What is known of it.
-        target: What it may cost.
-        costs: What its units cost.
-        inputs: The input at which they cost that.
-
-    Returns:
-        The structure, and for a latency what was timed until it was met.
-
-    Raises:
-        UnreachableTargetError: The target cannot be met; the message says what can.
-    """
-    units, scores = calibration.units, calibration.scores
-    tries: list[LatencyTry] = []
-    if isinstance(costs, LatencyTable):
-        stated = stated_inputs(model, inputs)
-        structure, tries = search_measured(model, units, scores, target, costs, stated)
-    else:
-        structure = search(units, scores, target, costs)
-    logger.info("keeps %s for %s", structure, target)
-    return agreed(structure), tuple(tries)
-
-
-def cut(model: PreTrainedModel, structure: Structure, calibration: Calibration) -> None:
-    """Remove what a structure does not keep from the model that was calibrated, or a copy of it.
-
-    Raises:
-        RuntimeError: The cut model would not equal the gated one. The model is unchanged.
-    """
-    shrink(model, structure)
-
-
-def price(
-    model: PreTrainedModel,
-    units: Units,
-    target: Target,
-    inputs: Stated | None = None,
-    progress: bool = True,
-) -> Prices:
-    """Tell what units cost in a target's resource; None where the target is a sparsity.
-
-    Latencies are measured, where the cache does not have them.
-    """
-    if target.resource == "sparsity":
-        return None
-    stated = stated_inputs(model, inputs)
-    if target.resource == "latency":
-        return latency_table(model, units, stated, progress)
-    return pricing.count(model, units, target.resource, stated)
-
-
-def agreed(structure: Structure) -> Structure:
-    """Return the first rank's structure.
-
-    Raises:
-        RuntimeError: This rank found another one, so the ranks' weights have diverged.
-    """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return structure
-    shared: list[Any] = [structure.to_dict()]
-    torch.distributed.broadcast_object_list(shared, src=0)
-    first = Structure.from_dict(shared[0])
-    if first.digest() != structure.digest():
-        raise RuntimeError(
-            f"rank {torch.distributed.get_rank()} chose structure {structure.digest()}, rank 0 "
-            f"{first.digest()}: the ranks' weights or scores have diverged"
-        )
-    return first
-
-
-def check_reachable(units: Units, target: Target, costs: Prices) -> None:
-    """Check that a target can be met, before any work is done.
-
-    Raises:
-        UnreachableTargetError: It cannot; the message says what can.
-    """
-    alike = {(s.kind, s.path): torch.ones(s.size, dtype=torch.float64) for s in units}
-    search(units, alike, target, costs)
