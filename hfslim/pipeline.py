@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from hfslim.report import Quality, Report
 from hfslim.stages import Distil, Measure, Prune, Push, Recover, Stage, Transfer
 from hfslim.tasks import TASKS
 from hfslim.work import Work
+from hfslim.workbench import uses_cpu
 
 __all__ = ["run"]
 
@@ -56,7 +56,7 @@ def run(recipe: Recipe) -> Path:
     process = PartialState()
     try:
         with process.main_process_first():
-            work = Work.prepare(recipe, manifest, evaluation)
+            work = Work.begin(recipe, manifest, evaluation)
         process.wait_for_everyone()
         work.check_target()
     except ValueError as error:
@@ -92,11 +92,8 @@ def _trains(stage: Stage) -> bool:
 
 def _arguments(recipe: Recipe, stage: Any, folder: Path) -> TrainingArguments:
     cls = TrainingArguments if isinstance(stage, Transfer) else DistillationConfig
-    # Told nothing, the Trainer starts no process group where there is no accelerator.
-    asked = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
-    use_cpu = asked or not torch.accelerator.is_available()
     return cls(
-        **{"use_cpu": use_cpu, **recipe.training, **stage.training},
+        **{"use_cpu": uses_cpu(), **recipe.training, **stage.training},
         output_dir=str(folder),
         seed=recipe.seed,
         remove_unused_columns=not TASKS[recipe.task].lazy,

@@ -1,17 +1,11 @@
 """Tasks: text, image and audio classification."""
 
-from hfslim.tasks.audio import AudioClassification
 from hfslim.tasks.base import Examples, Task
 from hfslim.tasks.data import DataConfig
-from hfslim.tasks.image import ImageClassification
 from hfslim.tasks.labels import Labels
 from hfslim.tasks.metrics import METRICS, compute_metrics
 from hfslim.tasks.models import build_model, load_model, make_config
-from hfslim.tasks.text import TextClassification
-
-TASKS: dict[str, Task] = {
-    task.name: task for task in (TextClassification(), ImageClassification(), AudioClassification())
-}
+from hfslim.tasks.registry import TASKS, find_task, open_model
 
 __all__ = [
     "METRICS",
@@ -22,6 +16,8 @@ __all__ = [
     "Task",
     "build_model",
     "compute_metrics",
+    "find_task",
     "load_model",
     "make_config",
+    "open_model",
 ]

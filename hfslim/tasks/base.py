@@ -61,6 +61,12 @@ class Task(ABC):
     folder_builder: ClassVar[str | None] = None
     lazy: ClassVar[bool] = False
 
+    @property
+    def classifiers(self) -> dict[str, tuple[str, ...]]:
+        """Class names of the classifiers of each model type."""
+        names = self.auto_model._model_mapping._model_mapping
+        return {key: (one,) if isinstance(one, str) else tuple(one) for key, one in names.items()}
+
     @abstractmethod
     def load_processor(self, source: str | None, config: PreTrainedConfig) -> Any:
         """Load the processor of a Hub id or folder, or make the one that fits `config`."""

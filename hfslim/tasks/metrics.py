@@ -122,6 +122,11 @@ SUITS: Mapping[str, tuple[Problem, ...]] = {
 }
 
 
+def usual_metric(problem: Problem) -> str:
+    """Return the first metric that suits a problem."""
+    return next(name for name, problems in SUITS.items() if problem in problems)
+
+
 def decide(logits: np.ndarray, problem: Problem) -> np.ndarray:
     """Turn logits into predictions.
 

@@ -1,0 +1,58 @@
+"""The tasks by name, and the task and model behind a Hub id or folder."""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from hfslim.tasks.audio import AudioClassification
+from hfslim.tasks.base import Task
+from hfslim.tasks.image import ImageClassification
+from hfslim.tasks.text import TextClassification
+
+TASKS: dict[str, Task] = {
+    task.name: task for task in (TextClassification(), ImageClassification(), AudioClassification())
+}
+
+
+def find_task(config: PreTrainedConfig) -> Task:
+    """Return the task that a model classifies for, by its config's class names.
+
+    Raises:
+        ValueError: Its family has no classifier for any of the tasks, or several and the config
+            does not tell which.
+    """
+    names = {
+        task: set(task.classifiers.get(config.model_type, ()))
+        for task in TASKS.values()
+        if config.model_type in task.classifiers
+    }
+    exact = [task for task, own in names.items() if own & set(config.architectures or ())]
+    if len(exact or names) == 1:
+        return next(iter(exact or names))
+    if names:
+        raise ValueError(
+            f"{config.model_type} classifies for {[task.name for task in names]} and the config's "
+            f"architectures {config.architectures} do not tell for which"
+        )
+    raise ValueError(
+        f"{config.model_type!r} is no classifier for any of {list(TASKS)}: expected a model that "
+        "AutoModelForSequenceClassification or its kin for images and audio load"
+    )
+
+
+def open_model(source: str) -> tuple[Task, PreTrainedModel]:
+    """Load a classifier by its own config, with the labels that it has.
+
+    Args:
+        source: Hub id or local folder.
+
+    Returns:
+        Its task, and the model.
+
+    Raises:
+        OSError: There is no model.
+        ValueError: It is no classifier.
+    """
+    config = AutoConfig.from_pretrained(source)
+    task = find_task(config)
+    return task, task.auto_model.from_pretrained(source, config=config)

@@ -1,0 +1,212 @@
+"""The examples of a task, prepared for one model: what scores its units and what judges it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, PreTrainedModel, Trainer, TrainingArguments
+
+from hfslim.anatomy import example_inputs
+from hfslim.checkpoint import SlimTrainer
+from hfslim.distill.teacher import accepted_inputs
+from hfslim.schema import RecipeError
+from hfslim.tasks import TASKS, DataConfig, Examples, Task, build_model, compute_metrics, load_model
+from hfslim.tasks.metrics import decide, usual_metric
+
+
+class Predictions(NamedTuple):
+    """What a model says of the evaluation examples.
+
+    Attributes:
+        metrics: The metric and the loss.
+        logits: `[examples, classes]`.
+        decided: Class names `[examples]`, 0/1 vectors `[examples, classes]` in the order of the
+            data's labels, or values `[examples]`.
+    """
+
+    metrics: dict[str, float]
+    logits: np.ndarray
+    decided: np.ndarray
+
+
+@dataclass
+class Workbench:
+    """Examples and processor of a task, prepared for one model.
+
+    Attributes:
+        task: The kind of classification.
+        data: Where the examples come from.
+        metric: What the model is judged by.
+        seed: Seed of whatever is drawn.
+        evaluation: Arguments of evaluations outside training.
+        examples: Checked examples, labels in the model's order.
+        processor: Tokenizer, image processor or feature extractor.
+        train: Training examples as the Trainer wants them.
+        eval: Evaluation examples as the Trainer wants them.
+    """
+
+    task: Task
+    data: DataConfig
+    metric: str
+    seed: int
+    evaluation: TrainingArguments
+    examples: Examples
+    processor: Any
+    train: Any
+    eval: Any
+
+    @classmethod
+    def prepare(
+        cls,
+        task: str,
+        data: DataConfig,
+        metric: str | None,
+        seed: int,
+        evaluation: TrainingArguments,
+        model: str | None,
+        model_config: Mapping[str, Any] | None = None,
+        processor: str | None = None,
+        **rest: Any,
+    ) -> Self:
+        """Load data and processor, and check that they suit the model and the metric.
+
+        Args:
+            task: A key of `TASKS`.
+            data: Where the examples come from.
+            metric: A key of `METRICS`; the first that suits the labels if not given.
+            seed: Seed of whatever is drawn.
+            evaluation: Arguments of evaluations outside training.
+            model: Hub id or folder of the model.
+            model_config: `model_type` and fields of an untrained model, instead of `model`.
+            processor: Hub id or folder of the processor, if it is not the model's own.
+            rest: Further attributes of a subclass.
+
+        Raises:
+            RecipeError: The data, the model or the processor cannot be read.
+            ValueError: They do not suit each other or the metric.
+        """
+        kind = TASKS[task]
+        with explained("data"):
+            examples = kind.load_examples(data, seed)
+        metric = metric or usual_metric(examples.labels.problem)
+        compute_metrics(metric, examples.labels.problem, len(examples.labels.names))
+        if model is not None:
+            with explained(f"model {model!r}"):
+                config = AutoConfig.from_pretrained(model)
+            examples = examples.with_order_of(config.id2label)
+        else:
+            config = build_model(kind, model_config or {}, examples.labels).config
+        source = processor or model
+        with explained(f"processor {source!r}"):
+            loaded = kind.load_processor(source, config)
+        train, held = (
+            kind.prepare(part, examples, data, loaded)
+            for part in (examples.train, examples.evaluation)
+        )
+        return cls(kind, data, metric, seed, evaluation, examples, loaded, train, held, **rest)
+
+    def load_model(self, source: str, new_head: bool = False) -> PreTrainedModel:
+        """Load a model for the labels of the data."""
+        model = load_model(self.task, source, self.examples.labels, new_head)
+        padding = getattr(self.processor, "pad_token_id", None)
+        if padding is not None and getattr(model.config, "pad_token_id", None) is None:
+            model.config.pad_token_id = padding
+        return model
+
+    @property
+    def stated_length(self) -> int | None:
+        """Length of the input at which costs are stated; None where the model fixes it."""
+        return self.task.stated_length(self.data, self.processor)
+
+    def inputs(
+        self, model: PreTrainedModel, batch_size: int = 1, length: int | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Return the input at which the costs of a model are stated."""
+        return example_inputs(model, batch_size, length=length or self.stated_length)
+
+    def trainer_parts(self) -> dict[str, Any]:
+        """Return what every Trainer on these examples is given."""
+        labels = self.examples.labels
+        return {
+            "train_dataset": self.train,
+            "eval_dataset": self.eval,
+            "data_collator": self.task.collator(self.data, self.processor),
+            "processing_class": self.processor,
+            "compute_metrics": compute_metrics(self.metric, labels.problem, len(labels.names)),
+        }
+
+    def evaluate(self, model: PreTrainedModel) -> dict[str, float]:
+        """Return the metric and the loss of a model on the evaluation examples."""
+        trainer = SlimTrainer(model=model, args=self.evaluation, **self.trainer_parts())
+        return self.metrics(trainer)
+
+    def metrics(self, trainer: Trainer) -> dict[str, float]:
+        """Return the metric and the loss of a Trainer's model."""
+        return self._own(trainer.evaluate())
+
+    def predict(self, model: PreTrainedModel) -> Predictions:
+        """Return what a model says of each evaluation example, in their order."""
+        trainer = SlimTrainer(model=model, args=self.evaluation, **self.trainer_parts())
+        output = trainer.predict(self.eval, metric_key_prefix="eval")
+        logits: Any = output.predictions
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        labels = self.examples.labels
+        decided = decide(logits, labels.problem)
+        if labels.problem == "single_label_classification":
+            decided = np.asarray(labels.names)[decided]
+        elif labels.problem == "multi_label_classification":
+            decided = decided[:, np.argsort(labels.names)]
+        return Predictions(self._own(output.metrics or {}), logits, decided)
+
+    def calibration(self, model: PreTrainedModel, size: int) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield this process's share of the batches that units are scored on."""
+        process = PartialState()
+        chosen = self.train.shuffle(seed=self.seed)
+        chosen = chosen.select(range(min(size, len(chosen))))
+        accepted = accepted_inputs(model)
+        loader: DataLoader[Any] = DataLoader(
+            chosen.shard(process.num_processes, process.process_index),
+            batch_size=self.evaluation.per_device_train_batch_size,
+            collate_fn=self.trainer_parts()["data_collator"],
+        )
+        for batch in loader:
+            yield {key: value for key, value in batch.items() if key in accepted}
+
+    def _own(self, result: Mapping[str, float]) -> dict[str, float]:
+        return {name: result[f"eval_{name}"] for name in (self.metric, "loss")}
+
+
+def agreement(first: Predictions, second: Predictions) -> float:
+    """Return the share of examples of which two models say the same, classes by their names."""
+    same = first.decided == second.decided
+    return float(same.reshape(len(same), -1).all(1).mean())
+
+
+def uses_cpu() -> bool:
+    """Tell whether Trainers run on the CPU, because there is nothing else or it was asked for.
+
+    Told nothing, the Trainer starts no process group where there is no accelerator.
+    """
+    asked = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
+    return asked or not torch.accelerator.is_available()
+
+
+@contextmanager
+def explained(place: str) -> Iterator[None]:
+    """Say which part of what was asked cannot be read.
+
+    Raises:
+        RecipeError: An `OSError` was raised inside.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RecipeError(f"{place} cannot be read: {' '.join(str(error).split())}") from error
