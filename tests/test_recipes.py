@@ -70,7 +70,7 @@ def test_each_launch_config_names_its_processes() -> None:
 
 def test_the_launcher_refuses_a_wrong_key_in_one_line(tmp_path: Path) -> None:
     done = script("recipes/compress.py", "recipes/image/digits_vit.yaml", "--trainin.bf16", "true")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.strip().endswith("trainin: unknown key; did you mean 'training'?")
     assert "Traceback" not in done.stderr
 

@@ -1,0 +1,177 @@
+"""Arguments and options that several verbs share, and what they mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hfslim.structure import KINDS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hfslim.tasks import DataConfig, Task
+    from hfslim.workbench import Workbench
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        metavar="NAME|FILE|KEY=VALUE",
+        help="Labelled examples: a Hub id or `digits`, a csv, json or parquet file, a recipe whose "
+        "data to use, or a key of a recipe's `data` with its value, such as "
+        "`text_column_name=sentence`. Give it as often as needed.",
+    ),
+]
+Metric = Annotated[
+    str | None,
+    typer.Option(
+        help="What the models are judged by: accuracy, f1_macro, f1_binary, matthews_correlation, "
+        "pearson or spearman. By default accuracy, pearson where the labels are numbers."
+    ),
+]
+BatchSizes = Annotated[
+    list[int] | None,
+    typer.Option("--batch-size", min=1, help="Examples per call; several times for several."),
+]
+Length = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Tokens, samples or frames per example, where a model leaves it open."
+    ),
+]
+Calls = Annotated[int, typer.Option(min=1, help="Timed calls of each model.")]
+UnitKinds = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--units",
+        metavar="KIND",
+        help=f"A kind of unit: {', '.join(KINDS)}; several times for several.",
+        autocompletion=lambda: list(KINDS),
+    ),
+]
+CriterionNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--criterion",
+        metavar="NAME|KIND=NAME",
+        help="How units are scored, for all kinds or for one: magnitude, taylor, fisher, "
+        "activation, random; for layers also block_influence.",
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Seed of whatever is drawn.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id or folder of a classifier.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Examples per call of the model.")]
+MaxExamples = Annotated[
+    int, typer.Option(min=1, help="Training examples to score the units on, at most.")
+]
+
+
+def pairs(given: Sequence[str], option: str) -> dict[str, Any]:
+    """Read `key=value` and `key.key=value` into nested values, as YAML reads them.
+
+    Raises:
+        BadParameter: One is not of that form.
+    """
+    import yaml
+
+    values: dict[str, Any] = {}
+    for one in given:
+        path, equals, text = one.partition("=")
+        if not equals or not all(part.isidentifier() for part in path.split(".")):
+            raise typer.BadParameter(f"expected KEY=VALUE, got {one!r}", param_hint=option)
+        node = values
+        *above, last = path.split(".")
+        for part in above:
+            node = node.setdefault(part, {})
+        node[last] = yaml.safe_load(text)
+    return values
+
+
+def criteria(given: Sequence[str]) -> str | dict[str, str]:
+    """Read `--criterion`: one name for all kinds, or a name for each."""
+    if len(given) == 1 and "=" not in given[0]:
+        return given[0]
+    return {kind: str(name) for kind, name in pairs(given, "--criterion").items()}
+
+
+def data_config(given: Sequence[str]) -> DataConfig:
+    """Read `--data`.
+
+    Raises:
+        RecipeError: A key is unknown, or the source is missing or does not exist.
+    """
+    from hfslim.schema import RecipeError, build, mapping_at
+    from hfslim.tasks import DataConfig
+
+    values: dict[str, Any] = {}
+    for one in given:
+        path = Path(one)
+        if "=" in one and one.partition("=")[0].isidentifier():
+            values |= pairs([one], "--data")
+        elif path.suffix in (".yaml", ".yml"):
+            import yaml
+
+            if not path.is_file():
+                raise RecipeError(f"--data: no recipe {one!r} in {Path.cwd()}")
+            recipe = mapping_at(yaml.safe_load(path.read_text(encoding="utf-8")), one)
+            values |= mapping_at(recipe.get("data"), f"{one} data")
+        elif path.is_dir():
+            raise RecipeError(
+                f"--data: {one!r} is a folder: say train_dir={one} where it has a subfolder for "
+                f"each class, dataset_name={one} where it is a data set"
+            )
+        else:
+            values["train_file" if path.suffix else "dataset_name"] = one
+    return build(DataConfig, values, "data")
+
+
+def open_model(source: str) -> tuple[Task, PreTrainedModel]:
+    """Load a classifier and tell its task.
+
+    Raises:
+        RecipeError: There is none.
+    """
+    from hfslim import tasks
+    from hfslim.recipe import check_source
+    from hfslim.workbench import explained
+
+    check_source(source, "model")
+    with explained(f"model {source!r}"):
+        return tasks.open_model(source)
+
+
+def workbench(
+    model: str, data: Sequence[str], metric: str | None, seed: int, batch_size: int
+) -> Workbench:
+    """Prepare the examples of `--data` for a model.
+
+    Raises:
+        RecipeError: The data or the model cannot be read.
+        ValueError: They do not suit each other or the metric.
+    """
+    from transformers import AutoConfig, TrainingArguments
+
+    from hfslim.recipe import check_source
+    from hfslim.schema import RecipeError, nearest
+    from hfslim.tasks import METRICS, find_task
+    from hfslim.workbench import Workbench, explained, uses_cpu
+
+    if metric is not None and metric not in METRICS:
+        raise RecipeError(f"metric: unknown {metric!r}{nearest(metric, METRICS)}")
+    check_source(model, "model")
+    config = data_config(data)
+    with explained(f"model {model!r}"):
+        task = find_task(AutoConfig.from_pretrained(model))
+    arguments = TrainingArguments(
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        use_cpu=uses_cpu(),
+        report_to="none",
+        remove_unused_columns=not task.lazy,
+    )
+    return Workbench.prepare(task.name, config, metric, seed, arguments, model)

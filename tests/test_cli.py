@@ -1,0 +1,233 @@
+"""Every verb does what its help says, and tells a mistake in one line with its exit code."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from standins import image_model, text_file, text_model
+
+from hfslim.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Done:
+    """What a command printed, and how it ended."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def json(self) -> dict:
+        return json.loads(self.out)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    text_model(folder / "model")
+    text_model(folder / "other", seed=1)
+    image_model(folder / "vit")
+    text_file(folder / "train.csv", rows=16)
+    text_file(folder / "held.csv", rows=10)
+    return folder
+
+
+@pytest.fixture
+def hfslim(shared: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(shared)
+
+    def call(*arguments: str) -> Done:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        printed = capsys.readouterr()
+        return Done(ended.value.code or 0, printed.out, printed.err)
+
+    return call
+
+
+DATA = ("--data", "train.csv", "--data", "validation_file=held.csv", "--data", "max_seq_length=16")
+QUICK = ("--calls", "1", "--batch-size", "2")
+
+
+def test_help_is_there_before_anything_heavy_is_loaded() -> None:
+    code = (
+        "import sys; from hfslim.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    )
+    code += "print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stderr.split())
+    assert "inspect" in done.stdout
+    assert loaded & {"torch", "transformers", "datasets", "numpy"} == set()
+
+
+VERBS = ("run", "inspect", "measure", "compare")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_help_of_each_verb_has_an_example(hfslim, verb: str) -> None:
+    done = hfslim(verb, "--help")
+    assert done.code == 0
+    assert f"Example: hfslim {verb}" in done.out
+
+
+def test_the_verbs_are_those_of_this_test(hfslim) -> None:
+    listed = hfslim("--help").out.split("Commands")[1]
+    assert [verb for verb in VERBS if f" {verb} " not in listed] == []
+    assert listed.count("\n│ ") - listed.count("\n│  ") == len(VERBS)
+
+
+MISTAKES = {
+    "no such verb": (("inspct", "model"), 2, "Did you mean 'inspect'?"),
+    "no such option": (("measure", "model", "--bath-size", "1"), 2, "--batch-size"),
+    "a missing argument": (("compare", "model"), 2, "AFTER"),
+    "no such folder": (("measure", "./none"), 2, "no folder './none'"),
+    "no such file": (("inspect", "model", "--data", "none.csv"), 2, "no file 'none.csv'"),
+    "an unknown key of data": (("inspect", "model", "--data", "text_colum=a"), 2, "text_column"),
+    "a folder as data": (("inspect", "model", "--data", "vit"), 2, "train_dir=vit"),
+    "an unknown criterion": (("inspect", "model", "--criterion", "magic"), 2, "'magnitude'"),
+    "a criterion that needs data": (("inspect", "model", "--criterion", "fisher"), 1, "data is"),
+    "an unknown unit": (("inspect", "model", "--units", "toes"), 2, "'heads'"),
+    "a picture of no kind": (("inspect", "model", "--picture", "a.bmp"), 2, ".svg"),
+    "an unknown metric": (("compare", "model", "other", *DATA, "--metric", "acc"), 2, "'accuracy'"),
+    "data of another kind": (("inspect", "vit", *DATA), 1, "no column 'image or img'"),
+    "no recipe": (("run", "none.yaml"), 2, "no recipe 'none.yaml'"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_told_in_one_line_with_its_code(hfslim, case: str) -> None:
+    arguments, code, hint = MISTAKES[case]
+    done = hfslim(*arguments)
+    (line,) = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert (done.code, done.out) == (code, "")
+    assert hint in line
+    assert "Traceback" not in done.err
+
+
+def test_an_error_nobody_foresaw_names_its_kind_and_how_to_see_more(hfslim, monkeypatch) -> None:
+    def broken(source: str) -> None:
+        raise KeyError("stage")
+
+    monkeypatch.setattr("hfslim.cli.costs.open_model", broken)
+    done = hfslim("measure", "model")
+    assert (done.code, done.err.strip()) == (
+        1,
+        "error: KeyError: 'stage' (HFSLIM_DEBUG=1 shows where)",
+    )
+    monkeypatch.setenv("HFSLIM_DEBUG", "1")
+    with pytest.raises(KeyError):
+        main(["measure", "model"])
+
+
+def test_measure_tells_what_the_library_counts(hfslim) -> None:
+    done = hfslim("measure", "model", "vit", *QUICK, "--json")
+    text, image = done.json["models"]
+    assert (text["model"], image["model"]) == ("model", "vit")
+    assert text["inputs"] == "input_ids [2, 38], attention_mask [2, 38]"
+    assert image["inputs"] == "pixel_values [2, 3, 16, 16]"
+    assert image["parameters"] > 0 < image["macs"]
+    seen = hfslim("measure", "model", *QUICK).out
+    assert f"{text['parameters']:,}" in seen
+    assert f"{text['macs']:,}" in seen
+
+
+def test_inspect_scores_each_unit_on_the_data(hfslim) -> None:
+    done = hfslim("inspect", "model", *DATA, "--max-examples", "8", "--json")
+    assert done.json["criterion"] == "fisher"
+    heads = [row for row in done.json["units"] if row["kind"] == "heads"]
+    assert [row["units"] for row in heads] == [4, 4, 4]
+    assert all(len(row["scores"]) == row["units"] for row in done.json["units"])
+    assert len({row["kind"] for row in done.json["units"]}) == 3
+
+
+def test_inspect_without_data_ranks_by_magnitude_and_draws(hfslim, shared: Path) -> None:
+    done = hfslim("inspect", "model", "--units", "heads", "--picture", "importance.svg")
+    rows = [line for line in done.out.splitlines() if " heads " in line]
+    assert len(rows) == 3
+    assert "magnitude" in done.out
+    assert "█" in done.out
+    assert "<svg" in (shared / "importance.svg").read_text()
+
+
+def test_compare_judges_both_models_on_the_same_examples(hfslim) -> None:
+    done = hfslim("compare", "model", "other", *DATA, *QUICK, "--json")
+    (quality,) = done.json["quality"]
+    (costs,) = done.json["comparisons"]
+    assert quality["data"] == "evaluation, 10 examples"
+    assert 0 <= done.json["agreement"] <= 1
+    assert costs["before"]["macs"] == costs["after"]["macs"]
+    same = hfslim("compare", "model", "model", *DATA, *QUICK)
+    assert "The two agree on 100.0% of 10 examples." in same.out
+
+
+def test_models_agree_by_the_names_of_classes_not_by_their_numbers(hfslim, shared: Path) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(shared / "model")
+    with torch.no_grad():
+        for parameter in model.classifier.parameters():
+            parameter.copy_(parameter.flip(0))
+    model.config.id2label = {0: "positive", 1: "negative"}
+    model.config.label2id = {"positive": 0, "negative": 1}
+    model.save_pretrained(shared / "turned")
+    AutoTokenizer.from_pretrained(shared / "model").save_pretrained(shared / "turned")
+    assert hfslim("compare", "model", "turned", *DATA, *QUICK, "--json").json["agreement"] == 1
+
+
+def test_compare_without_data_says_nothing_of_quality(hfslim) -> None:
+    done = hfslim("compare", "model", "other", *QUICK, "--json")
+    assert (done.json["quality"], done.json["agreement"]) == ([], None)
+
+
+def test_run_takes_overrides_and_ends_with_the_models_folder(hfslim, shared: Path) -> None:
+    recipe = {
+        "task": "text-classification",
+        "model": "model",
+        "data": {"train_file": "train.csv", "validation_file": "held.csv", "max_seq_length": 16},
+        "output_dir": "out",
+        "stages": [{"prune": {"target": {"macs": 0.9}}}],
+    }
+    (shared / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    done = hfslim("run", "recipe.yaml", "--stages.prune.target.macs=0.6", "--json")
+    assert done.code == 0, done.err
+    assert done.json["model"] == str(Path("out", "01-prune"))
+    assert done.json["stages"][0]["settings"]["target"] == {"macs": 0.6}
+    wrong = hfslim("run", "recipe.yaml", "--stages.prune.taget.macs", "0.6")
+    assert (wrong.code, "did you mean 'target'" in wrong.err) == (2, True)
+
+
+def test_completion_offers_verbs_and_kinds() -> None:
+    def offered(*words: str) -> str:
+        environment = {
+            **os.environ,
+            "_HFSLIM_COMPLETE": "complete_bash",
+            "COMP_WORDS": " ".join(words),
+            "COMP_CWORD": str(len(words) - 1),
+        }
+        command = [sys.executable, "-m", "hfslim"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True).stdout
+
+    assert offered("hfslim", "in").split() == ["inspect"]
+    assert offered("hfslim", "inspect", "m", "--units", "h").split() == ["heads"]
+
+
+def test_a_pipe_gets_the_result_and_no_bars(shared: Path) -> None:
+    command = [sys.executable, "-m", "hfslim", "compare", "model", "other", *DATA, *QUICK, "--json"]
+    done = subprocess.run(
+        command,
+        cwd=shared,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["before"] == "model"
+    assert "%|" not in done.stderr
+    assert "━" not in done.stderr
