@@ -64,7 +64,7 @@ def inspect(
     with working():
         from hfslim.anatomy import find_units
         from hfslim.prune.batches import Batches
-        from hfslim.prune.collect import criteria_by_kind
+        from hfslim.prune.criteria import criteria_by_kind
         from hfslim.prune.oneshot import calibrate
 
         if picture is not None:

@@ -59,8 +59,8 @@ CriterionNames = Annotated[
     typer.Option(
         "--criterion",
         metavar="NAME|KIND=NAME",
-        help="How units are scored, for all kinds or for one: magnitude, taylor, fisher, "
-        "activation, random; for layers also block_influence.",
+        help="How units are scored, for all kinds or for one: `fisher`, `kl_fisher`, `taylor`, "
+        "`activation`, `magnitude`, `layers=block_influence` and others; a wrong name lists all.",
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of whatever is drawn.")]
