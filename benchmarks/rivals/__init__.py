@@ -1,0 +1,1 @@
+"""hfslim beside other ways to make a trained classifier smaller, at equal multiply-accumulates."""
