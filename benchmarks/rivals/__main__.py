@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -31,8 +30,8 @@ FIRST_SEED = 0
 """Seed at which settings are chosen and latency is taken."""
 
 
-def main() -> None:
-    options, overrides = parse(sys.argv[1:])
+def main(arguments: Sequence[str] | None = None) -> None:
+    options, overrides = parse(arguments)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hfslim").setLevel(logging.INFO)
     given = {f.name: getattr(options, f.name) for f in fields(Setting) if f.name != "recipe"}
@@ -107,7 +106,7 @@ class Runner:
         return choice["setting"]
 
 
-def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], allow_abbrev=False, prog="python -m benchmarks.rivals"
     )
