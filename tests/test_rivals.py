@@ -239,16 +239,16 @@ def test_a_table_gives_mean_and_sample_deviation_over_seeds() -> None:
 
 def test_the_tables_of_the_page_match_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["tables", "--check"])
-    assert re.search(r"<!-- results: \S+ -->\n\| MACs asked", tables.PAGE.read_text())
+    places = re.findall(r"<!-- results: (\S+) -->", tables.PAGE.read_text())
+    assert set(places) >= {file.name for file in tables.RESULTS.glob("*.json")}
     tables.main()
 
 
 def test_a_page_that_differs_from_the_results_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changed = re.sub(r"(\| teacher \|.*?)\d", r"\g<1>7", tables.PAGE.read_text() + " ", count=1)
-    changed = changed.replace("| hfslim |", "| hfslim  |", 1)
     page = tmp_path / "benchmarks.md"
+    changed = tables.PAGE.read_text().replace("<!-- end -->", "| 0.5 | hfslim |\n<!-- end -->", 1)
     page.write_text(changed)
     monkeypatch.setattr(tables, "PAGE", page)
     monkeypatch.setattr(sys, "argv", ["tables", "--check"])

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, set_seed
 
 from benchmarks.rivals.data import Task
@@ -16,6 +15,7 @@ from benchmarks.rivals.methods import METHODS
 from benchmarks.rivals.problem import score
 from hfslim.distill import DistillationConfig, DistillationTrainer
 from hfslim.measure import compare, count_parameters
+from hfslim.workbench import uses_cpu
 
 FINALISTS = 6
 LATENCY_BATCHES = {1: 40, 32: 8}
@@ -94,7 +94,7 @@ def recover(task: Task, model: PreTrainedModel, seed: int) -> None:
             **{
                 **task.arguments,
                 "output_dir": folder,
-                "use_cpu": not torch.accelerator.is_available(),
+                "use_cpu": uses_cpu(),
                 "seed": seed,
                 "remove_unused_columns": False,
                 "logging_strategy": "no",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,11 +19,9 @@ from transformers import (
 from benchmarks.rivals.problem import Batch, Problem
 from hfslim import pipeline
 from hfslim.distill.teacher import accepted_inputs
-from hfslim.manifest import Manifest
 from hfslim.recipe import Recipe
-from hfslim.tasks import TASKS
 from hfslim.timing import evaluating
-from hfslim.work import Work
+from hfslim.workbench import Workbench, uses_cpu
 
 DATA_SEED = 0
 BATCH = 32
@@ -99,7 +96,7 @@ class Task:
         collate: Makes a batch of rows.
         remembered: The teacher's logits of `train`.
         arguments: Training arguments of the recovery.
-        work: The recipe's data and processor.
+        bench: The recipe's data and processor.
     """
 
     name: str
@@ -111,21 +108,20 @@ class Task:
     collate: Callable[[list[Batch]], dict[str, torch.Tensor]]
     remembered: RememberedTeacher
     arguments: Mapping[str, Any]
-    work: Work
+    bench: Workbench
 
     @classmethod
     def prepare(cls, name: str, setting: Setting, recipe: Recipe, teacher: str) -> Task:
         """Load the teacher and read the examples once, features included."""
-        source = {"model": teacher, "model_config": None, "processor": None}
-        with_teacher = replace(recipe, stages=recipe.stages[:1], **source)
-        evaluation = TrainingArguments(use_cpu=True, report_to="none")
-        work = Work.prepare(with_teacher, Manifest(Path(recipe.output_dir), {}), evaluation)
-        model = work.load().eval()
-        kind = TASKS[recipe.task]
-        collate = kind.collator(recipe.data, work.processor)
-        held = work.eval.shuffle(seed=DATA_SEED)
+        evaluation = TrainingArguments(use_cpu=uses_cpu(), report_to="none")
+        bench = Workbench.prepare(
+            recipe.task, recipe.data, recipe.metric, recipe.seed, evaluation, model=teacher
+        )
+        model = bench.load_model(teacher).eval()
+        collate = bench.task.collator(recipe.data, bench.processor)
+        held = bench.eval.shuffle(seed=DATA_SEED)
         held = held.select(range(min(setting.evaluation, len(held))))
-        pool = work.train.shuffle(seed=DATA_SEED)
+        pool = bench.train.shuffle(seed=DATA_SEED)
         needed = setting.selection + setting.train
         if needed > len(pool):
             raise SystemExit(f"error: {name} needs {needed} training examples, has {len(pool)}")
@@ -134,7 +130,7 @@ class Task:
             pool.select(range(setting.selection)),
             pool.select(range(setting.selection, needed)),
         ]
-        if kind.lazy:
+        if bench.task.lazy:
             # Images and sounds are processed whenever they are read: read them once.
             rows = [[_first(collate([row])) for row in part] for part in parts]
             collate = default_data_collator
@@ -154,7 +150,7 @@ class Task:
             collate,
             RememberedTeacher.of(model, _batches(rows[2], collate)),
             arguments,
-            work,
+            bench,
         )
 
     def problem(self, seed: int) -> Problem:
@@ -164,7 +160,7 @@ class Task:
 
     def inputs(self, batch_size: int = 1) -> dict[str, torch.Tensor]:
         """Return the input at which multiply-accumulates are counted and latency is taken."""
-        return self.work.inputs(self.teacher, batch_size)
+        return self.bench.inputs(self.teacher, batch_size)
 
 
 def train_teacher(recipe: Recipe) -> str:

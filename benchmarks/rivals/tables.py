@@ -45,7 +45,8 @@ def fill(page: str) -> str:
     """Return a page with every table made anew."""
 
     def table(place: re.Match[str]) -> str:
-        data = json.loads((RESULTS / place[2]).read_text(encoding="utf-8"))
+        file = RESULTS / place[2]
+        data = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"cells": []}
         return f"{place[1]}{render(data)}\n{place[3]}"
 
     return PLACE.sub(table, page)
@@ -53,8 +54,8 @@ def fill(page: str) -> str:
 
 def render(data: Row) -> str:
     """Return the Markdown of one benchmark: accuracy, cost, settings and circumstances."""
-    parts = [_accuracy(data), _settings(data), _circumstances(data)]
-    return "\n".join(part for part in parts if part)
+    parts = [_accuracy(data), _settings(data), _circumstances(data)] if data["cells"] else []
+    return "\n".join(part for part in parts if part) or "Not run yet."
 
 
 def _accuracy(data: Row) -> str:
