@@ -134,3 +134,46 @@ def test_few_examples_allow_no_verdict() -> None:
 def test_a_teacher_that_cannot_be_read_is_named_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"teacher '.*nowhere' is no folder of a model"):
         load_teacher(tmp_path / "nowhere", tiny("bert"))
+
+
+def test_more_labels_than_the_students_are_left_out_when_asked() -> None:
+    student, teacher = config("cat", "dog"), config("owl", "dog", "cat")
+    with pytest.raises(ValueError, match="teacher_subset=True"):
+        align_labels(student, teacher)
+    assert align_labels(student, teacher, allow_subset=True).tolist() == [2, 1]
+    with pytest.raises(ValueError, match="the same names"):
+        align_labels(config("cat", "fox"), teacher, allow_subset=True)
+
+
+def test_a_subset_gives_the_probabilities_among_the_students_labels() -> None:
+    teacher = tiny("bert").eval()
+    ids = torch.tensor([[5, 6, 7]])
+    whole = teacher(input_ids=ids).logits.softmax(-1)
+    part = run_teacher(teacher, {"input_ids": ids}, torch.tensor([2, 1])).softmax(-1)
+    expected = whole[:, [2, 1]] / whole[:, [2, 1]].sum(-1, keepdim=True)
+    assert torch.allclose(part, expected, atol=1e-6)
+
+
+def test_a_dtype_applies_to_folders_and_to_models(tmp_path: Path) -> None:
+    student, saved = tiny("bert"), tiny("bert", seed=1)
+    saved.save_pretrained(tmp_path)
+    for teacher in (str(tmp_path), saved):
+        loaded = load_teacher(teacher, student, dtype=torch.bfloat16)
+        assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert load_teacher(str(tmp_path), student).dtype == torch.float32
+
+
+def test_a_revision_is_what_the_hub_cache_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The layout of the Hub's cache: two revisions of one model, each with its own weights.
+    home = tmp_path / "models--user--teacher"
+    for seed, (name, commit) in enumerate({"main": "a" * 40, "v2": "b" * 40}.items()):
+        tiny("bert", seed=seed).save_pretrained(home / "snapshots" / commit)
+        (home / "refs").mkdir(exist_ok=True)
+        (home / "refs" / name).write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    student = tiny("bert", seed=5)
+    for source, seed in (("user/teacher", 0), ("user/teacher@v2", 1)):
+        weight = load_teacher(source, student).classifier.weight
+        assert torch.equal(weight, tiny("bert", seed=seed).classifier.weight)

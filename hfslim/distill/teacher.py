@@ -6,40 +6,28 @@ import inspect
 import math
 from collections import Counter
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForAudioClassification,
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
-from transformers.models.auto import modeling_auto
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from hfslim.distill.auto import auto_class, base_of
 from hfslim.objective import IGNORED_LABEL, ProblemType
 
-__all__ = ["UntrainedTeacherError", "align_labels", "check_skill", "load_teacher", "run_teacher"]
+__all__ = [
+    "UntrainedTeacherError",
+    "align_labels",
+    "check_skill",
+    "load_teacher",
+    "run_teacher",
+    "split_revision",
+]
 
 logger = logging.get_logger(__name__)
 
-_TASKS: tuple[tuple[Any, dict[str, Any]], ...] = (
-    (
-        AutoModelForSequenceClassification,
-        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    ),
-    (
-        AutoModelForImageClassification,
-        modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-    ),
-    (
-        AutoModelForAudioClassification,
-        modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
-    ),
-)
 _OVERRIDE = "Fine-tune it first, or set allow_untrained_teacher=True."
 _ENOUGH_EXAMPLES = 30
 
@@ -52,14 +40,17 @@ def load_teacher(
     teacher: PreTrainedModel | str | PathLike[str],
     student: nn.Module,
     allow_untrained: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """Load a teacher for the student's task, freeze it and put it in evaluation mode.
 
     Args:
-        teacher: A model, which is frozen in place, or a Hub id or folder, which is loaded with the
-            student's dtype.
+        teacher: A model, which is frozen in place; or a Hub id, with its revision as `id@revision`
+            where that matters; or a folder.
         student: Its class tells the task.
         allow_untrained: Whether a fresh head is accepted.
+        dtype: Of the teacher's weights; by default a model keeps its own, and what is loaded gets
+            the student's.
 
     Returns:
         The teacher.
@@ -73,9 +64,13 @@ def load_teacher(
     missing: list[str] = []
     if isinstance(teacher, (str, PathLike)):
         name = str(teacher)
-        dtype, auto = next(student.parameters()).dtype, _auto_class(student)
+        source, revision = split_revision(name)
+        auto = auto_class(student)
+        dtype = dtype or next(student.parameters()).dtype
         try:
-            model, info = auto.from_pretrained(teacher, dtype=dtype, output_loading_info=True)
+            model, info = auto.from_pretrained(
+                source, revision=revision, dtype=dtype, output_loading_info=True
+            )
         except OSError as error:
             raise FileNotFoundError(
                 f"The teacher {name!r} is no folder of a model, nor a Hub id that can be read: "
@@ -105,24 +100,26 @@ def load_teacher(
                 f"All biases of the head {head!r} of the teacher {name} are 0, as in a model that "
                 "was never trained. " + _OVERRIDE
             )
+    if dtype is not None and dtype != next(model.parameters()).dtype:
+        model = model.to(dtype)
     return model.eval().requires_grad_(False)
 
 
-def _base(model: Any) -> nn.Module:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def split_revision(name: str) -> tuple[str, str]:
+    """Split `id@revision` into the id and the revision, `main` where none is given.
 
+    A folder is returned as it is, whatever its name.
 
-def _auto_class(student: nn.Module) -> Any:
-    base = _base(student)
-    classes = {cls.__name__ for cls in type(base).__mro__}
-    for auto, names in _TASKS:
-        for entry in names.values():
-            if classes & set((entry,) if isinstance(entry, str) else entry):
-                return auto
-    raise ValueError(
-        f"{type(base).__name__} is no sequence, image or audio classifier of transformers, so the "
-        "class of its teacher is unknown; load the teacher yourself and pass the model."
-    )
+    Examples:
+        >>> split_revision("user/model@v1.0")
+        ('user/model', 'v1.0')
+        >>> split_revision("user/model")
+        ('user/model', 'main')
+    """
+    if Path(name).is_dir():
+        return name, "main"
+    source, _, revision = name.partition("@")
+    return source, revision or "main"
 
 
 def _fresh_head(model: Any) -> str | None:
@@ -137,7 +134,9 @@ def _fresh_head(model: Any) -> str | None:
     return name
 
 
-def align_labels(student: PreTrainedConfig, teacher: PreTrainedConfig) -> Tensor | None:
+def align_labels(
+    student: PreTrainedConfig, teacher: PreTrainedConfig, allow_subset: bool = False
+) -> Tensor | None:
     """Find where the teacher keeps each of the student's labels.
 
     Names are compared without regard to case and surrounding blanks. Models with one output are
@@ -146,6 +145,8 @@ def align_labels(student: PreTrainedConfig, teacher: PreTrainedConfig) -> Tensor
     Args:
         student: With `id2label`.
         teacher: With `id2label`.
+        allow_subset: Whether the teacher may know labels that the student does not; its logits of
+            those are left out, so that its probabilities are those given one of the student's.
 
     Returns:
         `[classes]` int64, the teacher's index of each student label, or None if the order is the
@@ -178,11 +179,18 @@ def align_labels(student: PreTrainedConfig, teacher: PreTrainedConfig) -> Tensor
                 f"The {role}'s labels {labels} hold {twice[0]!r} more than once, so that they "
                 "cannot be told apart; make config.id2label unique."
             )
-    if set(names["student"]) != set(names["teacher"]):
+    lacking = set(names["student"]) - set(names["teacher"])
+    more = set(names["teacher"]) - set(names["student"])
+    if lacking or (more and not allow_subset):
+        fix = (
+            "Set teacher_subset=True to leave out what the student does not know."
+            if more and not lacking
+            else "Give both the same names in config.id2label, in the order in which each was "
+            "trained."
+        )
         raise ValueError(
             "The labels of teacher and student do not match. Student: "
-            f"{_names(student)}. Teacher: {_names(teacher)}. Give "
-            "both the same names in config.id2label, in the order in which each was trained."
+            f"{_names(student)}. Teacher: {_names(teacher)}. {fix}"
         )
     if names["student"] == names["teacher"]:
         return None
@@ -230,7 +238,7 @@ def run_teacher(teacher: nn.Module, inputs: dict[str, Any], order: Tensor | None
 
 def accepted_inputs(model: nn.Module) -> set[str]:
     """Names of the arguments that a model's forward spells out, adapters aside."""
-    return set(inspect.signature(_base(model).forward).parameters)
+    return set(inspect.signature(base_of(model).forward).parameters)
 
 
 def check_skill(logits: Tensor, labels: Tensor, problem: ProblemType) -> float | None:
