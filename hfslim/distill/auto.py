@@ -30,7 +30,7 @@ _TASKS: tuple[tuple[Any, dict[str, Any]], ...] = (
 )
 
 
-def base_of(model: Any) -> nn.Module:
+def base_of(model: Any) -> Any:
     """Return the transformers model inside a PEFT model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 

@@ -2,22 +2,47 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 from transformers import TrainingArguments
 
-__all__ = ["DistillationConfig"]
+from hfslim.distill.layers import parse_map
+from hfslim.distill.losses import LOGIT_LOSSES
+from hfslim.distill.terms import FEATURE_LOSSES
+
+__all__ = ["DistillationConfig", "parse_weights"]
 
 
 @dataclass
 class DistillationConfig(TrainingArguments):
     """`TrainingArguments` plus what distillation needs.
 
+    The loss is `(1 − alpha) · hard + alpha · logit_loss + Σ weight · feature loss`.
+
     Attributes:
         temperature: T > 0 that softens both models' outputs. 2 by default.
-        alpha: Weight in [0, 1] of the distillation loss; the labels' loss gets the rest. With 1 the
-            training data need no labels.
+        alpha: Weight in [0, 1] of the loss on the teacher's logits; the labels' loss gets the rest.
+            With 1 the training data need no labels.
+        logit_loss: `kl` (in the form that fits the problem), `dkd` or `dist`.
+        dkd_beta: Weight of DKD's part on the classes other than the label.
+        feature_losses: Weight of each loss on features by its name: `hidden_mse`, `hidden_cosine`,
+            `hidden_l1_cosine`, `attention`, `minilm`, `minilm_v2`.
+        layer_map: Which layers the losses on hidden states and attentions pair: `uniform`, `last`,
+            `skip`, `dynamic`, or pairs `[[student layer, teacher layer], ...]`, as a list or JSON.
+        hidden_projection: Whether to train a linear map where hidden states differ in width.
+        relation_heads: Relation heads of `minilm` and `minilm_v2`; the most that fit by default.
+        temperature_end: Temperature at the end of the distillation, reached in even steps.
+        alpha_end: Likewise, `alpha`.
+        feature_weight_end: Factor of all feature losses at the end, from 1 at the beginning.
+        distil_until: Fraction of the training steps in which the teacher is used; the rest trains
+            on the labels alone. The schedules end there too.
+        teacher_dtype: Dtype of the teacher's weights, such as `bfloat16`; by default a model keeps
+            its own and what is loaded gets the student's.
+        teacher_subset: Whether the teacher may know labels that the student does not.
         allow_untrained_teacher: Accept a teacher with a fresh head or at chance level.
 
     Raises:
@@ -31,18 +56,103 @@ class DistillationConfig(TrainingArguments):
         default=0.5,
         metadata={"help": "Weight of the distillation loss, 0 to 1; the labels get the rest."},
     )
+    logit_loss: str = field(
+        default="kl", metadata={"help": "Loss on the teacher's logits: kl, dkd or dist."}
+    )
+    dkd_beta: float = field(
+        default=1.0, metadata={"help": "DKD's weight of the classes other than the label."}
+    )
+    feature_losses: dict[str, float] | str | None = field(
+        default=None,
+        metadata={"help": 'Weights of losses on features, as JSON: {"hidden_mse": 1.0}.'},
+    )
+    layer_map: str = field(
+        default="uniform",
+        metadata={"help": "Which layers are paired: uniform, last, skip, dynamic, or pairs."},
+    )
+    hidden_projection: bool = field(
+        default=False,
+        metadata={"help": "Train a linear map where hidden states differ in width."},
+    )
+    relation_heads: int | None = field(
+        default=None, metadata={"help": "Relation heads of minilm and minilm_v2."}
+    )
+    temperature_end: float | None = field(
+        default=None, metadata={"help": "Temperature at the end of the distillation."}
+    )
+    alpha_end: float | None = field(
+        default=None, metadata={"help": "alpha at the end of the distillation."}
+    )
+    feature_weight_end: float | None = field(
+        default=None, metadata={"help": "Factor of all feature losses at the end; 1 before."}
+    )
+    distil_until: float = field(
+        default=1.0, metadata={"help": "Fraction of the steps in which the teacher is used."}
+    )
+    teacher_dtype: str | None = field(
+        default=None, metadata={"help": "Dtype of the teacher's weights, such as bfloat16."}
+    )
+    teacher_subset: bool = field(
+        default=False, metadata={"help": "Accept a teacher that knows more labels."}
+    )
     allow_untrained_teacher: bool = field(
         default=False,
         metadata={"help": "Accept a teacher with a fresh head or at chance level."},
     )
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
+        for name in ("temperature", "temperature_end"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} is {value}; expected a number above 0, usually 1 to 10.")
+        for name in ("alpha", "alpha_end"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(
+                    f"{name} is {value}; expected 0 (labels only) to 1 (teacher only)."
+                )
+        if not 0 < self.distil_until <= 1:
             raise ValueError(
-                f"temperature is {self.temperature}; expected a number above 0, usually 1 to 10."
+                f"distil_until is {self.distil_until}; expected a fraction of the steps, above 0 "
+                "and up to 1."
             )
-        if not 0 <= self.alpha <= 1:
+        if self.logit_loss not in LOGIT_LOSSES:
             raise ValueError(
-                f"alpha is {self.alpha}; expected 0 (labels only) to 1 (teacher only)."
+                f"logit_loss is {self.logit_loss!r}; expected one of {list(LOGIT_LOSSES)}."
             )
+        for name in ("dkd_beta", "feature_weight_end"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} is {value}; expected a number from 0 on.")
+        if self.relation_heads is not None and self.relation_heads < 1:
+            raise ValueError(f"relation_heads is {self.relation_heads}; expected 1 or more.")
+        parse_map(self.layer_map)
+        parse_weights(self.feature_losses)
         super().__post_init__()
+
+
+def parse_weights(given: Mapping[str, float] | str | None) -> dict[str, float]:
+    """Return the weights of losses on features, those of 0 left out.
+
+    Args:
+        given: A mapping, or one as JSON, or nothing.
+
+    Raises:
+        ValueError: A name is unknown, or a weight is no number from 0 on.
+    """
+    if isinstance(given, str):
+        try:
+            given = cast(dict[str, float], json.loads(given))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f'feature_losses is {given!r}; expected JSON such as {{"hidden_mse": 1.0}}.'
+            ) from error
+    for name, weight in (given or {}).items():
+        if name not in FEATURE_LOSSES:
+            raise ValueError(
+                f"feature_losses names {name!r}; expected some of {list(FEATURE_LOSSES)}."
+            )
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not number or not math.isfinite(weight) or weight < 0:
+            raise ValueError(f"the weight of {name} is {weight!r}; expected a number from 0 on.")
+    return {name: float(weight) for name, weight in (given or {}).items() if weight}

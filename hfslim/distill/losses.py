@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from hfslim.objective import ProblemType
 
-__all__ = ["binary_kl_divergence", "distillation_loss", "kl_divergence", "squared_error"]
+__all__ = [
+    "LOGIT_LOSSES",
+    "LogitLoss",
+    "binary_kl_divergence",
+    "correlation",
+    "decoupled_kl",
+    "distillation_loss",
+    "kl_divergence",
+    "squared_error",
+]
+
+LogitLoss = Literal["kl", "dkd", "dist"]
+LOGIT_LOSSES: tuple[LogitLoss, ...] = get_args(LogitLoss)
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -78,8 +93,90 @@ def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
     return (student.float() - teacher.float()).square().mean(dim=-1)
 
 
+def decoupled_kl(
+    student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 1.0, beta: float = 1.0
+) -> Tensor:
+    """Compute `T² · (TCKD + β · NCKD)`: the two parts of the KL divergence, weighed apart.
+
+    TCKD compares how sure the models are of the label, NCKD how they rank the other classes. In
+    plain KL the second part fades where the teacher is sure, with weight one less its probability.
+
+    Args:
+        student: Logits `[batch, classes]`.
+        teacher: Logits `[batch, classes]`, in the student's class order.
+        labels: `[batch]` integers; examples labelled -100 cost nothing.
+        temperature: T > 0.
+        beta: Weight of NCKD; 0.5 to 8 in the paper, more where the teacher is surer.
+
+    Returns:
+        `[batch]`, in nats.
+
+    Examples:
+        >>> student, teacher = torch.zeros(1, 3), torch.tensor([[0.0, 1.0986123, 0.0]])
+        >>> decoupled_kl(student, teacher, torch.tensor([0]))
+        tensor([0.1745])
+
+    References:
+        Zhao et al., Decoupled Knowledge Distillation, 2022, arXiv:2203.08679.
+    """
+    known = labels >= 0
+    label = F.one_hot(labels.clamp(min=0), student.shape[-1]).bool()
+
+    def parts(logits: Tensor) -> tuple[Tensor, Tensor]:
+        logs = F.log_softmax(logits.float() / temperature, dim=-1)
+        others = logs.masked_fill(label, -torch.inf).logsumexp(-1, keepdim=True)
+        return torch.cat([logs[label][:, None], others], -1), logs - others
+
+    (target_t, other_t), (target_s, other_s) = parts(teacher), parts(student)
+    tckd = (target_t.exp() * (target_t - target_s)).sum(-1)
+    nckd = (other_t.exp() * (other_t - other_s)).masked_fill(label, 0.0).sum(-1)
+    return (tckd + beta * nckd).masked_fill(~known, 0.0) * temperature**2
+
+
+def correlation(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Compute `T² · ((1 − ρ of its row) + (1 − mean ρ of the columns))` for each example.
+
+    ρ is Pearson's correlation of the two models' probabilities: over the classes of an example
+    (row), and over the examples of a class (column). The column part is the same for all examples
+    of a batch and depends on which examples share it, so it is not invariant under accumulation or
+    several processes; a batch of one example has none.
+
+    Args:
+        student: Logits `[batch, classes]`.
+        teacher: Logits `[batch, classes]`, in the student's class order.
+        temperature: T > 0.
+
+    Returns:
+        `[batch]`; the mean is the paper's loss with β = γ = 1.
+
+    Examples:
+        >>> correlation(torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[0.0, 2.0, 1.0]]))
+        tensor([1.8671])
+
+    References:
+        Huang et al., Knowledge Distillation from A Stronger Teacher, 2022, arXiv:2205.10536.
+    """
+    p = F.softmax(teacher.float() / temperature, dim=-1)
+    q = F.softmax(student.float() / temperature, dim=-1)
+    distance = 1 - _pearson(q, p)
+    if len(q) > 1:
+        distance = distance + (1 - _pearson(q.T, p.T)).mean()
+    return distance * temperature**2
+
+
+def _pearson(one: Tensor, other: Tensor) -> Tensor:
+    one, other = (x - x.mean(-1, keepdim=True) for x in (one, other))
+    return F.cosine_similarity(one, other, dim=-1, eps=1e-8)
+
+
 def distillation_loss(
-    student: Tensor, teacher: Tensor, problem: ProblemType, temperature: float
+    student: Tensor,
+    teacher: Tensor,
+    problem: ProblemType,
+    temperature: float,
+    kind: LogitLoss = "kl",
+    labels: Tensor | None = None,
+    beta: float = 1.0,
 ) -> Tensor:
     """Compute the distillation loss that fits the problem.
 
@@ -88,18 +185,35 @@ def distillation_loss(
         teacher: Logits `[batch, classes]`, in the student's class order.
         problem: What the logits mean; the temperature is of no effect for regression.
         temperature: T > 0.
+        kind: `kl`, `dkd` (`decoupled_kl`) or `dist` (`correlation`).
+        labels: `[batch]` integers, for `dkd`.
+        beta: Of `decoupled_kl`.
 
     Returns:
         `[batch]`.
 
     Raises:
-        ValueError: If the shapes differ.
+        ValueError: If the shapes differ, or the loss is not for the problem.
     """
     if student.shape != teacher.shape:
         raise ValueError(
             f"The student's logits have shape {list(student.shape)}, the teacher's "
             f"{list(teacher.shape)}; both must be [batch, classes] with the same classes."
         )
+    if kind != "kl" and problem != "single_label_classification":
+        raise ValueError(
+            f"logit_loss={kind!r} compares one distribution over all classes, and this is "
+            f"{problem}; use 'kl', which becomes the form that fits."
+        )
+    if kind == "dkd":
+        if labels is None or labels.is_floating_point() or labels.numel() != len(student):
+            raise ValueError(
+                "logit_loss='dkd' splits the classes at the label, so that it needs one integer "
+                "label per example (no mixup, no unlabelled data); use 'kl' or 'dist'."
+            )
+        return decoupled_kl(student, teacher, labels.reshape(-1), temperature, beta)
+    if kind == "dist":
+        return correlation(student, teacher, temperature)
     if problem == "regression":
         return squared_error(student, teacher)
     if problem == "multi_label_classification":

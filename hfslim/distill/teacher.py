@@ -203,13 +203,16 @@ def _names(config: Any) -> list[str]:
     return [config.id2label[i] for i in range(config.num_labels)]
 
 
-def run_teacher(teacher: nn.Module, inputs: dict[str, Any], order: Tensor | None) -> Tensor:
+def run_teacher(
+    teacher: nn.Module, inputs: dict[str, Any], order: Tensor | None, **options: Any
+) -> Tensor:
     """Compute the teacher's logits, without gradients.
 
     Args:
         teacher: In evaluation mode.
         inputs: A batch; what the teacher's forward does not name is left out.
         order: Of `align_labels`.
+        **options: Further arguments of the teacher's forward.
 
     Returns:
         `[batch, classes]` float32, in the student's class order.
@@ -231,7 +234,7 @@ def run_teacher(teacher: nn.Module, inputs: dict[str, Any], order: Tensor | None
         if name in accepted and name != "labels"
     }
     with torch.no_grad():
-        outputs = teacher(**kept)
+        outputs = teacher(**kept, **options)
     logits = (outputs["logits"] if isinstance(outputs, dict) else outputs[0]).float()
     return logits if order is None else logits[:, order.to(logits.device)]
 

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.utils import logging
 
 from hfslim.checkpoint import CheckpointMixin
-from hfslim.distill.config import DistillationConfig
+from hfslim.distill.config import DistillationConfig, parse_weights
+from hfslim.distill.layers import parse_map
 from hfslim.distill.losses import distillation_loss
 from hfslim.distill.teacher import (
     accepted_inputs,
@@ -22,6 +23,7 @@ from hfslim.distill.teacher import (
     load_teacher,
     run_teacher,
 )
+from hfslim.distill.terms import FeatureTerms
 from hfslim.objective import MeanLossMixin, logits_of, problem_type, with_loss
 
 __all__ = ["DistillationTrainer"]
@@ -32,10 +34,12 @@ _EXAMPLES_TO_CHECK = 512
 
 
 class DistillationTrainer(CheckpointMixin, MeanLossMixin, Trainer):
-    """Trains on `(1 - alpha) · labels' loss + alpha · distillation loss`.
+    """Trains on `(1 - alpha) · labels' loss + alpha · logit loss + Σ weight · feature loss`.
 
-    Both are means over the examples of an optimizer step, whatever the accumulation and number of
-    processes, and are logged beside their weighted sum as `loss_hard` and `loss_distillation`.
+    All are means over the examples of an optimizer step, whatever the accumulation and number of
+    processes, and are logged beside their weighted sum: `loss_hard`, `loss_distillation` and a
+    `loss_...` for each feature loss, with `agreement`, the share of examples for which student and
+    teacher give the same class.
     Evaluation runs the student alone: `eval_loss` is the labels' loss. The teacher is placed once
     on the student's device, runs without gradients in evaluation mode, sees the student's batches,
     and is in no checkpoint. A student without `config.problem_type` takes over the teacher's.
@@ -79,8 +83,9 @@ class DistillationTrainer(CheckpointMixin, MeanLossMixin, Trainer):
             )
         super().__init__(model, args, *rest, **kwargs)
         student: Any = self.model
-        loaded: Any = load_teacher(teacher, student, args.allow_untrained_teacher)
-        self.teacher_order = align_labels(student.config, loaded.config)
+        dtype = getattr(torch, args.teacher_dtype) if args.teacher_dtype else None
+        loaded: Any = load_teacher(teacher, student, args.allow_untrained_teacher, dtype)
+        self.teacher_order = align_labels(student.config, loaded.config, args.teacher_subset)
         if student.config.problem_type is None:
             student.config.problem_type = loaded.config.problem_type
         sizes = [getattr(one.config, "vocab_size", None) for one in (student, loaded)]
@@ -93,18 +98,58 @@ class DistillationTrainer(CheckpointMixin, MeanLossMixin, Trainer):
         self._teacher_only = accepted_inputs(loaded) - accepted_inputs(student)
         self._terms: dict[str, Tensor] = {}
         self._term_steps = 0
+        self._weights = parse_weights(args.feature_losses)
+        self._features: FeatureTerms | None = None
+        self.callback_handler.callbacks.insert(0, _EndOfStep(self))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Check the teacher on labelled data, then train as `transformers.Trainer.train`."""
         self._terms, self._term_steps = {}, 0
         if not self.args.allow_untrained_teacher:
             self._check_teacher()
-        alpha = self.args.alpha
-        logger.info(
-            f"loss = {1 - alpha:g} · loss_hard + {alpha:g} · loss_distillation, "
-            f"temperature {self.args.temperature:g}"
+        self._prepare_features()
+        logger.info(self._describe())
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._features = None
+
+    def _prepare_features(self) -> None:
+        args = self.args
+        if not self._weights:
+            return
+        if args.torch_compile:
+            raise ValueError(
+                "feature_losses record what layers compute, which torch.compile hides: set "
+                "torch_compile=False, or distil from logits alone."
+            )
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError(
+                "feature_losses need whole parameters on every process: use DDP, not FSDP or "
+                "DeepSpeed, or distil from logits alone."
+            )
+        self._features = FeatureTerms(
+            self.model,
+            self.teacher,
+            list(self._weights),
+            parse_map(args.layer_map),
+            args.hidden_projection,
+            args.relation_heads,
         )
-        return super().train(*args, **kwargs)
+
+    def _describe(self) -> str:
+        args = self.args
+
+        def value(name: str) -> str:
+            end = getattr(args, f"{name}_end")
+            return f"{getattr(args, name):g}" + ("" if end is None else f"→{end:g}")
+
+        alpha = value("alpha")
+        rest = f"{1 - args.alpha:g}" if args.alpha_end is None else f"(1 − {alpha})"
+        terms = [f"{rest} · loss_hard", f"{alpha} · loss_distillation ({args.logit_loss})"]
+        terms += [f"{weight:g} · loss_{name}" for name, weight in self._weights.items()]
+        until = "" if args.distil_until == 1 else f", for {args.distil_until:g} of the steps"
+        return f"loss = {' + '.join(terms)}, temperature {value('temperature')}{until}"
 
     def _check_teacher(self) -> None:
         data: Any = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
@@ -132,9 +177,9 @@ class DistillationTrainer(CheckpointMixin, MeanLossMixin, Trainer):
             target = torch.cat(labels)
             check_skill(torch.cat(logits), target, problem_type(live.config, target))
 
-    def _teacher_logits(self, inputs: dict[str, Any]) -> Tensor:
+    def _teacher_logits(self, inputs: dict[str, Any], **options: Any) -> Tensor:
         with self.accelerator.autocast():
-            return run_teacher(self.teacher, inputs, self.teacher_order)
+            return run_teacher(self.teacher, inputs, self.teacher_order, **options)
 
     def _set_signature_columns_if_needed(self) -> None:
         first = self._signature_columns is None
@@ -174,9 +219,10 @@ class DistillationTrainer(CheckpointMixin, MeanLossMixin, Trainer):
         Returns:
             The loss, or the loss and the outputs.
         """
-        alpha = self.args.alpha
+        alpha = self._scheduled("alpha")
         labels: Any = inputs.get("labels")
-        if not model.training or alpha == 0 or (labels is None and alpha < 1):
+        teaches = model.training and self._progress() < 1 and (alpha > 0 or self._features)
+        if not teaches or (labels is None and alpha < 1):
             loss, outputs = super().compute_loss(
                 model, self._for_student(inputs), True, num_items_in_batch
             )
@@ -185,25 +231,82 @@ class DistillationTrainer(CheckpointMixin, MeanLossMixin, Trainer):
             return (loss, outputs) if return_outputs else loss
         student_inputs = self._for_student(inputs)
         student_inputs.pop("labels", None)
-        outputs = model(**student_inputs)
+        outputs, taught, features = self._run_both(model, student_inputs, inputs)
         logits = logits_of(outputs)
-        live: Any = self.model
-        losses = distillation_loss(
-            logits,
-            self._teacher_logits(inputs),
-            problem_type(live.config, labels),
-            self.args.temperature,
-        )
         counts = num_items_in_batch
         examples = torch.tensor(len(logits)) if counts is None else counts[1]
-        distilled = self.share(losses, examples, counts is None)
-        self._record("loss_distillation", distilled)
-        loss = alpha * distilled
+        local = counts is None
+        loss = logits.new_zeros((), dtype=torch.float32)
+        if alpha > 0:
+            live: Any = self.model
+            losses = distillation_loss(
+                logits,
+                taught,
+                problem_type(live.config, labels),
+                self._scheduled("temperature"),
+                self.args.logit_loss,  # type: ignore[arg-type]
+                labels,
+                self.args.dkd_beta,
+            )
+            distilled = self.share(losses, examples, local)
+            self._record("loss_distillation", distilled)
+            loss = loss + alpha * distilled
         if alpha < 1:
             hard = self.hard_loss_share(logits, labels, counts)
             self._record("loss_hard", hard)
             loss = loss + (1 - alpha) * hard
+        factor = self._scheduled("feature_weight", 1.0)
+        for name, losses in features.items():
+            part = self.share(losses, examples, local)
+            self._record(f"loss_{name}", part)
+            loss = loss + factor * self._weights[name] * part
+        if logits.shape[-1] > 1:
+            same = (logits.argmax(-1) == taught.argmax(-1)).float()
+            self._record("agreement", self.share(same, examples, local))
         return (loss, with_loss(outputs, loss)) if return_outputs else loss
+
+    def _run_both(
+        self, model: nn.Module, student_inputs: dict[str, Any], inputs: dict[str, Any]
+    ) -> tuple[Any, Tensor, dict[str, Tensor]]:
+        """Run student and teacher: the student's outputs, the teacher's logits, feature losses."""
+        if self._features is None:
+            return model(**student_inputs), self._teacher_logits(inputs), {}
+        mine, theirs = self._features.captures
+        with mine.recording() as seen:
+            outputs = model(**student_inputs, **mine.arguments)
+        with theirs.recording() as shown:
+            taught = self._teacher_logits(inputs, **theirs.arguments)
+        return outputs, taught, self._features.losses(seen, shown, student_inputs)
+
+    def _progress(self) -> float:
+        """Return how far distillation is, from 0 to 1 or more once it is over."""
+        steps = max(self.state.max_steps, 1) * self.args.distil_until
+        return self.state.global_step / steps
+
+    def _scheduled(self, name: str, start: float | None = None) -> float:
+        """Return the value of a setting in this step, on the line to its `_end`."""
+        first = getattr(self.args, name) if start is None else start
+        last = getattr(self.args, f"{name}_end")
+        return first if last is None else first + (last - first) * min(self._progress(), 1.0)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Build the optimizer of the student and of the projections of its hidden states."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        projections = list(self._features.projections.parameters()) if self._features else []
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if projections and id(projections[0]) not in known:
+            optimizer.add_param_group({"params": projections, "weight_decay": 0.0})
+        return optimizer
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._features is not None and self.args.should_save:
+            self._features.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._features is not None and checkpoint is not None:
+            self._features.load(checkpoint)
 
     def _record(self, name: str, value: Tensor) -> None:
         value = value.detach()
@@ -217,3 +320,20 @@ class DistillationTrainer(CheckpointMixin, MeanLossMixin, Trainer):
                 logs[name] = mean.item() / self._term_steps
             self._terms, self._term_steps = {}, 0
         super().log(logs, *args, **kwargs)
+
+
+class _EndOfStep(TrainerCallback):
+    """Tells a trainer's feature losses that the gradients of a step are complete."""
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Average what lies outside of the wrapped model, and choose the next layer map."""
+        if self.trainer._features is not None:
+            self.trainer._features.end_step(self.trainer.accelerator)
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Forget the projections' gradients; the Trainer forgets those of its own model alone."""
+        if self.trainer._features is not None:
+            self.trainer._features.projections.zero_grad()

@@ -239,6 +239,19 @@ def attached(model: nn.Module, owner: str) -> Gates | None:
     return None
 
 
+def closed_layers(model: nn.Module) -> set[nn.Module]:
+    """Return the layers that gates in a model close at this moment."""
+    hooks = [getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values()]
+    closed = {
+        (path, index)
+        for gates in hooks
+        if isinstance(gates, Gates)
+        for (_, path), indices in gates._closed_layers.items()
+        for index in indices
+    }
+    return {model.get_submodule(f"{path}.{index}") for path, index in closed}
+
+
 @contextmanager
 def gated(model: nn.Module, structure: Structure) -> Iterator[Gates]:
     """Run a model as if a structure's removed units were gone; the model is not changed.

@@ -16,6 +16,7 @@ from models import tiny
 from hfslim.anatomy.inputs import example_inputs
 from hfslim.checkpoint import SlimTrainer
 from hfslim.distill import DistillationConfig, DistillationTrainer
+from hfslim.distill.terms import FEATURE_LOSSES
 
 HEADS = {
     "bert-single": ("bert", 3),
@@ -32,6 +33,9 @@ HEADS = {
     "whisper-multi": ("whisper", 3),
     "whisper-regression": ("whisper", 1),
 }
+
+
+FEATURES = dict.fromkeys(FEATURE_LOSSES, 1.0)
 
 
 class Capture(TrainerCallback):
@@ -94,7 +98,10 @@ def gradient(
     capture = Capture()
     data = examples(head, model, count)
     if distil:
-        arguments = DistillationConfig(**settings, alpha=0.7, allow_untrained_teacher=True)
+        features = FEATURES if head in ("bert-single", "wav2vec2-single") else {}
+        arguments = DistillationConfig(
+            **settings, alpha=0.7, feature_losses=features, allow_untrained_teacher=True
+        )
         trainer = DistillationTrainer(
             model, arguments, teacher=teacher, train_dataset=data, callbacks=[capture]
         )

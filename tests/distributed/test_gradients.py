@@ -15,7 +15,8 @@ Result = tuple[torch.Tensor, dict[str, float]]
 
 
 def terms(logged: dict[str, float], distil: bool) -> list[float]:
-    names = ["loss", "loss_hard", "loss_distillation"] if distil else ["loss"]
+    names = sorted(name for name in logged if name.startswith("loss"))
+    assert ("loss_distillation" in names) == distil
     return [logged[name] for name in names]
 
 
