@@ -109,6 +109,12 @@ class DistillationTrainer(CheckpointMixin, MeanLossMixin, Trainer):
             self._check_teacher()
         self._prepare_features()
         logger.info(self._describe())
+        parts = self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        if self.args.logit_loss == "dist" and parts > 1:
+            logger.warning(
+                f"logit_loss='dist' correlates the examples of one batch: {parts} batches a step "
+                "are not what one large batch would be."
+            )
         try:
             return super().train(*args, **kwargs)
         finally:
