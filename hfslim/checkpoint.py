@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
+from hfslim.hub.trainer import HubMixin
 from hfslim.objective import MeanLossMixin
 
 if TYPE_CHECKING:
@@ -112,8 +113,10 @@ def _really_missing(model: Any, missing: list[str]) -> list[str]:
     ]
 
 
-class SlimTrainer(CheckpointMixin, MeanLossMixin, Trainer):
+class SlimTrainer(CheckpointMixin, HubMixin, MeanLossMixin, Trainer):
     """The stock Trainer with exact checkpoints and a loss that no batch layout changes.
+
+    What it pushes to the Hub is complete in every commit, with hfslim's card.
 
     Takes the arguments of `transformers.Trainer`, except `compute_loss_func`.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ from transformers import TrainingArguments, set_seed
 
 from hfslim.checkpoint import SlimTrainer
 from hfslim.distill import DistillationConfig, DistillationTrainer
+from hfslim.hub.card import RECIPE
+from hfslim.hub.push import check_login, push
 from hfslim.manifest import Entry, Manifest
 from hfslim.measure import compare
 from hfslim.prune import PruningCallback, prune
-from hfslim.recipe import Recipe, RecipeError
-from hfslim.report import Quality, Report
+from hfslim.recipe import Recipe, RecipeError, recipe_yaml
+from hfslim.results import final_report, known_metrics, run_report
 from hfslim.stages import Distil, Measure, Prune, Push, Recover, Stage, Transfer
 from hfslim.tasks import TASKS
 from hfslim.work import Work
@@ -41,6 +43,7 @@ def run(recipe: Recipe) -> Path:
 
     Raises:
         OutputError: `output_dir` holds something else, or the recipe has changed since a stage ran.
+        PushError: The Hub refuses the token, which is asked before the first stage, or the push.
         RecipeError: The data, the model or a target do not allow what the recipe asks.
     """
     plan = [(stage, f"{number:02d}-{stage.name}") for number, stage in enumerate(recipe.stages, 1)]
@@ -54,9 +57,11 @@ def run(recipe: Recipe) -> Path:
     manifest = Manifest.open(folder, _base(recipe))
     manifest.check([stage.name for stage, _ in plan], [stage.settings for stage, _ in plan])
     process = PartialState()
+    if process.is_main_process and _will_push(manifest, plan):
+        check_login()
     try:
         with process.main_process_first():
-            work = Work.begin(recipe, manifest, evaluation)
+            work = Work.begin(recipe, manifest, evaluation, arguments)
         process.wait_for_everyone()
         work.check_target()
     except ValueError as error:
@@ -82,6 +87,11 @@ def run(recipe: Recipe) -> Path:
         if not isinstance(stage, Measure | Push):
             work.source, work.latest = str(folder / name), entry
     return Path(work.source or folder)
+
+
+def _will_push(manifest: Manifest, plan: list[tuple[Stage, str]]) -> bool:
+    done = {entry.folder for entry in manifest.stages if entry.finished}
+    return any(isinstance(stage, Push) and name not in done for stage, name in plan)
 
 
 def _trains(stage: Stage) -> bool:
@@ -172,9 +182,8 @@ def _measure(work: Work, stage: Measure, entry: Entry, args: Any) -> None:
     origin = work.whole or work.recipe.teacher or _last_teacher(work.recipe)
     before = task.auto_model.from_pretrained(origin)
     after = task.auto_model.from_pretrained(work.source)
-    known = {str(work.manifest.folder / e.folder): e.metrics for e in work.manifest.stages}
-    teacher = known.get(str(origin)) or work.evaluate(before)
-    now = known.get(str(work.source)) or work.evaluate(after)
+    teacher = known_metrics(work, origin) or work.evaluate(before)
+    now = known_metrics(work, work.source) or work.evaluate(after)
     if not PartialState().is_main_process:
         return
     device = work.evaluation.device
@@ -184,16 +193,7 @@ def _measure(work: Work, stage: Measure, entry: Entry, args: Any) -> None:
     for size in stage.batch_sizes:
         logger.info("measuring at batch %d on %s", size, device)
         comparisons.append(compare(before, after, work.inputs(after, size, stage.length)))
-    metric, examples = work.recipe.metric, len(work.eval)
-    report = Report(
-        model=work.recipe.model or f"{after.config.model_type}, trained here",
-        comparisons=comparisons,
-        quality=[
-            Quality(metric, now[metric], teacher[metric], f"evaluation, {examples:,} examples")
-        ],
-        structure=_structure(work.manifest),
-        stages=[{one.name: _flat(one.settings)} for one in work.recipe.stages],
-    )
+    report = run_report(work, comparisons, now, teacher)
     report.print()
     report.write(folder)
     logger.info("report in %s", folder)
@@ -204,26 +204,19 @@ def _last_teacher(recipe: Recipe) -> str | None:
     return next((teacher for teacher in reversed(named) if teacher), None)
 
 
-def _structure(manifest: Manifest) -> list[dict[str, Any]]:
-    cuts = [entry for entry in manifest.stages if entry.structure]
-    if len(cuts) == 1:
-        return cuts[0].structure
-    return [{**row, "path": f"{e.folder}: {row['path']}"} for e in cuts for row in e.structure]
-
-
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    own = {k: v for k, v in settings.items() if k != "training" and v is not None}
-    return {**own, **settings.get("training", {})}
-
-
 def _push(work: Work, stage: Push, entry: Entry, args: Any) -> None:
     if not PartialState().is_main_process:
         return
+    folder = work.manifest.folder / entry.folder
     model = TASKS[work.recipe.task].auto_model.from_pretrained(work.source)
     for part in (model, work.processor):
-        part.push_to_hub(stage.hub_model_id, private=stage.hub_private_repo)
-    (work.manifest.folder / entry.folder).mkdir(exist_ok=True)
-    logger.info("pushed to %s", stage.hub_model_id)
+        part.save_pretrained(folder)
+    final_report(work).write(folder)
+    (folder / RECIPE).write_text(recipe_yaml(work.recipe), encoding="utf-8")
+    commit = push(
+        folder, stage.hub_model_id, private=stage.hub_private_repo, revision=stage.hub_revision
+    )
+    logger.info("pushed %s: %s", folder, commit.commit_url)
 
 
 RUNNERS: dict[type[Stage], Callable[[Work, Any, Entry, Any], None]] = {

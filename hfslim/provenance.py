@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 
 __all__ = ["Machine", "Origin", "Provenance"]
 
@@ -34,6 +35,15 @@ class Origin:
     revision: str | None = None
     config: str | None = None
     split: str | None = None
+
+    @classmethod
+    def of_model(cls, source: str) -> Origin:
+        """Tell what a model is that was loaded from a Hub id, at which commit, or from a folder."""
+        if Path(source).exists():
+            return cls(Path(source).resolve().name)
+        found = try_to_load_from_cache(source, "config.json")
+        revision = Path(found).parent.name if isinstance(found, str) else None
+        return cls(source, on_hub=True, revision=revision)
 
     def __str__(self) -> str:
         parts = (self.config, self.split, self.revision and f"revision {self.revision}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from hfslim.schema import (
 from hfslim.stages import STAGES, Stage
 from hfslim.tasks import METRICS, TASKS, DataConfig, make_config
 
-__all__ = ["Recipe", "RecipeError", "Stage", "load_recipe"]
+__all__ = ["Recipe", "RecipeError", "Stage", "load_recipe", "parse_recipe", "recipe_yaml"]
 
 ELSEWHERE = {
     "output_dir": "set output_dir at the top of the recipe",
@@ -30,6 +31,8 @@ ELSEWHERE = {
     "push_to_hub": "add a `push` stage",
     "hub_model_id": "add a `push` stage",
     "hub_private_repo": "add a `push` stage",
+    "hub_revision": "add a `push` stage",
+    "hub_token": "log in with `hf auth login`, or set HF_TOKEN",
     "remove_unused_columns": "the task decides it",
     "resume_from_checkpoint": "a second run of the recipe resumes by itself",
     "do_train": "the stages decide it",
@@ -110,6 +113,29 @@ class Recipe:
                     f"{place}: nothing to compare with; put a `prune` stage before it, or set "
                     "`teacher`"
                 )
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """Return a recipe as YAML, less what it leaves at its default: read back, it is equal."""
+    values = _given(recipe)
+    values["data"] = _given(recipe.data)
+    values["stages"] = []
+    for stage in recipe.stages:
+        own = _given(stage)
+        training = own.pop("training", {})
+        values["stages"].append({stage.name: {**own, **training}})
+    plain = json.loads(json.dumps(values))
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, default_flow_style=None)
+
+
+def _given(instance: Any) -> dict[str, Any]:
+    given = {}
+    for one in fields(instance):
+        value = getattr(instance, one.name)
+        default = one.default_factory() if one.default_factory is not MISSING else one.default
+        if value != default:
+            given[one.name] = value
+    return given
 
 
 def check_source(source: str | None, place: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
+from huggingface_hub.utils import validate_repo_id
 from transformers import TrainingArguments
 
 from hfslim.distill import DistillationConfig
@@ -123,11 +124,15 @@ class Measure(Stage):
 
 @dataclass(frozen=True)
 class Push(Stage):
-    """Upload the model and its processor to the Hub."""
+    """Upload the model, its processor, card, report and recipe to the Hub."""
 
     name = "push"
     hub_model_id: str
-    hub_private_repo: bool = False
+    hub_private_repo: bool | None = None
+    hub_revision: str | None = None
+
+    def __post_init__(self) -> None:
+        validate_repo_id(self.hub_model_id)
 
 
 STAGES: dict[str, type[Stage]] = {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -41,6 +42,7 @@ class Work(Workbench):
         source: Hub id or folder of the current model; None while it is but a config.
         whole: Hub id or folder of the model before its first cut.
         latest: The stage that made the current model.
+        arguments: Arguments of the stages that train, by their folders.
     """
 
     recipe: Recipe
@@ -48,9 +50,16 @@ class Work(Workbench):
     source: str | None
     whole: str | None = None
     latest: Entry | None = None
+    arguments: Mapping[str, TrainingArguments] = field(default_factory=dict)
 
     @classmethod
-    def begin(cls, recipe: Recipe, manifest: Manifest, evaluation: TrainingArguments) -> Self:
+    def begin(
+        cls,
+        recipe: Recipe,
+        manifest: Manifest,
+        evaluation: TrainingArguments,
+        arguments: Mapping[str, TrainingArguments],
+    ) -> Self:
         """Load data and processor, and check what needs no model."""
         work = cls.prepare(
             recipe.task,
@@ -64,6 +73,7 @@ class Work(Workbench):
             recipe=recipe,
             manifest=manifest,
             source=recipe.model,
+            arguments=arguments,
         )
         work.check_teachers()
         return work

@@ -86,9 +86,17 @@ class Hub:
     storage: str = ""
     tokens: dict[str, str] = field(default_factory=dict)
     repos: dict[str, Repo] = field(default_factory=dict)
+    datasets: set[str] = field(default_factory=set)
     faults: list[Fault] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def put(self, owner: str, name: str, files: dict[str, bytes]) -> Commit:
+        """Make a repository that holds some files."""
+        repo = self.repos[f"{owner}/{name}"] = Repo(owner)
+        for content in files.values():
+            repo.objects[hashlib.sha256(content).hexdigest()] = content
+        return repo.commit("main", "initial commit", files)
 
     def read(self, repo_id: str, name: str, revision: str = "main") -> str:
         """The text of a file."""
@@ -387,6 +395,11 @@ class _Handler(BaseHTTPRequestHandler):
         self._repo(hub, id)
         self._bytes(b"a page", 200, {"Content-Type": "text/html"})
 
+    def dataset_page(self, hub: Hub, body: bytes, id: str) -> None:
+        if id not in hub.datasets:
+            raise Refused(404, "Repository not found", "RepoNotFound")
+        self._bytes(b"a page", 200, {"Content-Type": "text/html"})
+
 
 ROUTES: tuple[tuple[str, tuple[str, ...], Callable[..., None]], ...] = (
     (r"/api/whoami-v2", ("GET",), _Handler.whoami),
@@ -410,6 +423,7 @@ ROUTES: tuple[tuple[str, tuple[str, ...], Callable[..., None]], ...] = (
         _Handler.resolve,
     ),
     (r"/(?P<id>[^/]+/[^/]+)/lfs/(?P<oid>\w+)", ("GET", "HEAD"), _Handler.object),
+    (r"/datasets/(?P<id>[^/]+/[^/]+)", ("GET", "HEAD"), _Handler.dataset_page),
     (r"/(?P<id>[^/]+/[^/]+)", ("GET", "HEAD"), _Handler.page),
 )
 

@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageClassification, BertTokenizer
 
+from hfslim.hub.push import PushError
 from hfslim.manifest import Manifest, OutputError
 from hfslim.pipeline import run
 from hfslim.recipe import Recipe, RecipeError, parse_recipe
@@ -260,3 +262,48 @@ def test_a_teacher_of_other_labels_is_refused(tmp_path: Path) -> None:
     stages = [{"distil": {"teacher": str(tmp_path / "teacher"), "allow_untrained_teacher": True}}]
     with pytest.raises(ValueError, match=r"labels of teacher and student do not match.*blue.*cat"):
         run(parse_recipe({**raw, "stages": stages, "output_dir": str(tmp_path / "new")}))
+
+
+def test_a_push_that_failed_keeps_the_results_and_a_second_run_completes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = image_recipe(tmp_path)
+    stages = [*STAGES[:2], STAGES[3], STAGES[2], {"push": {"hub_model_id": "me/small"}}]
+    calls: list[str] = []
+
+    def down(folder: Path, *_: Any, **__: Any) -> None:
+        calls.append(str(folder))
+        raise PushError("the Hub is down")
+
+    monkeypatch.setattr("hfslim.pipeline.check_login", lambda: None)
+    monkeypatch.setattr("hfslim.pipeline.push", down)
+    with pytest.raises(PushError):
+        run(parse_recipe({**raw, "stages": stages}))
+    folder = tmp_path / "out" / "05-push"
+    assert calls == [str(folder)]
+    assert {"config.json", "model.safetensors", "recipe.yaml", "report.json"} <= {
+        p.name for p in folder.iterdir()
+    }
+    trained = (tmp_path / "out" / "04-recover" / "model.safetensors").stat().st_mtime_ns
+    monkeypatch.setattr("hfslim.pipeline.push", lambda *_, **__: SimpleNamespace(commit_url=""))
+    run(parse_recipe({**raw, "stages": stages}))
+    assert (tmp_path / "out" / "04-recover" / "model.safetensors").stat().st_mtime_ns == trained
+    assert manifest(parse_recipe({**raw, "stages": stages}))["stages"][-1]["finished"]
+    report = json.loads((folder / "report.json").read_text())
+    assert report["comparisons"] == [], "the model was trained on since it was measured"
+    assert report["quality"][0]["examples"] == 8
+    assert report["provenance"]["base"]["name"] == "vit, untrained"
+
+
+def test_a_recipe_that_pushes_needs_a_login_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = image_recipe(tmp_path)
+    stages = [STAGES[0], {"push": {"hub_model_id": "me/small"}}]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_TOKEN", "hf_any")
+    with pytest.raises(PushError, match="HF_HUB_OFFLINE is set: unset it to push"):
+        run(parse_recipe({**raw, "stages": stages}))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(RecipeError, match=r"push: Repo id must .*'me/small/no'"):
+        parse_recipe({**raw, "stages": [STAGES[0], {"push": {"hub_model_id": "me/small/no"}}]})

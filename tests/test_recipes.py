@@ -13,7 +13,7 @@ import pytest
 import soundfile
 import yaml
 
-from hfslim.recipe import RecipeError, load_recipe
+from hfslim.recipe import RecipeError, load_recipe, parse_recipe, recipe_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
@@ -44,6 +44,7 @@ def test_each_recipe_is_valid(path: Path, tmp_path: Path, monkeypatch: pytest.Mo
     recipe = load_recipe(path)
     assert recipe.output_dir == f"outputs/{path.stem}"
     assert recipe.stages[-1].name == "measure"
+    assert parse_recipe(yaml.safe_load(recipe_yaml(recipe))) == recipe
 
 
 @pytest.mark.parametrize("stem", LOCAL)

@@ -130,6 +130,22 @@ class DistillationConfig(TrainingArguments):
         parse_weights(self.feature_losses)
         super().__post_init__()
 
+    @property
+    def objective(self) -> str:
+        """The loss that is minimised, its terms by the names under which they are logged."""
+
+        def value(name: str) -> str:
+            end = getattr(self, f"{name}_end")
+            return f"{getattr(self, name):g}" + ("" if end is None else f"→{end:g}")
+
+        alpha = value("alpha")
+        rest = f"{1 - self.alpha:g}" if self.alpha_end is None else f"(1 − {alpha})"
+        terms = [f"{rest} · loss_hard", f"{alpha} · loss_distillation ({self.logit_loss})"]
+        weights = parse_weights(self.feature_losses)
+        terms += [f"{weight:g} · loss_{name}" for name, weight in weights.items()]
+        until = "" if self.distil_until == 1 else f", for {self.distil_until:g} of the steps"
+        return f"{' + '.join(terms)}, temperature {value('temperature')}{until}"
+
 
 def parse_weights(given: Mapping[str, float] | str | None) -> dict[str, float]:
     """Return the weights of losses on features, those of 0 left out.

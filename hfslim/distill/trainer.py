@@ -24,6 +24,7 @@ from hfslim.distill.teacher import (
     run_teacher,
 )
 from hfslim.distill.terms import FeatureTerms
+from hfslim.hub.trainer import HubMixin
 from hfslim.objective import MeanLossMixin, logits_of, problem_type, with_loss
 
 __all__ = ["DistillationTrainer"]
@@ -33,7 +34,7 @@ logger = logging.get_logger(__name__)
 _EXAMPLES_TO_CHECK = 512
 
 
-class DistillationTrainer(CheckpointMixin, MeanLossMixin, Trainer):
+class DistillationTrainer(CheckpointMixin, HubMixin, MeanLossMixin, Trainer):
     """Trains on `(1 - alpha) · labels' loss + alpha · logit loss + Σ weight · feature loss`.
 
     All are means over the examples of an optimizer step, whatever the accumulation and number of
@@ -108,7 +109,7 @@ class DistillationTrainer(CheckpointMixin, MeanLossMixin, Trainer):
         if not self.args.allow_untrained_teacher:
             self._check_teacher()
         self._prepare_features()
-        logger.info(self._describe())
+        logger.info(f"loss = {self.args.objective}")
         parts = self.args.gradient_accumulation_steps * self.accelerator.num_processes
         if self.args.logit_loss == "dist" and parts > 1:
             logger.warning(
@@ -142,20 +143,6 @@ class DistillationTrainer(CheckpointMixin, MeanLossMixin, Trainer):
             args.hidden_projection,
             args.relation_heads,
         )
-
-    def _describe(self) -> str:
-        args = self.args
-
-        def value(name: str) -> str:
-            end = getattr(args, f"{name}_end")
-            return f"{getattr(args, name):g}" + ("" if end is None else f"→{end:g}")
-
-        alpha = value("alpha")
-        rest = f"{1 - args.alpha:g}" if args.alpha_end is None else f"(1 − {alpha})"
-        terms = [f"{rest} · loss_hard", f"{alpha} · loss_distillation ({args.logit_loss})"]
-        terms += [f"{weight:g} · loss_{name}" for name, weight in self._weights.items()]
-        until = "" if args.distil_until == 1 else f", for {args.distil_until:g} of the steps"
-        return f"loss = {' + '.join(terms)}, temperature {value('temperature')}{until}"
 
     def _check_teacher(self) -> None:
         data: Any = self.eval_dataset if self.eval_dataset is not None else self.train_dataset

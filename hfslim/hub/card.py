@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 
 from hfslim.picture import draw_structure
-from hfslim.provenance import Origin
+from hfslim.provenance import Origin, Provenance
 from hfslim.report import NOT_MEASURED, REPORT, Report, markdown_table
 
 __all__ = ["CARD", "MARKER", "PICTURE", "RECIPE", "CardError", "merge", "write_card"]
@@ -29,10 +30,7 @@ GENERATED = (
     "This is the model card of a 🤗 transformers model that has been pushed on the Hub",
 )
 """Marks of transformers' own drafts, which hold nothing of the user's."""
-OWN = (
-    *("base_model", "base_model_relation", "library_name"),
-    *("metrics", "model-index", "pipeline_tag", "tags"),
-)
+OWN = ("library_name", "metrics", "model-index", "pipeline_tag", "tags")
 OWN_TAGS = ("hfslim", "pruned", "distilled", "generated_from_trainer")
 TASKS = {
     "ForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification"),
@@ -94,7 +92,11 @@ class Saved:
 
 
 def write_card(
-    folder: str | Path, report: Report | None = None, *, name: str | None = None
+    folder: str | Path,
+    report: Report | None = None,
+    *,
+    name: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the model card of a folder, and the picture of the structure beside it.
 
@@ -106,6 +108,7 @@ def write_card(
         folder: Of a saved model.
         report: Its report; by default the folder's `report.json`, or none.
         name: Hub id that the examples load; by default the folder.
+        metadata: More of the card's metadata, such as `license`, `language` and `tags`.
 
     Returns:
         The card's path.
@@ -121,7 +124,7 @@ def write_card(
     report = report or Report(model=name or folder.name)
     if report.structure:
         draw_structure(report.structure, folder / PICTURE)
-    card = _render(folder, saved, report, name or str(folder))
+    card = _render(folder, saved, report, name or str(folder), metadata or {})
     path = folder / CARD
     earlier = [path.read_text(encoding="utf-8-sig")] if path.exists() else []
     path.write_text(merge(card, *earlier), encoding="utf-8")
@@ -168,13 +171,18 @@ def _user_part(text: str) -> str:
     return "" if any(mark in text for mark in GENERATED) else text.strip()
 
 
-def _render(folder: Path, saved: Saved, report: Report, name: str) -> str:
+def _render(
+    folder: Path, saved: Saved, report: Report, name: str, metadata: Mapping[str, Any]
+) -> str:
     structure = ""
     if report.structure:
         rows = [(f"`{path}`", kind, f"`{bar}`", count) for path, kind, bar, count in report.kept()]
         structure = markdown_table(("layer", "units", "kept", ""), rows)
     made = report.provenance
-    processes = f"--num_processes {made.processes} " if made.processes > 1 else ""
+    command = f"hfslim run {RECIPE}"
+    if made.processes > 1:
+        launch = f"accelerate launch --num_processes {made.processes}"
+        command = f"{launch} recipes/compress.py {RECIPE}"
     card = ModelCard.from_template(
         _metadata(saved, report, name),
         template_path=str(TEMPLATE),
@@ -191,11 +199,14 @@ def _render(folder: Path, saved: Saved, report: Report, name: str) -> str:
         origins=_origins(report),
         stages=report.path(),
         recipe=RECIPE if (folder / RECIPE).exists() else None,
-        command=f"accelerate launch {processes}recipes/compress.py {RECIPE}",
+        command=command,
         structure=structure,
         limits=_limits(report),
     )
     card.text = re.sub(r"\n{3,}", "\n\n", card.text)
+    for key, value in metadata.items():
+        old = card.data.get(key)
+        card.data[key] = list(dict.fromkeys([*old, *value])) if isinstance(old, list) else value
     return str(card)
 
 
@@ -271,6 +282,7 @@ def _quality(report: Report) -> str:
 
 def _origins(report: Report) -> str:
     made = report.provenance
+    blank = NOT_STATED if made == Provenance() else "none"
     criteria = [
         f"{number}. {name}: {settings['criterion']}"
         for number, (name, settings) in enumerate(
@@ -281,10 +293,10 @@ def _origins(report: Report) -> str:
     losses = [f"{stage}: {loss}" for stage, loss in made.losses.items()]
     rows = [
         ("base model", _link(made.base) if made.base else NOT_STATED),
-        ("teacher", _link(made.teacher) if made.teacher else NOT_STATED),
+        ("teacher", _link(made.teacher) if made.teacher else blank),
         ("data", _link(made.data, "datasets/") if made.data else NOT_STATED),
-        ("importance criterion", "; ".join(criteria) or NOT_STATED),
-        ("loss", "; ".join(losses) or NOT_STATED),
+        ("importance criterion", "; ".join(criteria) or blank),
+        ("loss", "; ".join(losses) or blank),
     ]
     return markdown_table(("", ""), rows)
 

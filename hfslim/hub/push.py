@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -27,7 +28,7 @@ from huggingface_hub.errors import (
 from hfslim.hub import modeling_hfslim
 from hfslim.hub.card import CARD, CardError, Saved, merge, write_card
 
-__all__ = ["PushError", "check_login", "push"]
+__all__ = ["LEFT_OUT", "PushError", "check_login", "push", "told"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +56,30 @@ def check_login(token: str | None = None) -> None:
     Raises:
         PushError: There is no token, the Hub refuses it, or the process is offline.
     """
-    try:
-        HfApi().whoami(token=token)
-    except Exception as error:
-        if _passing(error):
+    with told("the Hub", token):
+        try:
+            HfApi().whoami(token=token)
+        except Exception as error:
+            if not _passing(error):
+                raise
             logger.warning("the Hub cannot be asked for the token now: %s", _line(error))
-            return
-        raise _explained(error, "the Hub", token) from error
+
+
+@contextmanager
+def told(place: str, token: str | None, folder: Path | None = None) -> Iterator[None]:
+    """Turn whatever goes wrong with the Hub inside the block into a `PushError` of one line.
+
+    Args:
+        place: Where it goes wrong.
+        token: The token that was given.
+        folder: What is being pushed.
+    """
+    try:
+        yield
+    except PushError:
+        raise
+    except Exception as error:
+        raise _explained(error, place, token, folder) from error
 
 
 def push(
@@ -72,7 +90,9 @@ def push(
     revision: str | None = None,
     token: str | None = None,
     commit_message: str = "Upload model",
+    commit_description: str | None = None,
     create_pr: bool = False,
+    also: Mapping[str, Path] | None = None,
 ) -> CommitInfo:
     """Push a saved model with its card and all that lies beside it, in one commit.
 
@@ -87,7 +107,9 @@ def push(
         revision: Branch to push to, made if it does not exist; `main` by default.
         token: Of the Hub; by default that of `hf auth login` or `HF_TOKEN`.
         commit_message: First line of the commit.
+        commit_description: The rest of its message.
         create_pr: Whether to open a pull request instead.
+        also: Folders that are pushed whole, by their paths in the repository.
 
     Returns:
         The commit.
@@ -103,11 +125,16 @@ def push(
     if not any(folder.glob("*.safetensors")):
         raise PushError(f"{folder} holds no *.safetensors: save the model there first")
     repository = _Repository(HfApi(library_name="hfslim"), repo_id, token, revision)
-    try:
+    with told(repr(repo_id), token, folder):
         repository.make(private)
-        return repository.commit(folder, saved, commit_message, create_pr)
-    except Exception as error:
-        raise _explained(error, repr(repo_id), token, folder) from error
+        return repository.commit(
+            folder,
+            saved,
+            also or {},
+            commit_message=commit_message,
+            commit_description=commit_description,
+            create_pr=create_pr,
+        )
 
 
 @dataclass
@@ -128,7 +155,13 @@ class _Repository:
             branch = {"repo_id": self.repo_id, "branch": self.revision}
             _patiently(self.api.create_branch, **branch, **place)
 
-    def commit(self, folder: Path, saved: Saved, message: str, create_pr: bool) -> CommitInfo:
+    def commit(
+        self,
+        folder: Path,
+        saved: Saved,
+        also: Mapping[str, Path],
+        **how: Any,
+    ) -> CommitInfo:
         """Commit a folder on top of what is there, as often as that changes meanwhile."""
         place: dict[str, Any] = {
             "repo_id": self.repo_id,
@@ -142,6 +175,9 @@ class _Repository:
             files = dict(_files(folder))
             if saved.pruned:
                 files.setdefault("modeling_hfslim.py", Path(modeling_hfslim.__file__))
+            for name, other in also.items():
+                inside = (path for path in other.rglob("*") if path.is_file())
+                files |= {f"{name}/{path.relative_to(other).as_posix()}": path for path in inside}
             stale = [name for name in present - files.keys() if any(fnmatch(name, o) for o in OURS)]
             additions = [CommitOperationAdd(name, path) for name, path in sorted(files.items())]
             self.api.preupload_lfs_files(**place, additions=additions, free_memory=False)
@@ -149,8 +185,7 @@ class _Repository:
                 return self.api.create_commit(
                     **place,
                     operations=[*additions, *(CommitOperationDelete(name) for name in stale)],
-                    commit_message=message,
-                    create_pr=create_pr,
+                    **how,
                     # Its card was merged: one that was edited in between must not be lost.
                     parent_commit=head.sha,
                 )

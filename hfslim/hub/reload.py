@@ -8,7 +8,9 @@ loaded model is of the stock class and is not left marked as quantized.
 from __future__ import annotations
 
 import functools
+import re
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hfslim.hub import modeling_hfslim
+
+FILE = "modeling_hfslim.py"
 
 
 @register_quantization_config("hfslim")
@@ -63,9 +67,10 @@ class BlueprintLoader(HfQuantizer):
 
 
 def carry_file(model: PreTrainedModel) -> None:
-    """Make a model's own `save_pretrained` put `modeling_hfslim.py` beside the weights."""
-    # Not a bound method, which pickle would look up by name on the model's class.
+    """Make a model's own saving and pushing put `modeling_hfslim.py` beside the weights."""
+    # Not bound methods, which pickle would look up by name on the model's class.
     vars(model)["save_pretrained"] = functools.partial(_save_pretrained, model)
+    vars(model)["push_to_hub"] = functools.partial(_push_to_hub, model)
 
 
 def _save_pretrained(
@@ -78,9 +83,49 @@ def _save_pretrained(
 ) -> None:
     """Save as the class does, and add the file that rebuilds the model without hfslim."""
     type(model).save_pretrained(model, save_directory, is_main_process, state_dict, **kwargs)
+    folder = Path(save_directory)
     if is_main_process and getattr(model.config, "hfslim", None):
-        shutil.copyfile(modeling_hfslim.__file__, Path(save_directory) / "modeling_hfslim.py")
+        shutil.copyfile(modeling_hfslim.__file__, folder / FILE)
+        if re.fullmatch(r"checkpoint-\d+", folder.name):
+            # The stock Trainer pushes a checkpoint from the folder above, into which it copies
+            # the weights and the config alone.
+            shutil.copyfile(modeling_hfslim.__file__, folder.parent / FILE)
     if push_to_hub:
         names = ("commit_message", "private", "token", "create_pr", "revision", "max_shard_size")
-        repo_id = kwargs.get("repo_id", Path(save_directory).name)
+        repo_id = kwargs.get("repo_id", folder.name)
         model.push_to_hub(repo_id, **{n: kwargs[n] for n in names if n in kwargs})
+
+
+def _push_to_hub(
+    model: PreTrainedModel,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    max_shard_size: int | str = "50GB",
+    tags: list[str] | str | None = None,
+) -> Any:
+    """Push as the class does, in one commit, with hfslim's card."""
+    # Neither is needed to load or save a model.
+    from hfslim.hub.card import write_card
+    from hfslim.hub.push import push
+
+    names = [tags] if isinstance(tags, str) else list(tags or [])
+    names += [tag for tag in model.model_tags or [] if tag not in names]
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        write_card(folder, name=repo_id, metadata={"tags": names} if names else {})
+        return push(
+            folder,
+            repo_id,
+            private=private,
+            token=token if isinstance(token, str) else None,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message or "Upload model",
+            commit_description=commit_description,
+        )
