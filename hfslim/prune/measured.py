@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hfslim.anatomy import Units
-from hfslim.prune.gates import Key
 from hfslim.prune.latency import LatencyTable
-from hfslim.prune.search import search
 from hfslim.prune.surgery import attention_returns, cut_for_now
 from hfslim.prune.target import Target
 from hfslim.structure import Structure
@@ -50,10 +48,10 @@ class LatencyTry:
 def search_measured(
     model: PreTrainedModel,
     units: Units,
-    scores: Mapping[Key, torch.Tensor],
     target: Target,
     table: LatencyTable,
     inputs: Mapping[str, torch.Tensor],
+    find: Callable[[LatencyTable], Structure],
 ) -> tuple[Structure, list[LatencyTry]]:
     """Find the structure that loses the least importance at a measured latency.
 
@@ -65,10 +63,10 @@ def search_measured(
     Args:
         model: The whole model.
         units: The sites that may lose units.
-        scores: Importance of each unit by site, `[units]`.
         target: The latency to reach.
         table: What the parts take.
         inputs: The input at which latency is stated.
+        find: The search for the structure that meets the target by a table.
 
     Returns:
         The structure, the same on every rank, and what was tried. Where the last try is off too,
@@ -81,7 +79,7 @@ def search_measured(
     returns = attention_returns(model, units)
     found: list[tuple[LatencyTry, Structure]] = []
     for number in range(1, TRIES + 1):
-        structure = search(units, scores, target, table)
+        structure = find(table)
         if structure.is_full:
             return structure, []
         with cut_for_now(model, units, structure, returns):

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import copy
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from transformers import PreTrainedModel
 
-from hfslim.anatomy import Stated, find_units
+from hfslim.anatomy import Stated, find_units, stated_inputs
 from hfslim.prune.batches import Batches
 from hfslim.prune.criteria import Criteria, criteria_by_kind
+from hfslim.prune.family import Member, PruneFamily, point
 from hfslim.prune.gates import Key
 from hfslim.prune.measured import LatencyTry
+from hfslim.prune.smallest import Evaluate, MetricTry, metric_of, smallest_within
 from hfslim.prune.steps import calibrate, check_reachable, cut, decide, price
-from hfslim.prune.target import Target
+from hfslim.prune.target import Goal, Resource, Target
+from hfslim.prune.uniform import check_plain
 from hfslim.structure import Kind, Structure
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -27,31 +34,79 @@ class PruneResult:
         structure: The units kept, by their numbers before the cut.
         model: The model, shrunk in place.
         scores: Importance of every unit by kind and site, `[units]`.
-        tries: For a latency, what was timed until it was met.
+        tries: For a latency, what was timed until it was met; for a drop of a metric, what was
+            evaluated.
     """
 
     structure: Structure
     model: PreTrainedModel
     scores: Mapping[Key, torch.Tensor]
-    tries: tuple[LatencyTry, ...] = ()
+    tries: tuple[LatencyTry, ...] | tuple[MetricTry, ...] = ()
+
+
+@overload
+def prune(
+    model: PreTrainedModel,
+    data: Iterable[Mapping[str, Any]],
+    target: Mapping[str, Any] | None = None,
+    units: Sequence[Kind] = ...,
+    criterion: Criteria = ...,
+    inputs: Stated | None = None,
+    max_examples: int = ...,
+    seed: int = ...,
+    progress: bool = ...,
+    *,
+    max_metric_drop: float | None = None,
+    family: None = None,
+    resource: Resource | None = None,
+    evaluate: Evaluate | None = None,
+    uniform: bool = False,
+) -> PruneResult: ...
+
+
+@overload
+def prune(
+    model: PreTrainedModel,
+    data: Iterable[Mapping[str, Any]],
+    target: None = None,
+    units: Sequence[Kind] = ...,
+    criterion: Criteria = ...,
+    inputs: Stated | None = None,
+    max_examples: int = ...,
+    seed: int = ...,
+    progress: bool = ...,
+    *,
+    max_metric_drop: None = None,
+    family: Sequence[float],
+    resource: Resource | None = None,
+    evaluate: Evaluate | None = None,
+    uniform: bool = False,
+) -> PruneFamily: ...
 
 
 def prune(
     model: PreTrainedModel,
     data: Iterable[Mapping[str, Any]],
-    target: Mapping[str, Any],
+    target: Mapping[str, Any] | None = None,
     units: Sequence[Kind] = ("heads", "neurons"),
     criterion: Criteria = "fisher",
     inputs: Stated | None = None,
     max_examples: int = 512,
     seed: int = 0,
     progress: bool = True,
-) -> PruneResult:
-    """Cut a trained classifier to a target, in place, without training.
+    *,
+    max_metric_drop: float | None = None,
+    family: Sequence[float] | None = None,
+    resource: Resource | None = None,
+    evaluate: Evaluate | None = None,
+    uniform: bool = False,
+) -> PruneResult | PruneFamily:
+    """Cut a trained classifier without training: to a target, or as far as a metric allows.
 
     Scores every unit on calibration data, searches the structure of greatest importance that meets
-    the target, and shrinks the model to it. Under several processes all ranks get the same
-    structure, from the examples of all.
+    the target, and shrinks the model to it, in place. Under several processes all ranks get the
+    same structure, from the examples of all. What is asked for is one of `target`,
+    `max_metric_drop` and `family`.
 
     Args:
         model: The classifier; not a wrapper around it.
@@ -68,24 +123,81 @@ def prune(
         max_examples: Calibration examples to use at most, on each rank.
         seed: Seed of whatever is drawn.
         progress: Whether to show a progress bar.
+        max_metric_drop: How much lower what `evaluate` returns may get, absolutely. The smallest
+            model that stays within it is found by six evaluations. Hold data out from `evaluate`
+            to check the promise on.
+        family: Fractions to keep, such as `[0.75, 0.5, 0.25]`: a cut copy for each, from one
+            scoring; the model stays whole.
+        resource: What the fractions of `family`, or of the search for `max_metric_drop`, are of:
+            `macs` if not given, `parameters` or `latency`.
+        evaluate: Returns a metric of a model, higher is better.
+        uniform: Whether every layer keeps the same number of heads and of neurons, so that the
+            stock config tells the structure and the model loads without hfslim.
 
     Returns:
-        The structure, the model and the scores.
+        The structure, the model, the scores and what was tried; of `family`, the members with what
+        each costs.
 
     Raises:
         TypeError: The model is no module, or a wrapper around one.
         UnreachableTargetError: The target is below what can be reached; the message says what can.
-        ValueError: An argument is wrong, the data is empty, or scores are not finite. The model is
-            unchanged.
+        ValueError: An argument is wrong or conflicts with another, the data is empty, or scores or
+            the metric are not finite. The model is unchanged.
         RuntimeError: The cut model would not equal the gated one. The model is unchanged.
     """
+    goal = Goal.parse(target, max_metric_drop, family, resource, evaluate is not None, units)
     batches = Batches(data, max_examples)
     sites = find_units(model).of(units)
-    goal = Target.parse(target, units)
+    if uniform:
+        check_plain(model, sites)
     criteria = criteria_by_kind(criterion, units)
-    costs = price(model, sites, goal, inputs, progress)
-    check_reachable(sites, goal, costs)
+    costs = price(model, sites, goal.targets[0], inputs, progress)
+    for one in goal.targets:
+        check_reachable(sites, one, costs, uniform)
     calibration = calibrate(model, sites, batches, criteria, seed, progress)
-    structure, tries = decide(model, calibration, goal, costs, inputs)
-    cut(model, structure, calibration)
-    return PruneResult(structure, model, calibration.scores, tries)
+
+    def found(one: Target) -> tuple[Structure, tuple[LatencyTry, ...]]:
+        return decide(model, calibration, one, costs, inputs, uniform)
+
+    def cut_copy(structure: Structure) -> PreTrainedModel:
+        small = copy.deepcopy(model)
+        cut(small, structure, calibration)
+        return small
+
+    if family is not None:
+        return _family(model, goal, found, cut_copy, stated_inputs(model, inputs), evaluate)
+    if max_metric_drop is None:
+        structure, tries = found(goal.targets[0])
+        cut(model, structure, calibration)
+        return PruneResult(structure, model, calibration.scores, tries)
+    assert evaluate is not None
+    smallest, evaluated = smallest_within(
+        model, max_metric_drop, evaluate, lambda kept: found(goal.at(kept))[0], cut_copy
+    )
+    if smallest is None:
+        logger.warning(
+            "every cut that was tried loses more than %g, so the model stays whole", max_metric_drop
+        )
+        smallest = sites.full()
+    cut(model, smallest, calibration)
+    return PruneResult(smallest, model, calibration.scores, tuple(evaluated))
+
+
+def _family(
+    model: PreTrainedModel,
+    goal: Goal,
+    found: Callable[[Target], tuple[Structure, tuple[LatencyTry, ...]]],
+    cut_copy: Callable[[Structure], PreTrainedModel],
+    inputs: Mapping[str, torch.Tensor],
+    evaluate: Evaluate | None,
+) -> PruneFamily:
+    """Make the members one by one, and measure each."""
+    members = []
+    for target in goal.targets:
+        structure, _ = found(target)
+        small = cut_copy(structure)
+        metric = metric_of(small, evaluate) if evaluate else None
+        members.append(Member(target.kept, structure, small, point(model, small, inputs, metric)))
+        logger.info("keeps %g of the %s: %s", target.kept, target.resource, members[-1].point)
+    whole = metric_of(model, evaluate) if evaluate else None
+    return PruneFamily(goal.targets[0].resource, whole, tuple(members))

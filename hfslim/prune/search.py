@@ -14,7 +14,7 @@ from hfslim.anatomy import Site, Units
 from hfslim.prune.costs import Costs
 from hfslim.prune.gates import Key
 from hfslim.prune.latency import LatencyTable
-from hfslim.prune.target import Target, UnreachableTargetError
+from hfslim.prune.target import Target, UnreachableTargetError, unreachable
 from hfslim.prune.widths import least_ms, widths_within
 from hfslim.structure import Entry, Kind, Structure
 
@@ -87,7 +87,7 @@ class _Pool:
             if site.kind == "layers"
             for i in set(range(site.size)) - self.present["layers", site.path]
         )
-        self.layers_to_go = self._layers_to_go()
+        self.layers_to_go = layers_to_go(units, scores, within)
 
     def score(self, site: Site, index: int) -> float:
         return self.scores[site.kind, site.path][index]
@@ -121,16 +121,20 @@ class _Pool:
             entries.append(Entry(site.kind, site.path, tuple(sorted(indices)), site.size))
         return Structure(tuple(entries))
 
-    def _layers_to_go(self) -> list[tuple[str, float]]:
-        """List the layers that may go, the least important first; one of each list stays."""
-        result = []
-        for site in self.units:
-            if site.kind == "layers":
-                free = [i for i in site.removable if i in self.present["layers", site.path]]
-                free.sort(key=lambda i: (self.score(site, i), i))
-                spare = len(free) - (0 if site.fixed else 1)
-                result += [(f"{site.path}.{i}", self.score(site, i)) for i in free[:spare]]
-        return sorted(result, key=lambda item: item[1])
+
+def layers_to_go(
+    units: Units, scores: Mapping[Key, torch.Tensor], within: Structure
+) -> list[tuple[str, float]]:
+    """List the layers that may go, the least important first, with scores; one a list stays."""
+    result = []
+    for site in units:
+        if site.kind == "layers":
+            values = scores["layers", site.path].tolist()
+            there = set(within.kept("layers", site.path))
+            free = sorted(there.intersection(site.removable), key=lambda i: (values[i], i))
+            spare = len(free) - (0 if site.fixed else 1)
+            result += [(f"{site.path}.{i}", values[i]) for i in free[:spare]]
+    return sorted(result, key=lambda item: item[1])
 
 
 def _by_budget(pool: _Pool, costs: Costs, target: Target) -> Structure:
@@ -154,7 +158,7 @@ def _by_budget(pool: _Pool, costs: Costs, target: Target) -> Structure:
         if best is None or lost + lost_layers < best[0]:
             best = lost + lost_layers, pool.structure(kept, dropped)
     if best is None:
-        raise _unreachable(target, pool.units, least / costs.total)
+        raise unreachable(target, pool.units, least / costs.total)
     return best[1]
 
 
@@ -167,17 +171,8 @@ def _by_latency(
 ) -> Structure:
     found = widths_within(units, scores, table, target.kept * table.total, within)
     if found is None:
-        raise _unreachable(target, units, least_ms(units, table) / table.total)
+        raise unreachable(target, units, least_ms(units, table) / table.total)
     return found
-
-
-def _unreachable(target: Target, units: Units, least: float) -> UnreachableTargetError:
-    return UnreachableTargetError(
-        f"target {target.resource}={target.kept:g} cannot be reached: without any of the "
-        f"{sorted({s.kind for s in units})} that may go, {math.ceil(1e4 * least) / 1e4:.4f} of the "
-        f"{target.resource} {'is' if target.resource == 'latency' else 'are'} left; "
-        "raise the target or add kinds to `units`"
-    )
 
 
 def _heads_then_neurons(

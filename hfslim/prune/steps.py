@@ -21,6 +21,7 @@ from hfslim.prune.search import search
 from hfslim.prune.surgery import shrink
 from hfslim.prune.target import Target
 from hfslim.prune.timetable import latency_table
+from hfslim.prune.uniform import search_uniform
 from hfslim.structure import Kind, Structure
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ def decide(
     target: Target,
     costs: Prices,
     inputs: Stated | None = None,
+    uniform: bool = False,
 ) -> tuple[Structure, tuple[LatencyTry, ...]]:
     """Choose the units to keep for a target; the same on every rank.
 
@@ -83,6 +85,7 @@ def decide(
         target: What it may cost.
         costs: What its units cost.
         inputs: The input at which they cost that.
+        uniform: Whether all layers keep the same numbers of units.
 
     Returns:
         The structure, and for a latency what was timed until it was met.
@@ -91,12 +94,15 @@ def decide(
         UnreachableTargetError: The target cannot be met; the message says what can.
     """
     units, scores = calibration.units, calibration.scores
+    find = search_uniform if uniform else search
     tries: list[LatencyTry] = []
     if isinstance(costs, LatencyTable):
         stated = stated_inputs(model, inputs)
-        structure, tries = search_measured(model, units, scores, target, costs, stated)
+        structure, tries = search_measured(
+            model, units, target, costs, stated, lambda table: find(units, scores, target, table)
+        )
     else:
-        structure = search(units, scores, target, costs)
+        structure = find(units, scores, target, costs)
     logger.info("keeps %s for %s", structure, target)
     return agreed(structure), tuple(tries)
 
@@ -148,11 +154,12 @@ def agreed(structure: Structure) -> Structure:
     return first
 
 
-def check_reachable(units: Units, target: Target, costs: Prices) -> None:
+def check_reachable(units: Units, target: Target, costs: Prices, uniform: bool = False) -> None:
     """Check that a target can be met, before any work is done.
 
     Raises:
         UnreachableTargetError: It cannot; the message says what can.
     """
     alike = {(s.kind, s.path): torch.ones(s.size, dtype=torch.float64) for s in units}
-    search(units, alike, target, costs)
+    find = search_uniform if uniform else search
+    find(units, alike, target, costs)

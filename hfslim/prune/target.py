@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeGuard, get_args
 
+from hfslim.anatomy import Units
 from hfslim.structure import KINDS, Kind
 
 Resource = Literal["macs", "parameters", "latency"]
@@ -68,6 +70,81 @@ class Target:
             1 - (1 - self.kept) * progress,
             {kind: fraction * progress for kind, fraction in self.sparsity.items()},
         )
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What pruning is asked for: one target, several, or a drop of a metric.
+
+    Attributes:
+        targets: The targets to reach; for a drop of a metric, the whole of the resource.
+    """
+
+    targets: tuple[Target, ...]
+
+    @classmethod
+    def parse(
+        cls,
+        target: Mapping[str, Any] | None,
+        max_metric_drop: float | None,
+        family: Sequence[float] | None,
+        resource: Resource | None,
+        evaluated: bool,
+        kinds: Iterable[Kind],
+    ) -> Goal:
+        """Check that exactly one thing is asked for, with what belongs to it.
+
+        Raises:
+            ValueError: It is not, or a figure is out of range.
+        """
+        asked = {"target": target, "max_metric_drop": max_metric_drop, "family": family}
+        given = [name for name, value in asked.items() if value is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"give one of {list(asked)}, got {given or 'none'}: `target` for a cut of known "
+                "cost, `max_metric_drop` for the smallest cut that is good enough, `family` for "
+                "several"
+            )
+        if target is not None:
+            if resource is not None:
+                raise ValueError(
+                    f"resource={resource!r} is for `max_metric_drop` and `family`; a target names "
+                    f"its own: target={dict(target)}"
+                )
+            if evaluated:
+                raise ValueError("evaluate is for `max_metric_drop` and `family`, not for a target")
+            return cls((Target.parse(target, kinds),))
+        resource = resource or "macs"
+        if resource not in RESOURCES:
+            raise ValueError(f"resource must be one of {list(RESOURCES)}, got {resource!r}")
+        if family is not None:
+            if isinstance(family, str | Mapping) or not isinstance(family, Sequence) or not family:
+                raise ValueError(
+                    f"family is a list of fractions to keep, such as [0.75, 0.5]; got {family!r}"
+                )
+            return cls(tuple(Target.parse({resource: kept}, kinds) for kept in family))
+        if not _is_number(max_metric_drop) or not 0 <= max_metric_drop < math.inf:
+            raise ValueError(f"max_metric_drop must be 0 or more, got {max_metric_drop!r}")
+        if not evaluated:
+            raise ValueError(
+                "max_metric_drop needs evaluate, a function that returns a metric of a model, "
+                "higher is better"
+            )
+        return cls((Target(resource),))
+
+    def at(self, kept: float) -> Target:
+        """Return the target that keeps some fraction of the resource."""
+        return Target(self.targets[0].resource, kept)
+
+
+def unreachable(target: Target, units: Units, least: float) -> UnreachableTargetError:
+    """Say that a target cannot be reached, and the fraction that can."""
+    return UnreachableTargetError(
+        f"target {target.resource}={target.kept:g} cannot be reached: without any of the "
+        f"{sorted({s.kind for s in units})} that may go, {math.ceil(1e4 * least) / 1e4:.4f} of the "
+        f"{target.resource} {'is' if target.resource == 'latency' else 'are'} left; "
+        "raise the target or add kinds to `units`"
+    )
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:
