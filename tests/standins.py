@@ -72,7 +72,7 @@ def image_folder(folder: Path, names: tuple[str, ...] = ("0", "1"), each: int = 
     for shade, name in enumerate(names):
         (folder / name).mkdir(parents=True)
         for i in range(each):
-            grey = np.full((16, 16), 10 * i + 100 * shade, dtype=np.uint8)
+            grey = np.full((16, 16), 10 * i + 200 * shade // len(names), dtype=np.uint8)
             Image.fromarray(grey).convert("RGB").save(folder / name / f"{i}.png")
     return folder
 
