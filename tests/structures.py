@@ -35,7 +35,7 @@ def uneven(
         if site.kind not in emptied and site.layer not in dropped:
             emptied.add(site.kind)
             size = 0
-        kept = sorted(draw.sample(range(site.size), size))
+        kept = sorted({*draw.sample(range(site.size), size), *site.fixed})
         sites[site.kind][site.path] = (kept, site.size)
     return Structure.of(sites)
 

@@ -47,7 +47,7 @@ def test_heads_that_share_keys_and_values_are_one_unit(family, head_size):
     site = find_units(tiny(family)).site("heads", "model.layers.0.self_attn")
     assert site.size == 2
     assert site.width == 2 * head_size
-    widths = {cut.module.rpartition(".")[2]: cut.width for cut in site.cuts}
+    widths = {cut.module.rpartition(".")[2]: cut.widths[0] for cut in site.cuts}
     assert widths["q_proj"] == widths["o_proj"] == 2 * head_size
     assert widths["k_proj"] == widths["v_proj"] == head_size
 
@@ -122,8 +122,21 @@ def test_looking_changes_nothing():
 
 
 def test_a_cut_takes_the_rows_of_each_block():
-    cut = Cut("m", "weight", 0, width=2, blocks=3)
-    assert cut.indices([0, 2], total=3).tolist() == [0, 1, 4, 5, 6, 7, 10, 11, 12, 13, 16, 17]
+    cut = Cut("m", "weight", 0, widths=(2, 2, 2))
+    assert cut.indices([0, 2], total=3, length=18).tolist() == [
+        0,
+        1,
+        4,
+        5,
+        6,
+        7,
+        10,
+        11,
+        12,
+        13,
+        16,
+        17,
+    ]
 
 
 class TestComplete:
@@ -192,11 +205,15 @@ def test_a_wrapper_is_refused_with_the_name_of_the_model_inside():
         find_units(wrapped)
 
 
-def test_layers_that_are_used_again_and_again_are_no_units():
+def test_units_of_a_layer_that_is_run_again_and_again_are_found_once():
     config = AlbertConfig(hidden_size=32, num_attention_heads=4, intermediate_size=48)
-    model = AutoModelForSequenceClassification.from_config(config)
-    with pytest.raises(ValueError, match="no heads that can be removed; it has nothing to prune"):
-        find_units(model).of(["heads"])
+    units = find_units(AutoModelForSequenceClassification.from_config(config))
+    assert {(site.kind, site.size, site.uses) for site in units} == {
+        ("heads", 4, 12),
+        ("neurons", 48, 12),
+    }
+    with pytest.raises(ValueError, match=r"no layers .*run several times"):
+        units.of(["layers"])
 
 
 def test_a_name_is_no_model():

@@ -93,7 +93,7 @@ DAMAGES = {
             "version": 1,
             "replaced": {f"{LAYER}.attention.self": {"by": "Headless", "output": "o_proj"}},
         },
-        "has no projection 'o_proj'",
+        "has no module 'o_proj'",
     ),
     "heads in disorder": (
         {

@@ -20,8 +20,8 @@ def test_a_cut_that_goes_wrong_is_taken_back(monkeypatch, tensor):
     site = units.site("heads", ATTENTION)
 
     class Shifted(Cut):
-        def indices(self, kept, total):
-            return super().indices(kept, total).roll(1)
+        def indices(self, kept, total, length):
+            return super().indices(kept, total, length).roll(1)
 
     cuts = tuple(
         Shifted(**vars(cut)) if tensor in cut.module and cut.tensor == "weight" else cut

@@ -98,6 +98,8 @@ _MAMBA = {"mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False}
 TYPES: dict[str, dict[str, Any]] = {
     "axk1": _MLA,
     "axk2": _MLA,
+    "big_bird": {"attention_type": "original_full"},
+    "bigbird_pegasus": {"attention_type": "original_full"},
     "cohere_compass_text": {
         "layer_types": ["full_attention"] * LAYERS,
         "rope_parameters": {

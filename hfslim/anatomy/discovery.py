@@ -8,9 +8,13 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hfslim.anatomy import families
-from hfslim.anatomy.units import Cut, Refusal, Site, Units
+from hfslim.anatomy.attention import find_heads
+from hfslim.anatomy.projections import Projection
+from hfslim.anatomy.units import Refusal, Site, Units
+from hfslim.structure import KINDS
 
 
 def find_units(model: nn.Module) -> Units:
@@ -41,91 +45,59 @@ def find_units(model: nn.Module) -> Units:
     layers = list(finder.layers({site.path for site in narrow}))
     around = {f"{site.path}.{i}" for site in layers for i in range(site.size)}
     order = {path: i for i, path in enumerate(finder.modules)}
-    sites = [_place(site, around) for site in narrow if site.size] + layers
+    sites = [finder.used(_place(site, around)) for site in narrow if site.size] + layers
     sites.sort(key=lambda site: (order[site.path], site.kind))
     return Units(tuple(sites), tuple(finder.refusals))
 
 
 class _Finder:
     def __init__(self, model: nn.Module) -> None:
-        self.modules = dict(model.named_modules())
-        self.config = getattr(model, "config", None)
         self.refusals: list[Refusal] = []
+        foreign = tuple(self._foreign(model))
+        self.modules = {
+            path: module
+            for path, module in model.named_modules()
+            if not f"{path}.".startswith(foreign)
+        }
+        self.config = getattr(model, "config", None)
+
+    def _foreign(self, model: nn.Module) -> Iterator[str]:
+        """Find the models inside that see another modality than the classifier's main input."""
+        main = getattr(model, "main_input_name", "input_ids")
+        for path, inner in model.named_modules():
+            if isinstance(inner, PreTrainedModel) and main == "input_ids" != inner.main_input_name:
+                reason = f"it sees {inner.main_input_name}, but texts are classified by {main}"
+                self.refusals += [Refusal(kind, path, reason) for kind in KINDS]
+                yield f"{path}."
 
     def heads(self) -> Iterator[Site]:
         for path, module in self.modules.items():
-            query, key, value = (
-                self._linear(path, names) or ""
-                for names in (families.QUERY, families.KEY, families.VALUE)
-            )
-            fused = self._linear(path, families.FUSED_QKV)
-            output = self._linear(path, families.ATTENTION_OUTPUT)
-            head_dim = _first(vars(module).get(name) for name in families.HEAD_DIM)
-            if output is None or head_dim is None or not (fused or (query and key and value)):
-                continue
-            if any(self._spans_heads(f"{path}.{name}", head_dim) for name in families.ACROSS_HEADS):
-                reason = "its query and key norms run across all heads, so no head can go exactly"
-                self.refusals.append(Refusal("heads", path, reason))
-                continue
-            if fused:
-                queries = units = self._out(fused) // (3 * head_dim)
-                cuts = self._rows(fused, head_dim, blocks=3)
-            else:
-                queries, units = self._out(query) // head_dim, self._out(key) // head_dim
-                cuts = [
-                    *self._rows(query, queries // max(units, 1) * head_dim),
-                    *self._rows(key, head_dim),
-                    *self._rows(value, head_dim),
-                ]
-            group = queries // max(units, 1)
-            if self.modules[output].in_features != units * group * head_dim:
-                reason = f"{queries} query heads of size {head_dim} do not fit {output!r}"
-                self.refusals.append(Refusal("heads", path, reason))
-                continue
-            for name in families.PER_HEAD_ROWS:
-                if f"{path}.{name}" in self.modules:
-                    cuts += self._rows(f"{path}.{name}", group * head_dim)
-            for owner, tensor, dim in families.PER_HEAD_TENSORS:
-                if hasattr(self.modules.get(f"{path}.{owner}"), tensor):
-                    cuts.append(Cut(f"{path}.{owner}", tensor, dim, group))
-            counts = dict.fromkeys(families.QUERY_HEAD_COUNTS, group)
-            counts |= dict.fromkeys(families.KEY_HEAD_COUNTS, 1)
-            counts |= dict.fromkeys(families.ALL_HEADS_SIZE, group * head_dim)
-            replacement = _first(
-                families.REPLACEMENTS.get(cls.__name__) for cls in type(module).__mro__
-            )
-            yield Site(
-                kind="heads",
-                path=path,
-                size=units,
-                gate=output,
-                width=group * head_dim,
-                cuts=(*cuts, Cut(output, "weight", 1, group * head_dim)),
-                attributes=tuple((n, by) for n, by in counts.items() if n in vars(module)),
-                replacement=replacement or "",
-            )
+            found = find_heads(path, module, self.config, self.projection)
+            if isinstance(found, Refusal):
+                self.refusals.append(found)
+            elif found is not None:
+                yield found
 
     def neurons(self) -> Iterator[Site]:
-        for path in self.modules:
+        for path, module in self.modules.items():
             for names in families.FEED_FORWARDS:
-                inputs = [self._linear(path, (name,)) for name in names.inputs]
-                output = self._linear(path, (names.output,))
-                if output is None or None in inputs:
+                inputs = [self.projection(path, (name,)) for name in names.inputs]
+                output = self.projection(path, (names.output,))
+                rows = [i.rows(*[1] * names.blocks) for i in inputs if i]
+                if output is None or len(rows) < len(inputs):
                     continue
-                size = self.modules[output].in_features
-                if all(self._out(i) == size * names.blocks for i in inputs if i):
-                    rows = [cut for i in inputs if i for cut in self._rows(i, 1, names.blocks)]
+                size = output.inputs
+                if all(i.outputs == size * names.blocks for i in inputs if i):
+                    counts = [n for n in families.NEURON_COUNTS if vars(module).get(n) == size]
                     yield Site(
                         kind="neurons",
                         path=path,
                         size=size,
-                        gate=output,
-                        cuts=(*rows, Cut(output, "weight", 1)),
-                        attributes=(("intermediate_size", 1),)
-                        if "intermediate_size" in vars(self.modules[path])
-                        else (),
+                        gate=output.path,
+                        cuts=(*(cut for cuts in rows for cut in cuts), *output.columns(1)),
+                        attributes=tuple((name, 1) for name in counts),
                     )
-                break
+                    break
 
     def layers(self, inner: set[str]) -> Iterator[Site]:
         """Find the lists whose every element holds a unit, the innermost where they nest."""
@@ -136,8 +108,20 @@ class _Finder:
             and len(module)
             and all(_any_below(f"{path}.{i}", inner) for i in range(len(module)))
         ]
+        # The parts of a T5 layer are a list too, but no layers.
+        whole = [p for p in lists if isinstance(self.modules[p][0], GradientCheckpointingLayer)]
+        inside = tuple(f"{path}." for path in whole)
+        lists = whole + [p for p in lists if p not in whole and not p.startswith(inside)]
         for path in lists:
             if any(other.startswith(f"{path}.") for other in lists):
+                continue
+            if self._uses(path) != 1:
+                reason = "its layers are run several times, with the same weights"
+                self.refusals.append(Refusal("layers", path, reason))
+                continue
+            if self._beside(path, lists):
+                reason = "its layers are spread over several lists"
+                self.refusals.append(Refusal("layers", path, reason))
                 continue
             layers = self.modules[path]
             if getattr(self.config, "use_weighted_layer_sum", False):
@@ -150,28 +134,39 @@ class _Finder:
             parent = self.modules[path.rpartition(".")[0]]
             after_first = families.AFTER_FIRST_LAYER.get(type(parent).__name__, "")
             bound = getattr(parent, after_first, None) is not None
+            bound |= type(layers[0]).__name__ in families.FIRST_LAYER_STAYS
             fixed = tuple(i for i, names in enumerate(keys) if names != usual or (bound and i == 0))
             if len(layers) - len(fixed) > (0 if fixed else 1):
                 yield Site("layers", path, len(layers), fixed=fixed)
 
-    def _linear(self, path: str, names: Iterable[str]) -> str | None:
+    def used(self, site: Site) -> Site:
+        """Note how often the module of a site is run."""
+        return replace(site, uses=self._uses(site.path))
+
+    def _uses(self, path: str) -> int:
+        parts = path.split(".")
+        for n in range(len(parts), 0, -1):
+            module = self.modules.get(".".join(parts[:n]))
+            if type(module).__name__ in families.REPEATED:
+                total, share = families.REPEATED[type(module).__name__]
+                return getattr(self.config, total) // (getattr(self.config, share) if share else 1)
+        return 1
+
+    def _beside(self, path: str, lists: list[str]) -> bool:
+        parent = path.rpartition(".")[0]
+        if isinstance(self.modules[parent], nn.ModuleList):
+            return False
+        return any(p != path and p.rpartition(".")[0] == parent for p in lists)
+
+    def projection(self, path: str, names: Iterable[str]) -> Projection | None:
+        """Return the first of some names below a path that is a projection."""
         for name in names:
             base, name = (path.rpartition(".")[0], name[1:]) if name[0] == "^" else (path, name)
             full = f"{base}.{name}" if base else name
-            if isinstance(self.modules.get(full), nn.Linear):
-                return full
+            found = Projection.at(full, self.modules.get(full))
+            if found is not None:
+                return found
         return None
-
-    def _rows(self, path: str, width: int, blocks: int = 1) -> list[Cut]:
-        tensors = ["weight"] if self.modules[path].bias is None else ["weight", "bias"]
-        return [Cut(path, tensor, 0, width, blocks) for tensor in tensors]
-
-    def _out(self, path: str) -> int:
-        return self.modules[path].out_features
-
-    def _spans_heads(self, path: str, head_dim: int) -> bool:
-        weight = getattr(self.modules.get(path), "weight", None)
-        return weight is not None and weight.numel() != head_dim
 
 
 def _place(site: Site, layers: set[str]) -> Site:

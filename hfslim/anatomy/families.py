@@ -1,34 +1,178 @@
 """The names that model families give to the same parts, and the families that are exceptions.
 
-Discovery goes by these names and by shapes; to teach it a family, add a name here.
+Discovery goes by these names and by shapes; to teach it a family, add a name here, or an entry to
+`ATTENTIONS`. `docs/add_a_family.md` shows how.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-QUERY = ("query", "q_proj", "q_lin", "query_proj", "q")
-KEY = ("key", "k_proj", "k_lin", "key_proj", "k")
-VALUE = ("value", "v_proj", "v_lin", "value_proj", "v")
-FUSED_QKV = ("Wqkv",)
-"""Projections with the rows `[q; k; v]`, each in the order of the heads."""
+from torch import nn
 
-ATTENTION_OUTPUT = ("o_proj", "out_proj", "out_lin", "o", "Wo", "^output.dense")
+QUERY = (
+    *("query", "q_proj", "q_lin", "query_proj", "q", "Wq", "q_head", "linear_q", "q_b_proj"),
+    "q_gate_proj",
+)
+KEY = ("key", "k_proj", "k_lin", "key_proj", "k", "Wk", "k_head", "linear_k", "kv_b_proj")
+VALUE = ("value", "v_proj", "v_lin", "value_proj", "v", "Wv", "v_head", "linear_v", "kv_b_proj")
+
+Layout = Literal["blocks", "heads"]
+FUSED_QKV: dict[str, Layout] = {
+    "Wqkv": "blocks",
+    "qkv": "blocks",
+    "qkv_proj": "blocks",
+    "c_attn": "blocks",
+    "query_key_value": "heads",
+    "in_proj": "heads",
+}
+"""Projections to queries, keys and values at once: the rows are `[q; k; v]`, each in the order of
+the heads (`blocks`), or head after head, each `[q; k; v]` (`heads`)."""
+
+ATTENTION_OUTPUT = (
+    "o_proj",
+    "out_proj",
+    "out_lin",
+    "o",
+    "Wo",
+    "linear_out",
+    "post_proj",
+    "c_proj",
+    "proj",
+    "dense",
+    "^output.dense",
+)
 """Paths from the attention module; `^` starts at its parent."""
 
-HEAD_DIM = ("head_dim", "attention_head_size")
-QUERY_HEAD_COUNTS = ("num_attention_heads", "num_heads", "n_heads")
-KEY_HEAD_COUNTS = ("num_key_value_heads",)
-ALL_HEADS_SIZE = ("all_head_size",)
+HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "d_head")
+QUERY_HEAD_COUNTS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
+KEY_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "kv_heads")
+QUERIES_PER_KEY = ("num_key_value_groups",)
+ALL_HEADS_SIZE = ("all_head_size", "split_size", "inner_dim")
 
-PER_HEAD_ROWS = ("pos_key_proj", "pos_query_proj")
-"""Further projections with the rows of the query's (DeBERTa-v2's positions)."""
+PER_HEAD_ROWS = (
+    "pos_key_proj",
+    "pos_query_proj",
+    "pos_proj",
+    "pos_q_proj",
+    "linear_pos",
+    "query_global",
+    "key_global",
+    "value_global",
+)
+"""Further projections with rows by head (DeBERTa's and Conformer's positions)."""
 
-PER_HEAD_TENSORS = (("relative_position_bias", "relative_position_bias_table", 1),)
-"""Further tensors with a head axis: module below the attention, tensor, dimension (Swin)."""
+PER_HEAD_TENSORS = (
+    ("relative_position_bias.relative_position_bias_table", 1),
+    ("q_bias", 0),
+    ("v_bias", 0),
+    ("pos_bias_u", 0),
+    ("pos_bias_v", 0),
+    ("sinks", 0),
+)
+"""Further tensors with a head axis: path from the attention, dimension (Swin, DeBERTa)."""
 
-ACROSS_HEADS = ("q_norm", "k_norm")
+ACROSS_HEADS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "q_ln", "k_ln")
 """Norms that, where they span all heads, make the removal of one head inexact (OLMo2)."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What the usual names and shapes do not tell of one class of attention.
+
+    Names are paths from the attention module; `^` starts at its parent. What is left empty is
+    found by the usual names.
+
+    Attributes:
+        query: The query projection.
+        key: The key projection.
+        value: The value projection.
+        fused: One projection to all three.
+        layout: Order of the fused projection's rows.
+        output: The projection whose input holds the heads side by side.
+        rows: Further projections with rows by head.
+        tensors: Further tensors with a head axis, and the dimension.
+        sizes: Attributes that hold the width of all heads.
+        counted: Whether heads are to be counted by attribute, because sizes differ.
+        count_field: The config field in which the module reads its number of heads when it runs.
+        keeps_one: Whether the first head must stay, because the module cannot do without any.
+        replacement: The class of `hfslim.hub.modeling_hfslim` that must stand in for this one.
+        headless: Settings of the class that stands in once no head is left: the argument added to
+            its output (`residual`) and the norm after that (`norm`).
+        refused: Why no head can go.
+        refused_if: The config field and its value for which that holds; always if empty.
+    """
+
+    query: str = ""
+    key: str = ""
+    value: str = ""
+    fused: str = ""
+    layout: Layout = "blocks"
+    output: str = ""
+    rows: tuple[str, ...] = ()
+    tensors: tuple[tuple[str, int], ...] = ()
+    sizes: tuple[str, ...] = ()
+    counted: bool = False
+    count_field: str = ""
+    keeps_one: bool = False
+    replacement: str = ""
+    headless: tuple[tuple[str, str], ...] = ()
+    refused: str = ""
+    refused_if: tuple[str, str] | None = None
+
+
+_RANDOM_BLOCKS = Attention(
+    refused="its random blocks are drawn head after head (attention_type='block_sparse')",
+    refused_if=("attention_type", "block_sparse"),
+)
+_BIASED = Attention(replacement="BiasedHeads")
+
+ATTENTIONS = {
+    "AlbertAttention": Attention(headless=(("residual", "hidden_states"), ("norm", "LayerNorm"))),
+    "BeitAttention": _BIASED,
+    **dict.fromkeys(("BigBirdSelfAttention", "BigBirdBlockSparseAttention"), _RANDOM_BLOCKS),
+    **dict.fromkeys(
+        ("BigBirdPegasusSelfAttention", "BigBirdPegasusBlockSparseAttention"), _RANDOM_BLOCKS
+    ),
+    "BloomAttention": Attention(
+        replacement="BiasedHeads", headless=(("residual", "residual"),), sizes=("hidden_size",)
+    ),
+    "ConvBertSelfAttention": Attention(refused="its convolution mixes the heads"),
+    "FalconAttention": Attention(replacement="BiasedHeads"),
+    "FunnelRelMultiheadAttention": Attention(
+        headless=(("residual", "query"), ("norm", "layer_norm")),
+        counted=True,
+        count_field="n_head",
+        tensors=(
+            ("r_w_bias", 0),
+            ("r_r_bias", 0),
+            ("r_s_bias", 0),
+            ("r_kernel", 1),
+            ("seg_embed", 1),
+        ),
+    ),
+    "GPTBigCodeAttention": Attention(sizes=("embed_dim",)),
+    "IBertSelfAttention": Attention(keeps_one=True),
+    "LiltSelfAttention": Attention(refused="each head feeds two streams"),
+    "LongformerSelfAttention": Attention(sizes=("embed_dim",)),
+    "MPNetSelfAttention": _BIASED,
+    "MptAttention": _BIASED,
+    "LayoutLMv3SelfAttention": _BIASED,
+    "MvpAttention": Attention(sizes=("embed_dim",)),
+    "MT5Attention": Attention(replacement="SharedBiasHeads"),
+    "Phi3Attention": Attention(count_field="num_attention_heads"),
+    "T5Attention": Attention(replacement="SharedBiasHeads"),
+    "UMT5Attention": Attention(tensors=(("relative_attention_bias.weight", 1),)),
+    "WavLMAttention": Attention(replacement="WavLMHeads"),
+}
+"""Attention by class name, where it differs."""
+
+
+def attention(module: nn.Module) -> Attention:
+    """Return what is known of a module's class or of one it derives from."""
+    names = (cls.__name__ for cls in type(module).__mro__)
+    return next((ATTENTIONS[name] for name in names if name in ATTENTIONS), Attention())
 
 
 @dataclass(frozen=True)
@@ -42,46 +186,71 @@ class FeedForward:
 
 FEED_FORWARDS = (
     FeedForward(("gate_proj", "up_proj"), "down_proj"),
+    FeedForward(("up_proj",), "down_proj"),
     FeedForward(("gate_up_proj",), "down_proj", blocks=2),
     FeedForward(("intermediate.dense",), "output.dense"),
     FeedForward(("intermediate_dense",), "output_dense"),
+    FeedForward(("dense.dense",), "output.dense"),
     FeedForward(("fc1",), "fc2"),
+    FeedForward(("fc11", "fc12"), "fc2"),
+    FeedForward(("fc_in",), "fc_out"),
+    FeedForward(("c_fc",), "c_proj"),
     FeedForward(("lin1",), "lin2"),
+    FeedForward(("linear_1",), "linear_2"),
+    FeedForward(("linear_fc1",), "linear_fc2"),
+    FeedForward(("layer_1",), "layer_2"),
+    FeedForward(("dense1",), "dense2"),
+    FeedForward(("dense_h_to_4h",), "dense_4h_to_h"),
+    FeedForward(("wi_0", "wi_1"), "wo"),
+    FeedForward(("wi",), "wo"),
+    FeedForward(("ffn",), "ffn_output"),
+    FeedForward(("ffn.0",), "ffn.2"),
     FeedForward(("Wi",), "Wo", blocks=2),
     FeedForward(("weights_in",), "weights_out", blocks=2),
+    FeedForward(("w1", "w3"), "w2"),
+    FeedForward(("w1", "w2"), "w3"),
 )
+NEURON_COUNTS = ("intermediate_size", "intermediate_dim")
+"""Attributes of the module around the neurons that count them."""
 
-REPLACEMENTS = {
-    "WavLMAttention": "WavLMHeads",
-    "MPNetSelfAttention": "BiasedHeads",
-    "BeitAttention": "BiasedHeads",
+REPEATED = {
+    "AlbertLayerGroup": ("num_hidden_layers", "num_hidden_groups"),
+    "PerceiverEncoder": ("num_blocks", ""),
 }
-"""Attention classes that get a full-head bias from outside, or hide their projections from hooks,
-with the class of `hfslim.hub.modeling_hfslim` that stands in for them."""
+"""Modules that one forward pass runs several times: the config fields whose quotient tells how
+often."""
 
 AFTER_FIRST_LAYER = {"DebertaV2Encoder": "conv"}
 """Modules that run right after the first of their parent's layers, which therefore has to stay."""
 
-DEPTH_FIELDS = ("num_hidden_layers", "encoder_layers", "n_layers", "depths")
+FIRST_LAYER_STAYS = ("FunnelLayer",)
+"""Layers of which the first in a list does more than the others: Funnel's pools the queries."""
+
+DEPTH_FIELDS = (
+    "num_hidden_layers",
+    "encoder_layers",
+    "n_layers",
+    "n_layer",
+    "num_layers",
+    "depths",
+)
 """Config fields that set the number of layers, or list it stage by stage."""
 
-LAYER_COUNTS = ("n_layers",)
+LAYER_COUNTS = ("n_layers", "num_layers", "num_hidden_layers")
 """Attributes of the module around a list of layers that hold its length."""
 
-WIDTH_FIELDS = ("intermediate_size", "encoder_ffn_dim", "hidden_dim")
+WIDTH_FIELDS = ("intermediate_size", "encoder_ffn_dim", "hidden_dim", "d_ff", "n_inner", "ffn_dim")
 """Config fields that set the number of neurons of every layer."""
 
-PER_LAYER_FIELDS = ("layer_types",)
+PER_LAYER_FIELDS = (
+    "layer_types",
+    "mlp_layer_types",
+    "attention_layers",
+    "attention_window",
+    "no_rope_layers",
+    "layers_block_type",
+)
 """Config fields with one item a layer."""
 
-FREE_HEAD_SIZE = (
-    "audio-spectrogram-transformer",
-    "beit",
-    "deit",
-    "dinov2",
-    "llama",
-    "qwen2",
-    "qwen3",
-    "vit",
-)
-"""Model types whose config has a head size that does not follow from the number of heads."""
+HEAD_SIZE_FIELDS = ("head_dim", "d_kv")
+"""Config fields with the size of a head, where it does not follow from the number of heads."""

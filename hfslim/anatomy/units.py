@@ -17,29 +17,42 @@ from hfslim.structure import KINDS, Entry, Kind, Structure
 class Cut:
     """One dimension of one tensor along which the units of a site lie.
 
-    The dimension is `blocks` repetitions of `units × width` entries: a fused `[q; k; v]`
-    projection has three blocks, a gated FFN's fused input two.
+    The dimension is a row of blocks, each of `units × width` entries: a fused `[q; k; v]`
+    projection has three blocks, a gated FFN's fused input two. What lies behind the blocks stays.
 
     Attributes:
         module: Path of the module that owns the tensor.
-        tensor: Name of the parameter on that module.
+        tensor: Name of the parameter or buffer on that module.
         dim: The dimension.
-        width: Consecutive entries per unit.
-        blocks: Number of blocks.
+        widths: Consecutive entries per unit, block by block.
     """
 
     module: str
     tensor: str
     dim: int
-    width: int = 1
-    blocks: int = 1
+    widths: tuple[int, ...] = (1,)
 
-    def indices(self, kept: Sequence[int], total: int) -> torch.Tensor:
-        """Return the entries to keep along the dimension, `[blocks · len(kept) · width]`."""
+    def indices(self, kept: Sequence[int], total: int, length: int) -> torch.Tensor:
+        """Return the entries to keep along the dimension.
+
+        Args:
+            kept: The units that stay.
+            total: The number of units there are.
+            length: Size of the dimension.
+        """
         unit = torch.as_tensor(kept, dtype=torch.long)
-        within = (unit[:, None] * self.width + torch.arange(self.width)).flatten()
-        start = torch.arange(self.blocks)[:, None] * total * self.width
-        return (start + within).flatten()
+        parts, start = [], 0
+        for width in self.widths:
+            parts.append(start + (unit[:, None] * width + torch.arange(width)).flatten())
+            start += total * width
+        return torch.cat([*parts, torch.arange(start, length)])
+
+    def by_unit(self, tensor: torch.Tensor, total: int) -> torch.Tensor:
+        """Return what each unit has of the tensor, `[total, entries]`."""
+        sizes = [total * width for width in self.widths]
+        rest = tensor.shape[self.dim] - sum(sizes)
+        blocks = tensor.movedim(self.dim, 0).split([*sizes, rest])
+        return torch.cat([block.reshape(total, -1) for block in blocks[:-1]], dim=1)
 
 
 @dataclass(frozen=True)
@@ -59,6 +72,12 @@ class Site:
             that each unit adds.
         replacement: Name of the class in `hfslim.hub.modeling_hfslim` that must stand in for the
             module's own, because that one cannot run with some heads missing. Empty if none.
+        headless: Settings of the class that stands in once no head is left.
+        count_field: Config field in which the module reads its number of heads, where it keeps none
+            of its own.
+        queries: Query heads per unit.
+        shared: Whether all heads share one key and value, which stay.
+        uses: How often one forward pass of the model runs the module.
         layer: Path of the removable layer around the site; empty outside of any.
         fixed: Units that cannot be removed.
     """
@@ -71,6 +90,11 @@ class Site:
     cuts: tuple[Cut, ...] = ()
     attributes: tuple[tuple[str, int], ...] = ()
     replacement: str = ""
+    headless: tuple[tuple[str, str], ...] = ()
+    count_field: str = ""
+    queries: int = 1
+    shared: bool = False
+    uses: int = 1
     layer: str = ""
     fixed: tuple[int, ...] = ()
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -25,7 +26,15 @@ MARKS = ("hfslim", "quantization_config", "auto_map")
 """Config fields: the blueprint, the call of hfslim's loader, the file beside the weights."""
 
 
-def describe(model: PreTrainedModel, before: Units, structure: Structure) -> None:
+Fields = dict[str, Any]
+
+
+def describe(
+    model: PreTrainedModel,
+    before: Units,
+    structure: Structure,
+    depth: Sequence[Depth] | None = None,
+) -> bool:
     """Bring `model.config` up to date after surgery.
 
     What the family's own config can say (depth, uniform widths) is said there; only the rest goes
@@ -36,22 +45,35 @@ def describe(model: PreTrainedModel, before: Units, structure: Structure) -> Non
         model: The model, already cut.
         before: The units that it had before the cut.
         structure: The structure it was cut to.
+        depth: What `set_depth` did, if it was called.
+
+    Returns:
+        Whether the depth was put back, because no stock model is built like that.
     """
-    earlier = getattr(model.config, "hfslim", None) or {}
+    earlier = (getattr(model.config, "hfslim", None) or {}).get("layers", {})
+    depth = set_depth(model, before, structure) if depth is None else depth
     for field in MARKS:
         vars(model.config).pop(field, None)
-    depth = _set_depth(model.config, before, structure)
-    kept = _kept_layers(before, structure, earlier.get("layers", {}), depth)
+    told = {change.path for change in depth}
+    kept = _kept_layers(before, structure, earlier, told)
+    put_back = bool(told) and not _is_built(model, kept)
+    if put_back:
+        logger.info("%s builds no model of this depth: telling it apart", type(model).__name__)
+        for change in depth:
+            vars(change.config).update(change.old)
+        kept = _kept_layers(before, structure, earlier, set())
     for fields in _uniform_widths(model):
         config = copy.deepcopy(model.config)
-        config.update(fields)
+        if fields and not _takes(model, config, fields):
+            continue
         if not difference(model, config, kept):
             model.config.update(fields)
-            logger.info("the pruned model is described by its plain config: %s", fields or depth)
-            return
+            logger.info("the pruned model is described by its plain config: %s", fields or "depth")
+            return put_back
     blueprint = difference(model, model.config, kept)
     if blueprint:
         mark(model, blueprint)
+    return put_back
 
 
 def mark(model: PreTrainedModel, blueprint: dict[str, Any]) -> None:
@@ -79,11 +101,11 @@ def difference(
     stock = stock_model(model, config)
     for path, kept in layers.items():
         modeling_hfslim.keep_layers(cast(nn.ModuleList, stock.get_submodule(path)), kept)
-    parameters = dict(stock.named_parameters(remove_duplicate=False))
+    tensors = _tensors(stock)
     shapes = {
-        name: list(parameter.shape)
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter.shape != parameters[name].shape
+        name: list(tensor.shape)
+        for name, tensor in _tensors(model).items()
+        if tensor.shape != tensors[name].shape
     }
     replaced, attributes = {}, {}
     modules = dict(stock.named_modules(remove_duplicate=False))
@@ -103,6 +125,19 @@ def difference(
     return {name: part for name, part in parts.items() if part}
 
 
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return parameters and the buffers that are saved, by name."""
+    return {
+        name: tensor
+        for name, tensor in (
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        )
+        if name.rpartition(".")[2]
+        not in model.get_submodule(name.rpartition(".")[0])._non_persistent_buffers_set
+    }
+
+
 def stock_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
     """Build the stock model of a config, without weights."""
     config = copy.deepcopy(config)
@@ -112,30 +147,109 @@ def stock_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedM
         return stock_class(model)(config)
 
 
-def _set_depth(config: PreTrainedConfig, before: Units, structure: Structure) -> dict[str, Any]:
-    """Write the new number of layers into the fields that held the old one."""
-    lists = [site for site in before if site.kind == "layers"]
-    cut = {s.path: structure.kept("layers", s.path) for s in lists if _is_cut(structure, s.path)}
-    fields: dict[str, Any] = {}
-    if not cut:
-        return fields
+@dataclass(frozen=True)
+class Depth:
+    """A change of depth: the list of layers, the config that tells it, and what it said before."""
+
+    path: str
+    config: PreTrainedConfig
+    old: Fields
+
+
+def configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """Return a model's config and those inside."""
+    inside = (getattr(model.config, name, None) for name in model.config.sub_configs)
+    return [model.config, *(c for c in inside if isinstance(c, PreTrainedConfig))]
+
+
+def set_depth(model: PreTrainedModel, before: Units, structure: Structure) -> list[Depth]:
+    """Write the new number of layers into the config fields that held the old one.
+
+    Args:
+        model: The model, already cut, or about to be.
+        before: The units before the cut.
+        structure: The structure it is cut to.
+
+    Returns:
+        What was changed.
+    """
+    earlier = (getattr(model.config, "hfslim", None) or {}).get("layers", {})
+    lists = [s for s in before if s.kind == "layers" and s.path not in earlier]
+    if not any(_is_cut(structure, site.path) for site in lists):
+        return []
+    stages = [len(structure.kept("layers", site.path)) for site in lists]
+    fields: Fields = {}
     for name in families.DEPTH_FIELDS:
-        value = getattr(config, name, None)
-        if isinstance(value, list | tuple) and list(value) == [s.size for s in lists]:
-            fields[name] = type(value)(len(structure.kept("layers", s.path)) for s in lists)
-        elif len(lists) == 1 and value == lists[0].size:
-            fields[name] = len(cut[lists[0].path])
+        value = getattr(model.config, name, None)
+        if isinstance(value, list | tuple) and list(value) == [site.size for site in lists]:
+            fields[name] = type(value)(stages)
+    if fields:
+        change = _change(model.config, fields)
+        return [Depth(site.path, *change) for site in lists]
+    inside = configs(model)
+    told = []
+    for site in lists:
+        config = _config_around(model, site.path)
+        alone = all(s is site or _config_around(model, s.path) is not config for s in lists)
+        if _is_cut(structure, site.path) and alone and any(config is c for c in inside):
+            kept = structure.kept("layers", site.path)
+            fields = _depth_fields(config, site.size, kept)
+            if fields:
+                told.append(Depth(site.path, *_change(config, fields)))
+    return told
+
+
+def _depth_fields(config: PreTrainedConfig, size: int, kept: tuple[int, ...]) -> Fields:
+    fields: Fields = {}
+    for name in families.DEPTH_FIELDS:
+        if getattr(config, name, None) == size:
+            fields[name] = len(kept)
+    if not fields:
+        return {}
     for name in families.PER_LAYER_FIELDS:
         value = getattr(config, name, None)
-        if len(lists) == 1 and isinstance(value, list) and len(value) == lists[0].size:
-            fields[name] = [value[i] for i in cut[lists[0].path]]
+        if isinstance(value, list | tuple) and len(value) == size:
+            fields[name] = type(value)(value[i] for i in kept)
+    stages = getattr(config, "stage_names", None)
+    if stages and len(stages) == size + 1:
+        fields["stage_names"] = stages[: len(kept) + 1]
+    return fields
+
+
+def _change(config: PreTrainedConfig, fields: Fields) -> tuple[PreTrainedConfig, Fields]:
+    old = dict(vars(config))
     for name, value in fields.items():
         setattr(config, name, value)
-    stages = getattr(config, "stage_names", None)
-    if len(lists) == 1 and stages and len(stages) == lists[0].size + 1:
-        config.stage_names = stages[: len(cut[lists[0].path]) + 1]
+    if "stage_names" in fields:
         config.set_output_features_output_indices(None, None)
-    return fields
+    return config, old
+
+
+def _config_around(model: PreTrainedModel, path: str) -> PreTrainedConfig:
+    """Return the config of the innermost module around a path that has one."""
+    while path:
+        path = path.rpartition(".")[0]
+        config = getattr(model.get_submodule(path), "config", None)
+        if isinstance(config, PreTrainedConfig):
+            return config
+    return model.config
+
+
+def _is_built(model: PreTrainedModel, layers: dict[str, list[int]]) -> bool:
+    """Tell whether the config, written and read, builds a stock model that can be cut to this."""
+    try:
+        config = type(model.config).from_dict(model.config.to_dict())
+        stock = _tensors(stock_model(model, config))
+    except Exception as error:
+        logger.debug("no stock model: %s", error)
+        return False
+    return all(
+        name in stock
+        and tensor.ndim == stock[name].ndim
+        and tensor.shape <= stock[name].shape
+        and all(new <= old for new, old in zip(tensor.shape, stock[name].shape, strict=True))
+        for name, tensor in _tensors(model).items()
+    )
 
 
 def _is_cut(structure: Structure, path: str) -> bool:
@@ -143,12 +257,12 @@ def _is_cut(structure: Structure, path: str) -> bool:
 
 
 def _kept_layers(
-    before: Units, structure: Structure, earlier: dict[str, list[int]], depth: dict[str, Any]
+    before: Units, structure: Structure, earlier: dict[str, list[int]], told: set[str]
 ) -> dict[str, list[int]]:
     """Return the layers kept of lists whose length no config field tells."""
     kept = dict(earlier)
     for site in before:
-        if site.kind == "layers" and (site.path in earlier or not depth):
+        if site.kind == "layers" and site.path not in told:
             now = structure.kept("layers", site.path)
             if len(now) < site.size or site.path in earlier:
                 kept[site.path] = [earlier.get(site.path, range(site.size))[i] for i in now]
@@ -160,31 +274,50 @@ def _uniform_widths(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     yield {}
     sites = find_units(model).sites
     neurons = {site.size for site in sites if site.kind == "neurons"}
-    heads = {(site.size, site.width) for site in sites if site.kind == "heads"}
+    heads = {(s.size, s.width, s.shared) for s in sites if s.kind == "heads"}
     width: dict[str, Any] = {}
     if len(neurons) == 1:
         names = (name for name in families.WIDTH_FIELDS if hasattr(model.config, name))
         width = dict.fromkeys(list(names)[:1], neurons.pop())
         if width:
             yield width
-    if len(heads) == 1 and model.config.model_type in families.FREE_HEAD_SIZE:
-        size, features = heads.pop()
+    # Many families read a head size that their config does not declare.
+    field = next((n for n in families.HEAD_SIZE_FIELDS if hasattr(model.config, n)), "head_dim")
+    if len(heads) == 1:
+        size, features, shared = heads.pop()
         module = model.get_submodule(next(s.path for s in sites if s.kind == "heads"))
         head_dim = next((vars(module).get(name) for name in families.HEAD_DIM), None)
         if head_dim:
-            counts = {"num_attention_heads": size * features // head_dim, "head_dim": head_dim}
+            counts = {
+                "num_attention_heads": size * features // head_dim,
+                field: head_dim,
+            }
             if hasattr(model.config, "num_key_value_heads"):
-                counts["num_key_value_heads"] = size
+                counts["num_key_value_heads"] = 1 if shared else size
             yield counts
             if width:
                 yield width | counts
+
+
+def _takes(model: PreTrainedModel, config: PreTrainedConfig, fields: Fields) -> bool:
+    """Write fields into a config, and tell whether a stock model can be built of it."""
+    try:
+        config.update(fields)
+        stock_model(model, config)
+    except Exception as error:
+        logger.debug("no stock model with %s: %s", fields, error)
+        return False
+    return True
 
 
 def _replacement(module: nn.Module) -> dict[str, Any]:
     by = type(module).__name__.partition("__")[0]
     if by not in modeling_hfslim.REPLACEMENTS:
         return {}
-    names = ("output", "returns", "kept_heads", "bias_heads")
+    names = (
+        *("output", "returns", "residual", "norm", "kept_heads", "bias_heads"),
+        *("listed", "count_field", "head_count"),
+    )
     present = {name: vars(module)[name] for name in names if name in vars(module)}
     return {"by": by} | {k: list(v) if isinstance(v, tuple) else v for k, v in present.items()}
 
@@ -192,8 +325,8 @@ def _replacement(module: nn.Module) -> dict[str, Any]:
 def _changed(module: nn.Module, stock: nn.Module, skip: set[str]) -> Iterator[tuple[str, Any]]:
     """Yield the settings of a module that differ from those of the stock one."""
     if stock_class(module).__name__ != stock_class(stock).__name__:
-        # Only regularisation that depends on depth (drop path) may differ in class.
-        if any(True for _ in module.parameters()):
+        # Regularisation may depend on depth (drop path), attention on the length of the input.
+        if dict(module.named_parameters()).keys() != dict(stock.named_parameters()).keys():
             raise TypeError(f"{type(module).__name__} stands where {type(stock).__name__} should")
         return
     for name, value in vars(module).items():

@@ -16,7 +16,7 @@ A blueprint is data from outside: every path, name and size is checked, and only
 
 import copy
 import importlib
-import re
+import inspect
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 VERSION = 1
 MAX_COUNT = 1 << 16
@@ -40,17 +41,36 @@ class Headless(nn.Module):
     Attributes:
         output: Name of the output projection inside the module; empty if it lies outside.
         returns: Length of the tuple that the stock class returns; 0 for a bare tensor.
+        residual: Name of the argument that the stock class adds to its output, if any.
+        norm: Name of the norm after that, if any.
+        listed: Whether the stock class returns a list.
     """
 
     output = ""
     returns = 2
+    residual = ""
+    norm = ""
+    listed = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the stock class would, without any head."""
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        hidden = (
+            kwargs["hidden_states"] if "hidden_states" in kwargs else (*args, *kwargs.values())[0]
+        )
         # MPNet's tuple is longer by the weights where they are asked for.
         weights = [None] if self.returns and kwargs.get("output_attentions") else []
+        if self.residual:
+            result, *others = self.without_heads(hidden, *weights)
+            result = result + self._bound(*args, **kwargs)[self.residual]
+            return (getattr(self, self.norm)(result) if self.norm else result, *others)
         return self.without_heads(hidden, *weights)
+
+    def _bound(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the arguments of the stock class's forward by name."""
+        stock: Any = stock_class(self)
+        call = inspect.signature(stock.forward).bind(self, *args, **kwargs)
+        rest = call.arguments.pop("kwargs", {})
+        return {**call.arguments, **rest}
 
     def without_heads(self, hidden: torch.Tensor, *others: Any) -> Any:
         """Return the output of no heads, and the rest of the stock class's tuple."""
@@ -60,11 +80,14 @@ class Headless(nn.Module):
         if torch.is_grad_enabled():
             # Every parameter takes part, or DistributedDataParallel would wait for its gradient.
             result = result + 0 * sum(p.sum() for p in self.parameters())
-        return (
-            (result, *others, *[None] * (self.returns - 1 - len(others)))
-            if self.returns
-            else result
-        )
+        if not self.returns:
+            return result
+        whole = (result, *others, *[None] * (self.returns - 1 - len(others)))
+        return list(whole) if self.listed else whole
+
+
+BIASES = {"alibi", "attention_mask", "position_bias", "rel_pos", "rel_2d_pos"}
+"""Arguments that may hold a bias for all heads."""
 
 
 class BiasedHeads(Headless):
@@ -84,18 +107,93 @@ class BiasedHeads(Headless):
             return super(Headless, self).forward(*args, **kwargs)
         if not self.kept_heads:
             return super().forward(*args, **kwargs)
-        args = tuple(self._select(value) for value in args)
-        kwargs = {name: self._select(value) for name, value in kwargs.items()}
+        arguments = self._bound(*args, **kwargs)
+        for name in BIASES & set(arguments):
+            arguments[name] = self._select(arguments[name])
+        del arguments["self"]
+        return super(Headless, self).forward(**arguments)
+
+    def _select(self, bias: torch.Tensor | None) -> torch.Tensor | None:
+        """Take the kept heads of `[batch, heads, ...]` or `[batch · heads, ...]`."""
+        kept = list(self.kept_heads or ())
+        if bias is not None and bias.ndim == 4 and bias.shape[1] == self.bias_heads > 1:
+            return bias[:, kept]
+        if bias is not None and bias.ndim == 3:
+            return bias.unflatten(0, (-1, self.bias_heads))[:, kept].flatten(0, 1)
+        return bias
+
+
+class SharedBiasHeads(BiasedHeads):
+    """T5's attention: the first layer's position bias, of all heads, goes on to the others."""
+
+    layer_idx: int
+    has_relative_attention_bias: bool
+    compute_bias: Callable[..., torch.Tensor]
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the stock forward on the bias of the kept heads, and pass on that of all."""
+        if self.kept_heads is None:
+            return super(Headless, self).forward(hidden_states, *args, **kwargs)
+        arguments = self._bound(hidden_states, *args, **kwargs)
+        bias = arguments.get("position_bias")
+        if bias is None:
+            bias = self._bias(arguments)
+        if not self.kept_heads:
+            return self.without_heads(hidden_states, bias)
+        del arguments["self"]
+        arguments["position_bias"] = self._select(bias)
+        result, _, *rest = super(Headless, self).forward(**arguments)
+        return (result, bias, *rest)
+
+    def _bias(self, arguments: dict[str, Any]) -> torch.Tensor:
+        hidden, others = arguments["hidden_states"], arguments.get("key_value_states")
+        cache = arguments.get("past_key_values")
+        past = 0 if cache is None else cache.get_seq_length(self.layer_idx)
+        keys = hidden.shape[1] + past if others is None else others.shape[1]
+        if self.has_relative_attention_bias:
+            return self.compute_bias(
+                hidden.shape[1], keys, device=hidden.device, past_seen_tokens=past
+            )
+        return hidden.new_zeros(1, self.bias_heads, hidden.shape[1], keys)
+
+
+class CountedHeads(Headless):
+    """Attention that reads the number of its heads in the model's config, where all have as many.
+
+    Attributes:
+        count_field: Name of the field.
+        head_count: What this module is to read there; None where none is missing.
+    """
+
+    count_field = ""
+    head_count: int | None = None
+
+    @property
+    def config(self) -> Any:
+        """The model's config, with this module's number of heads."""
+        config = vars(self)["config"]
+        if self.head_count is not None:
+            config = copy.copy(config)
+            vars(config)[config.attribute_map.get(self.count_field, self.count_field)] = (
+                self.head_count
+            )
+        return config
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the stock forward, unless no head is left."""
+        if self.head_count == 0:
+            return super().forward(*args, **kwargs)
         return super(Headless, self).forward(*args, **kwargs)
 
-    def _select(self, value: Any) -> Any:
-        if (
-            isinstance(value, torch.Tensor)
-            and value.ndim == 4
-            and value.shape[1] == self.bias_heads > 1
-        ):
-            return value[:, list(self.kept_heads or ())]
-        return value
+
+class Inputless(nn.Module):
+    """A `Conv1D` that has lost every input: only its bias is left."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return the bias at every position."""
+        weight, bias = self.get_parameter("weight"), self.get_parameter("bias")
+        # Parameters and inputs take part, so that their gradients are zero, not missing.
+        return (bias + weight.sum() + inputs.sum()).expand(*inputs.shape[:-1], -1)
 
 
 class WavLMHeads(Headless):
@@ -156,22 +254,24 @@ class WavLMHeads(Headless):
         return result, None, position_bias
 
 
-REPLACEMENTS = {cls.__name__: cls for cls in (Headless, BiasedHeads, WavLMHeads)}
+REPLACEMENTS = {
+    cls.__name__: cls
+    for cls in (Headless, BiasedHeads, SharedBiasHeads, CountedHeads, WavLMHeads, Inputless)
+}
 
 
 def stock_class(module: nn.Module) -> type:
-    """Return the library's own class of a module whose class may have been replaced."""
-    library = (c for c in type(module).__mro__ if c.__module__.startswith("transformers.models."))
-    return next(library, type(module))
+    """Return a module's own class, where one of this file or of torch's has taken its place."""
+    own = [c for c in type(module).__mro__ if not c.__module__.endswith("modeling_hfslim")]
+    return next((c for c in own if not c.__module__.startswith("torch.")), own[0])
 
 
 def replace_class(module: nn.Module, by: str, **settings: Any) -> None:
     """Make a stock module an instance of one of the classes above, in place."""
     stock = stock_class(module)
-    family = re.fullmatch(r"transformers\.models\.(\w+)\.modeling_\1", stock.__module__)
-    if family is None:
-        raise BlueprintError(f"{stock.__module__}.{stock.__name__} cannot lose its heads here")
-    module.__class__ = getattr(_this_module(), f"{by}__{family[1]}__{stock.__name__}")
+    # Pickle takes dots in a class's name for nested classes.
+    path = stock.__module__.replace(".", ":")
+    module.__class__ = getattr(_this_module(), f"{by}__{path}__{stock.__name__}")
     for name, value in settings.items():
         setattr(module, name, tuple(value) if isinstance(value, list) else value)
 
@@ -197,14 +297,17 @@ def apply_blueprint(model: nn.Module, blueprint: Any) -> None:
     for path, shape in blueprint.get("shapes", {}).items():
         owner, _, name = path.rpartition(".")
         module = _find(model, owner)
-        stock = module._parameters.get(name)
+        stock = module._parameters.get(name, module._buffers.get(name))
         if stock is None or not _smaller(shape, stock.shape):
             had = None if stock is None else list(stock.shape)
             raise BlueprintError(
                 f"{path!r} cannot get the shape {shape}: the stock model has {had}"
             )
         new = torch.empty(shape, dtype=stock.dtype, device=stock.device)
-        module._parameters[name] = nn.Parameter(new, requires_grad=stock.requires_grad)
+        if name in module._buffers:
+            module._buffers[name] = new
+        else:
+            module._parameters[name] = nn.Parameter(new, requires_grad=stock.requires_grad)
 
 
 def keep_layers(layers: nn.ModuleList, kept: Sequence[int]) -> None:
@@ -216,6 +319,20 @@ def keep_layers(layers: nn.ModuleList, kept: Sequence[int]) -> None:
         for module in layer.modules():
             if isinstance(vars(module).get("layer_idx"), int):
                 vars(module)["layer_idx"] = new
+
+
+def tell_sizes(module: nn.Module) -> None:
+    """Bring the sizes that a linear map tells of itself up to date with its weight."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, Conv1D) and weight is not None:
+        module.nx, module.nf = weight.shape
+    elif weight is not None and weight.ndim == 2 and hasattr(module, "in_features"):
+        vars(module).update(out_features=weight.shape[0], in_features=weight.shape[1])
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = module.weight.shape
+    elif isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups == module.in_channels:
+        channels = module.weight.shape[0]
+        module.in_channels = module.out_channels = module.groups = channels
 
 
 def _check_form(blueprint: Any) -> None:
@@ -246,7 +363,11 @@ def _find(model: nn.Module, path: str) -> nn.Module:
 
 def _replace(module: nn.Module, path: str, settings: dict) -> None:
     by = settings.pop("by", None)
-    allowed = {"output": str, "returns": int, "kept_heads": list, "bias_heads": int}
+    allowed = {
+        **dict.fromkeys(("output", "residual", "norm", "count_field"), str),
+        **dict.fromkeys(("returns", "bias_heads", "head_count"), int),
+        **{"kept_heads": list, "listed": bool},
+    }
     for name, value in settings.items():
         # An exact type, because True is an int; a bound, because results get this long.
         fits = type(value) is allowed.get(name)
@@ -256,9 +377,9 @@ def _replace(module: nn.Module, path: str, settings: dict) -> None:
         raise BlueprintError(
             f"{path!r} is replaced by {by!r}, expected one of {sorted(REPLACEMENTS)}"
         )
-    output = settings.get("output")
-    if output and not isinstance(getattr(module, output, None), nn.Linear):
-        raise BlueprintError(f"{path!r} has no projection {output!r}")
+    for name in (settings.get("output"), settings.get("norm")):
+        if name and name not in module._modules:
+            raise BlueprintError(f"{path!r} has no module {name!r}")
     if not _ascending(settings.get("kept_heads", []), MAX_COUNT):
         raise BlueprintError(f"{path!r} keeps heads {settings['kept_heads']}")
     replace_class(module, by, **settings)
@@ -317,20 +438,21 @@ class Slim:
         return False
 
 
+def _module(path: str) -> ModuleType:
+    return importlib.import_module(path.replace(":", "."))
+
+
 def _this_module() -> ModuleType:
     return importlib.import_module(__name__)
 
 
 def __getattr__(name: str) -> type:
-    """Build `Slim<StockModel>` and `<Replacement>__<family>__<StockAttention>` when asked for."""
+    """Build `Slim<StockModel>` and `<Replacement>__<module>__<StockAttention>` when asked for."""
     by, _, rest = name.partition("__")
     bases: tuple[type, type]
     if by in REPLACEMENTS and "__" in rest:
-        family, _, stock_name = rest.partition("__")
-        stock = getattr(
-            importlib.import_module(f"transformers.models.{family}.modeling_{family}"), stock_name
-        )
-        bases = (REPLACEMENTS[by], stock)
+        module, _, stock_name = rest.rpartition("__")
+        bases = (REPLACEMENTS[by], getattr(_module(module), stock_name))
     elif name.startswith("Slim") and hasattr(transformers, name[4:]):
         bases = (Slim, getattr(transformers, name[4:]))
     else:

@@ -95,18 +95,26 @@ def _layers(model: nn.Module, site: Site) -> list[nn.Module]:
 
 
 def _unit_parameters(model: nn.Module, site: Site) -> int:
-    return (
-        sum(getattr(model.get_submodule(cut.module), cut.tensor).numel() for cut in site.cuts)
-        // site.size
+    tensors = ((getattr(model.get_submodule(cut.module), cut.tensor), cut) for cut in site.cuts)
+    return sum(
+        tensor.numel() // tensor.shape[cut.dim] * sum(cut.widths)
+        for tensor, cut in tensors
+        if isinstance(tensor, nn.Parameter)
     )
 
 
 def _unit_macs(model: nn.Module, site: Site, macs: Mapping[str, int]) -> int:
-    projections = {cut.module for cut in site.cuts}
-    total = sum(macs.get(path, 0) for path in projections)
+    # Part of a projection may belong to no unit: the one key and value that all heads share.
+    shares = {
+        cut.module: sum(cut.widths)
+        / model.get_submodule(cut.module).get_parameter(cut.tensor).shape[cut.dim]
+        for cut in reversed(site.cuts)
+        if cut.tensor == "weight"
+    }
+    total = sum(macs.get(path, 0) * share for path, share in shares.items())
     if site.kind == "heads":
         # What remains of the module are the products of attention, and, where the module does not
         # run its projections as modules, these too.
-        inside = (macs.get(p, 0) for p in projections if p.startswith(f"{site.path}."))
-        total += macs[site.path] - sum(inside)
-    return total // site.size
+        inside = (macs.get(p, 0) for p in shares if p.startswith(f"{site.path}."))
+        total += (macs[site.path] - sum(inside)) / site.size
+    return int(total)

@@ -70,6 +70,7 @@ class Gates:
         self.structure: Structure | None = None
         self._masks: dict[Key, torch.Tensor] = {}
         self._closed_layers: dict[Key, frozenset[int]] = {}
+        self._partial: dict[Key, list[torch.Tensor]] = {}
         self._handles: list[RemovableHandle] = []
         self._stock: list[tuple[nn.Module, type]] = []
 
@@ -148,11 +149,11 @@ class Gates:
             )
         for site in self.units:
             uses = self.fired[site.kind, site.path] / (site.size if site.kind == "layers" else 1)
-            if uses != 1:
+            if uses != site.uses:
                 raise RuntimeError(
                     f"{type(self.model).__name__} runs {site.path!r} {uses:g} times in one forward "
-                    f"pass; units that are used once only can be scored: leave {site.kind} out of "
-                    "`units`"
+                    f"pass, where {site.uses} was expected, so that its units cannot be scored: "
+                    f"leave {site.kind} out of `units`"
                 )
 
     def _take_over(self) -> None:
@@ -166,6 +167,7 @@ class Gates:
     def _count_examples(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         tensors = (v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.ndim)
         self.examples = next(tensors).shape[0]
+        self._partial.clear()
         self.padding = kwargs.get("attention_mask")
         self.anchors.clear()
 
@@ -178,6 +180,20 @@ class Gates:
         self.anchors.append(torch.zeros((), device=value.device, requires_grad=True))
         return self.anchors[-1]
 
+    def _sum_uses(self, site: Site, send: OnGradient) -> OnGradient:
+        """Send one gradient for all uses of a module: that of the gate they share."""
+        if site.uses == 1:
+            return send
+        key = (site.kind, site.path)
+
+        def collect(site: Site, index: int, gradient: torch.Tensor) -> None:
+            parts = self._partial.setdefault(key, [])
+            parts.append(gradient)
+            if len(parts) == site.uses:
+                send(site, index, torch.stack(self._partial.pop(key)).sum(0))
+
+        return collect
+
     def _unit_hook(self, site: Site) -> Callable[[nn.Module, tuple], tuple | None]:
         key = (site.kind, site.path)
 
@@ -187,7 +203,7 @@ class Gates:
             if self.on_activation is not None:
                 self.on_activation(site, 0, value.detach(), value.detach())
             if self.on_gradient is not None and torch.is_grad_enabled():
-                examples, send = self.examples, self.on_gradient
+                examples, send = self.examples, self._sum_uses(site, self.on_gradient)
                 value = _Tap.apply(
                     value,
                     None,

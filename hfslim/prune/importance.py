@@ -243,8 +243,7 @@ def magnitude(model: nn.Module, units: Units) -> dict[Key, torch.Tensor]:
                 squares[index] = sum(p.detach().double().square().sum() for p in layer.parameters())
         for cut in site.cuts:
             tensor = getattr(model.get_submodule(cut.module), cut.tensor).detach().double()
-            rows = tensor.movedim(cut.dim, 0).reshape(cut.blocks, site.size, -1)
-            squares += rows.square().sum((0, 2)).cpu()
+            squares += cut.by_unit(tensor, site.size).square().sum(1).cpu()
         result[site.kind, site.path] = squares.sqrt()
     return result
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from hfslim.anatomy import Site, Units, example_inputs, families, find_units
 from hfslim.hub import blueprint, modeling_hfslim, reload
@@ -18,6 +19,10 @@ from hfslim.structure import Structure
 from hfslim.timing import evaluating
 
 logger = logging.getLogger(__name__)
+
+Settings = dict[str, Any]
+Returns = dict[str, Settings]
+"""What each attention module returns, as settings of the class that may stand in for it."""
 
 PROBE_LENGTH = {"input_ids": 16, "input_values": 4000, "input_features": 64}
 RELATIVE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
@@ -60,8 +65,10 @@ def shrink(
     surgery = _Surgery(model)
     try:
         surgery.cut(units, structure, returns)
+        depth = blueprint.set_depth(model, units, structure)
         _check_equal(expected, _logits(model, inputs))
-        blueprint.describe(model, units, structure)
+        if blueprint.describe(model, units, structure, depth):
+            _check_equal(expected, _logits(model, inputs))
     except BaseException:
         surgery.undo()
         raise
@@ -83,7 +90,7 @@ def check_gates(model: PreTrainedModel, units: Units) -> None:
 
 @contextmanager
 def cut_for_now(
-    model: PreTrainedModel, units: Units, structure: Structure, returns: dict[str, int]
+    model: PreTrainedModel, units: Units, structure: Structure, returns: Returns
 ) -> Iterator[None]:
     """Cut a model inside the block only, unchecked, its config untouched.
 
@@ -104,8 +111,8 @@ def cut_for_now(
         surgery.undo()
 
 
-def attention_returns(model: PreTrainedModel, units: Units) -> dict[str, int]:
-    """Run a model once, to see how many values each attention module returns; 0 for a tensor."""
+def attention_returns(model: PreTrainedModel, units: Units) -> Returns:
+    """Run a model once, to see what each attention module returns."""
     return _probe(model, units, units.full(), _probe_inputs(model))[1]
 
 
@@ -116,9 +123,9 @@ class _Surgery:
         self.model = model
         self.before: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self.classes: list[tuple[nn.Module, type]] = []
-        self.config = dict(vars(model.config))
+        self.configs = [(config, dict(vars(config))) for config in blueprint.configs(model)]
 
-    def cut(self, units: Units, structure: Structure, returns: dict[str, int]) -> None:
+    def cut(self, units: Units, structure: Structure, returns: Returns) -> None:
         lists = [site for site in units if site.kind == "layers"]
         dropped = {
             f"{site.path}.{index}"
@@ -151,8 +158,9 @@ class _Surgery:
             mapping.update(old)
         for module, cls in reversed(self.classes):
             module.__class__ = cls
-        vars(self.model.config).clear()
-        vars(self.model.config).update(self.config)
+        for config, old in self.configs:
+            vars(config).clear()
+            vars(config).update(old)
 
     def _remember(self, *mappings: dict[str, Any]) -> None:
         self.before.extend((mapping, dict(mapping)) for mapping in mappings)
@@ -160,19 +168,24 @@ class _Surgery:
     def _slice(self, site: Site, kept: tuple[int, ...]) -> None:
         for cut in site.cuts:
             module = self.model.get_submodule(cut.module)
-            self._remember(vars(module), module._parameters)
-            old = module.get_parameter(cut.tensor)
-            index = cut.indices(kept, site.size).to(old.device)
+            self._remember(vars(module), module._parameters, module._buffers)
+            old = getattr(module, cut.tensor)
+            index = cut.indices(kept, site.size, old.shape[cut.dim]).to(old.device)
             new = old.detach().index_select(cut.dim, index)
-            module._parameters[cut.tensor] = nn.Parameter(new, requires_grad=old.requires_grad)
-            if isinstance(module, nn.Linear):
-                module.out_features, module.in_features = module.weight.shape
+            if cut.tensor in module._buffers:
+                module._buffers[cut.tensor] = new
+            else:
+                module._parameters[cut.tensor] = nn.Parameter(new, requires_grad=old.requires_grad)
+            modeling_hfslim.tell_sizes(module)
+        gate = self.model.get_submodule(site.gate)
+        if isinstance(gate, Conv1D) and not kept:
+            self._become(gate, "Inputless")
         module = self.model.get_submodule(site.path)
         self._remember(vars(module))
         for name, by in site.attributes:
             setattr(module, name, by * len(kept))
 
-    def _replace(self, site: Site, kept: tuple[int, ...], returns: int) -> None:
+    def _replace(self, site: Site, kept: tuple[int, ...], returns: Settings) -> None:
         module = self.model.get_submodule(site.path)
         by = site.replacement or ("" if kept else "Headless")
         if not by:
@@ -180,12 +193,18 @@ class _Surgery:
         settings: dict[str, Any] = {}
         if not kept:
             inside = site.gate.removeprefix(f"{site.path}.")
-            settings = {"output": inside if inside != site.gate else "", "returns": returns}
-        if site.replacement:
+            settings = {"output": inside if inside != site.gate else ""}
+            settings |= returns | dict(site.headless)
+        if by == "CountedHeads":
+            settings |= {"count_field": site.count_field, "head_count": site.queries * len(kept)}
+        elif site.replacement:
             had = getattr(module, "kept_heads", None) or range(site.size)
             settings["kept_heads"] = tuple(had[i] for i in kept)
-        if by == "BiasedHeads":
+        if issubclass(modeling_hfslim.REPLACEMENTS[by], modeling_hfslim.BiasedHeads):
             settings["bias_heads"] = getattr(module, "bias_heads", 0) or site.size
+        self._become(module, by, **settings)
+
+    def _become(self, module: nn.Module, by: str, **settings: Any) -> None:
         self.classes.append((module, type(module)))
         self._remember(vars(module))
         modeling_hfslim.replace_class(module, by, **settings)
@@ -200,13 +219,15 @@ def _probe(
     units: Units,
     structure: Structure,
     inputs: Mapping[str, torch.Tensor],
-) -> tuple[torch.Tensor, dict[str, int]]:
+) -> tuple[torch.Tensor, Returns]:
     """Run the gated model; return its logits and what each attention module returns."""
-    returns: dict[str, int] = {}
+    returns: Returns = {}
 
     def note(path: str) -> Any:
         def hook(_: nn.Module, __: tuple, output: Any) -> None:
-            returns[path] = 0 if isinstance(output, torch.Tensor) else len(output)
+            returns[path] = {"returns": 0 if isinstance(output, torch.Tensor) else len(output)}
+            if isinstance(output, list):
+                returns[path]["listed"] = True
 
         return hook
 

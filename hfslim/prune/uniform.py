@@ -102,7 +102,7 @@ def _is_plain(model: PreTrainedModel, units: Units, kind: Kind) -> bool:
             gone = site.removable[which]
             kept[site.path] = ((i for i in range(site.size) if i != gone), site.size)
         structure = everything.complete(Structure.of({kind: kept}))
-        with cut_for_now(empty, everything, structure, defaultdict(int)):
+        with cut_for_now(empty, everything, structure, defaultdict(dict)):
             blueprint.describe(empty, everything, structure)
             if getattr(empty.config, "hfslim", None):
                 return False

@@ -309,8 +309,10 @@ class WeightPruningCallback(TrainerCallback, ExportableState):
             kept = self._structure.kept(site.kind, site.path)
             removed = set(range(site.size)) - set(kept)
             for cut in site.cuts if removed else ():
-                if cut.tensor == "weight":
-                    cuts.setdefault(cut.module, {})[cut.dim] = cut.indices(kept, site.size)
+                if cut.tensor == "weight" and cut.module in self._held.zeros:
+                    length = self._held.zeros[cut.module].shape[cut.dim]
+                    index = cut.indices(kept, site.size, length)
+                    cuts.setdefault(cut.module, {})[cut.dim] = index
             if site.kind == "layers":
                 gone = tuple(f"{site.path}.{index}." for index in removed)
                 for path in self._held.weights:

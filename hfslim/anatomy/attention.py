@@ -1,0 +1,182 @@
+"""Find the heads of one attention module: which tensors hold them, in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from hfslim.anatomy import families
+from hfslim.anatomy.projections import Projection
+from hfslim.anatomy.units import Cut, Refusal, Site
+
+Find = Callable[[str, Iterable[str]], Projection | None]
+"""Returns the first of some names below a path that is a projection."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How the heads of one module lie.
+
+    Attributes:
+        units: Units: heads, or groups of heads that share keys and values.
+        queries: Query heads.
+        shared: Whether all heads share the one key and value, which then stay.
+        inputs: Cuts of the query, key and value projections.
+    """
+
+    units: int
+    queries: int
+    shared: bool
+    inputs: list[Cut]
+
+
+def find_heads(path: str, module: nn.Module, config: Any, find: Find) -> Site | Refusal | None:
+    """Return the heads of a module, why it offers none, or None if it is no attention module.
+
+    Args:
+        path: Where the module is.
+        module: The module.
+        config: The model's config.
+        find: Finds projections by name.
+    """
+    known = families.attention(module)
+    field, value = known.refused_if or ("", None)
+    if known.refused and (not field or getattr(config, field, None) == value):
+        return Refusal("heads", path, known.refused)
+    output = find(path, [known.output] if known.output else families.ATTENTION_OUTPUT)
+    if output is None or not output.inputs:
+        return None
+    heads = _fused(path, module, known, find, output) or _separate(
+        path, module, known, find, output
+    )
+    if heads is None or isinstance(heads, Refusal):
+        return heads
+    size = output.inputs // heads.queries
+    for name in families.ACROSS_HEADS:
+        weight = getattr(getattr(module, name, None), "weight", None)
+        if weight is not None and heads.queries > 1 and weight.numel() > size:
+            reason = "its query and key norms run across all heads, so no head can go exactly"
+            return Refusal("heads", path, reason)
+    units, group = heads.units, heads.queries // heads.units
+    cuts = list(heads.inputs)
+    for name in (*families.PER_HEAD_ROWS, *known.rows):
+        extra = find(path, (name,))
+        if extra is not None:
+            cuts += extra.rows(extra.outputs // units)
+    for name, dim in (*families.PER_HEAD_TENSORS, *known.tensors):
+        owner, _, tensor = f"{path}.{name}".rpartition(".")
+        holder = module.get_submodule(name.rpartition(".")[0]) if _has(module, name) else None
+        if holder is not None:
+            cuts.append(Cut(owner, tensor, dim, (getattr(holder, tensor).shape[dim] // units,)))
+    return Site(
+        kind="heads",
+        path=path,
+        size=units,
+        gate=output.path,
+        width=group * size,
+        cuts=(*cuts, *output.columns(group * size)),
+        attributes=_counts(module, heads, size, known),
+        replacement=known.replacement or ("CountedHeads" if known.count_field else ""),
+        headless=known.headless,
+        count_field=known.count_field,
+        queries=group,
+        shared=heads.shared,
+        fixed=(0,) if known.keeps_one else (),
+    )
+
+
+def _separate(
+    path: str, module: nn.Module, known: families.Attention, find: Find, output: Projection
+) -> Heads | Refusal | None:
+    query, key, value = (
+        find(path, [name] if name else names)
+        for name, names in (
+            (known.query, families.QUERY),
+            (known.key, families.KEY),
+            (known.value, families.VALUE),
+        )
+    )
+    if query is None or key is None or value is None:
+        return None
+    size, count = _head_size(module), _first(module, families.QUERY_HEAD_COUNTS)
+    if known.count_field:
+        # The class that stands in already tells this module's own number.
+        count = getattr(module.config, known.count_field)
+    if known.counted or not size:
+        units = _first(module, families.KEY_HEAD_COUNTS) or count
+    else:
+        units = key.outputs // size
+    if not units:
+        return None
+    latent = value == key
+    value_size = vars(module).get("v_head_dim", 0) if latent else value.outputs // units
+    queries = output.inputs // max(value_size, 1)
+    fits = queries % units == 0 and queries and query.outputs % queries == 0
+    if not fits or output.inputs != queries * value_size:
+        reason = f"{query.outputs} query features do not fit {output.inputs} of {output.path!r}"
+        return Refusal("heads", path, reason)
+    if units == 1 and queries > 1:
+        return Heads(queries, queries, True, query.rows(query.outputs // queries))
+    projections = dict.fromkeys((query, key, value))
+    return Heads(
+        units, queries, False, [cut for p in projections for cut in p.rows(p.outputs // units)]
+    )
+
+
+def _fused(
+    path: str, module: nn.Module, known: families.Attention, find: Find, output: Projection
+) -> Heads | None:
+    names = {known.fused: known.layout} if known.fused else families.FUSED_QKV
+    fused = find(path, names)
+    if fused is None:
+        return None
+    layout = next(layout for name, layout in names.items() if fused.path.endswith(f".{name}"))
+    size, count = _head_size(module), _first(module, families.QUERY_HEAD_COUNTS)
+    if not size:
+        if not count:
+            return None
+        size = output.inputs // count
+    queries = output.inputs // size
+    units = (fused.outputs - output.inputs) // (2 * size)
+    if units == 1 and queries > 1:
+        return Heads(queries, queries, True, fused.rows(size))
+    if not units or fused.outputs != (queries + 2 * units) * size or queries % units:
+        return None
+    group = queries // units
+    if layout == "heads":
+        return Heads(units, queries, False, fused.rows((group + 2) * size))
+    return Heads(units, queries, False, fused.rows(group * size, size, size))
+
+
+def _counts(
+    module: nn.Module, heads: Heads, size: int, known: families.Attention
+) -> tuple[tuple[str, int], ...]:
+    group = heads.queries // heads.units
+    counts = dict.fromkeys(families.QUERY_HEAD_COUNTS, group)
+    if not heads.shared:
+        counts |= dict.fromkeys(families.KEY_HEAD_COUNTS, 1)
+    else:
+        counts |= dict.fromkeys(families.QUERIES_PER_KEY, 1)
+    counts |= dict.fromkeys((*families.ALL_HEADS_SIZE, *known.sizes), group * size)
+    # A name that counts something else in this family has another value.
+    return tuple((n, by) for n, by in counts.items() if vars(module).get(n) == by * heads.units)
+
+
+def _head_size(module: nn.Module) -> int:
+    return _first(module, families.HEAD_DIM)
+
+
+def _first(module: nn.Module, names: Iterable[str]) -> int:
+    values: Iterable[Any] = (vars(module).get(name) for name in names)
+    return next((value for value in values if isinstance(value, int) and value), 0)
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    for part in name.split("."):
+        module = getattr(module, part, None)  # type: ignore[assignment]
+        if module is None:
+            return False
+    return True
