@@ -33,7 +33,7 @@ def trained(student: PreTrainedModel, teacher: PreTrainedModel, folder: Path, **
 
 class KeepProjections(TrainerCallback):
     def on_train_end(self, *args: object, **kwargs: object) -> None:
-        weights = self.trainer._features.projections.state_dict()
+        weights = self.trainer.features.projections.state_dict()
         self.weights = {name: value.clone() for name, value in weights.items()}
 
 

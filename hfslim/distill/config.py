@@ -43,6 +43,9 @@ class DistillationConfig(TrainingArguments):
         teacher_dtype: Dtype of the teacher's weights, such as `bfloat16`; by default a model keeps
             its own and what is loaded gets the student's.
         teacher_subset: Whether the teacher may know labels that the student does not.
+        teacher_cache: Folder of the teacher's logits for the training data; filled before training
+            where there is none. Examples are found by what they hold, so shuffling, processes and
+            resume do not matter; what augmentation has changed is run through the teacher.
         allow_untrained_teacher: Accept a teacher with a fresh head or at chance level.
 
     Raises:
@@ -95,6 +98,9 @@ class DistillationConfig(TrainingArguments):
     teacher_subset: bool = field(
         default=False, metadata={"help": "Accept a teacher that knows more labels."}
     )
+    teacher_cache: str | None = field(
+        default=None, metadata={"help": "Folder for the teacher's logits; filled if it is new."}
+    )
     allow_untrained_teacher: bool = field(
         default=False,
         metadata={"help": "Accept a teacher with a fresh head or at chance level."},
@@ -127,7 +133,11 @@ class DistillationConfig(TrainingArguments):
         if self.relation_heads is not None and self.relation_heads < 1:
             raise ValueError(f"relation_heads is {self.relation_heads}; expected 1 or more.")
         parse_map(self.layer_map)
-        parse_weights(self.feature_losses)
+        if parse_weights(self.feature_losses) and self.teacher_cache:
+            raise ValueError(
+                "teacher_cache holds logits alone, and feature_losses need the teacher itself; "
+                "leave one of them out."
+            )
         super().__post_init__()
 
     @property

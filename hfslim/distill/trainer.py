@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
+from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import Subset
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from hfslim.checkpoint import CheckpointMixin
-from hfslim.distill.config import DistillationConfig, parse_weights
-from hfslim.distill.layers import parse_map
+from hfslim.distill.cache import KEYS, KeyedCollator, TeacherCache, fingerprint
+from hfslim.distill.config import DistillationConfig
+from hfslim.distill.feature_training import FeatureMixin
 from hfslim.distill.losses import distillation_loss
 from hfslim.distill.teacher import (
     accepted_inputs,
@@ -23,7 +28,6 @@ from hfslim.distill.teacher import (
     load_teacher,
     run_teacher,
 )
-from hfslim.distill.terms import FeatureTerms
 from hfslim.hub.trainer import HubMixin
 from hfslim.objective import MeanLossMixin, logits_of, problem_type, with_loss
 
@@ -34,7 +38,7 @@ logger = logging.get_logger(__name__)
 _EXAMPLES_TO_CHECK = 512
 
 
-class DistillationTrainer(CheckpointMixin, HubMixin, MeanLossMixin, Trainer):
+class DistillationTrainer(FeatureMixin, CheckpointMixin, HubMixin, MeanLossMixin, Trainer):
     """Trains on `(1 - alpha) · labels' loss + alpha · logit loss + Σ weight · feature loss`.
 
     All are means over the examples of an optimizer step, whatever the accumulation and number of
@@ -99,16 +103,19 @@ class DistillationTrainer(CheckpointMixin, HubMixin, MeanLossMixin, Trainer):
         self._teacher_only = accepted_inputs(loaded) - accepted_inputs(student)
         self._terms: dict[str, Tensor] = {}
         self._term_steps = 0
-        self._weights = parse_weights(args.feature_losses)
-        self._features: FeatureTerms | None = None
-        self.callback_handler.callbacks.insert(0, _EndOfStep(self))
+        self._cache: TeacherCache | None = None
+        self._from_cache = False
+        if args.teacher_cache:
+            self.data_collator = KeyedCollator(self.data_collator)
+            self._teacher_only |= {KEYS}
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Check the teacher on labelled data, then train as `transformers.Trainer.train`."""
         self._terms, self._term_steps = {}, 0
         if not self.args.allow_untrained_teacher:
             self._check_teacher()
-        self._prepare_features()
+        if self.args.teacher_cache:
+            self._cache = self._open_cache(self.args.teacher_cache)
         logger.info(f"loss = {self.args.objective}")
         parts = self.args.gradient_accumulation_steps * self.accelerator.num_processes
         if self.args.logit_loss == "dist" and parts > 1:
@@ -116,33 +123,37 @@ class DistillationTrainer(CheckpointMixin, HubMixin, MeanLossMixin, Trainer):
                 f"logit_loss='dist' correlates the examples of one batch: {parts} batches a step "
                 "are not what one large batch would be."
             )
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            self._features = None
+        return super().train(*args, **kwargs)
 
-    def _prepare_features(self) -> None:
-        args = self.args
-        if not self._weights:
-            return
-        if args.torch_compile:
-            raise ValueError(
-                "feature_losses record what layers compute, which torch.compile hides: set "
-                "torch_compile=False, or distil from logits alone."
-            )
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError(
-                "feature_losses need whole parameters on every process: use DDP, not FSDP or "
-                "DeepSpeed, or distil from logits alone."
-            )
-        self._features = FeatureTerms(
-            self.model,
-            self.teacher,
-            list(self._weights),
-            parse_map(args.layer_map),
-            args.hidden_projection,
-            args.relation_heads,
-        )
+    def _open_cache(self, folder: str) -> TeacherCache:
+        """Open the teacher cache, filled by all processes where there is none yet."""
+        precision = self.accelerator.mixed_precision
+        identity = f"{fingerprint(self.teacher, self.teacher_order)}-{precision}"
+        exists = broadcast_object_list([Path(folder).exists()])[0]
+        if not exists:
+            data: Any = self.train_dataset
+            if not hasattr(data, "__len__"):
+                raise ValueError(
+                    "teacher_cache is filled from a data set of known length, and train_dataset "
+                    "has none; leave teacher_cache out for streamed data."
+                )
+            # A data loader draws from the generator that dropout is going to use.
+            with torch.random.fork_rng(devices=[]):
+                outputs = self._teacher_outputs(data)
+                if self.accelerator.is_main_process:
+                    TeacherCache.write(folder, identity, outputs)
+                else:
+                    deque(outputs, maxlen=0)
+            self.accelerator.wait_for_everyone()
+        return TeacherCache(folder, identity)
+
+    def _teacher_outputs(self, data: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        loader = self.get_test_dataloader(data)
+        quiet = self.args.disable_tqdm or not self.accelerator.is_main_process
+        for batch in track(loader, "filling the teacher cache", total=len(loader), disable=quiet):
+            batch = self._prepare_inputs(batch)
+            pair = (batch[KEYS], self._teacher_logits(batch))
+            yield self.accelerator.gather_for_metrics(pair)
 
     def _check_teacher(self) -> None:
         data: Any = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
@@ -171,6 +182,11 @@ class DistillationTrainer(CheckpointMixin, HubMixin, MeanLossMixin, Trainer):
             check_skill(torch.cat(logits), target, problem_type(live.config, target))
 
     def _teacher_logits(self, inputs: dict[str, Any], **options: Any) -> Tensor:
+        if self._cache is not None:
+            found = self._cache.find(inputs[KEYS])
+            self._from_cache = found is not None
+            if found is not None:
+                return found
         with self.accelerator.autocast():
             return run_teacher(self.teacher, inputs, self.teacher_order, **options)
 
@@ -214,7 +230,7 @@ class DistillationTrainer(CheckpointMixin, HubMixin, MeanLossMixin, Trainer):
         """
         alpha = self._scheduled("alpha")
         labels: Any = inputs.get("labels")
-        teaches = model.training and self._progress() < 1 and (alpha > 0 or self._features)
+        teaches = model.training and self._progress() < 1 and (alpha > 0 or self.features)
         if not teaches or (labels is None and alpha < 1):
             loss, outputs = super().compute_loss(
                 model, self._for_student(inputs), True, num_items_in_batch
@@ -252,24 +268,27 @@ class DistillationTrainer(CheckpointMixin, HubMixin, MeanLossMixin, Trainer):
         for name, losses in features.items():
             part = self.share(losses, examples, local)
             self._record(f"loss_{name}", part)
-            loss = loss + factor * self._weights[name] * part
+            loss = loss + factor * self.feature_weights[name] * part
         if logits.shape[-1] > 1:
             same = (logits.argmax(-1) == taught.argmax(-1)).float()
             self._record("agreement", self.share(same, examples, local))
+        if self._cache is not None:
+            hit = torch.full_like(logits[:, 0], float(self._from_cache), dtype=torch.float32)
+            self._record("teacher_cache_hits", self.share(hit, examples, local))
         return (loss, with_loss(outputs, loss)) if return_outputs else loss
 
     def _run_both(
         self, model: nn.Module, student_inputs: dict[str, Any], inputs: dict[str, Any]
     ) -> tuple[Any, Tensor, dict[str, Tensor]]:
         """Run student and teacher: the student's outputs, the teacher's logits, feature losses."""
-        if self._features is None:
+        if self.features is None:
             return model(**student_inputs), self._teacher_logits(inputs), {}
-        mine, theirs = self._features.captures
+        mine, theirs = self.features.captures
         with mine.recording() as seen:
             outputs = model(**student_inputs, **mine.arguments)
         with theirs.recording() as shown:
             taught = self._teacher_logits(inputs, **theirs.arguments)
-        return outputs, taught, self._features.losses(seen, shown, student_inputs)
+        return outputs, taught, self.features.losses(seen, shown, student_inputs)
 
     def _progress(self) -> float:
         """Return how far distillation is, from 0 to 1 or more once it is over."""
@@ -281,25 +300,6 @@ class DistillationTrainer(CheckpointMixin, HubMixin, MeanLossMixin, Trainer):
         first = getattr(self.args, name) if start is None else start
         last = getattr(self.args, f"{name}_end")
         return first if last is None else first + (last - first) * min(self._progress(), 1.0)
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Build the optimizer of the student and of the projections of its hidden states."""
-        optimizer = super().create_optimizer(*args, **kwargs)
-        projections = list(self._features.projections.parameters()) if self._features else []
-        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if projections and id(projections[0]) not in known:
-            optimizer.add_param_group({"params": projections, "weight_decay": 0.0})
-        return optimizer
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self._features is not None and self.args.should_save:
-            self._features.save(output_dir)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self._features is not None and checkpoint is not None:
-            self._features.load(checkpoint)
 
     def _record(self, name: str, value: Tensor) -> None:
         value = value.detach()
@@ -313,20 +313,3 @@ class DistillationTrainer(CheckpointMixin, HubMixin, MeanLossMixin, Trainer):
                 logs[name] = mean.item() / self._term_steps
             self._terms, self._term_steps = {}, 0
         super().log(logs, *args, **kwargs)
-
-
-class _EndOfStep(TrainerCallback):
-    """Tells a trainer's feature losses that the gradients of a step are complete."""
-
-    def __init__(self, trainer: DistillationTrainer) -> None:
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """Average what lies outside of the wrapped model, and choose the next layer map."""
-        if self.trainer._features is not None:
-            self.trainer._features.end_step(self.trainer.accelerator)
-
-    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """Forget the projections' gradients; the Trainer forgets those of its own model alone."""
-        if self.trainer._features is not None:
-            self.trainer._features.projections.zero_grad()

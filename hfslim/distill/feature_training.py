@@ -1,0 +1,103 @@
+"""Feature losses inside a Trainer: their projections in its optimizer and its checkpoints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+from hfslim.distill.config import DistillationConfig, parse_weights
+from hfslim.distill.layers import parse_map
+from hfslim.distill.terms import FeatureTerms
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+__all__ = ["FeatureMixin"]
+
+
+class FeatureMixin(_Base):
+    """Keeps what feature losses need for the time of one training.
+
+    Projections lie outside of the student: no pruning counts them, no wrapper sees them, no export
+    holds them. They are in the optimizer, their gradients are averaged over processes, and
+    checkpoints hold them.
+    """
+
+    args: DistillationConfig
+    teacher: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.feature_weights = parse_weights(self.args.feature_losses)
+        self.features: FeatureTerms | None = None
+        # First, so that gates are still there when the map of layers is chosen.
+        self.callback_handler.callbacks.insert(0, _EndOfStep(self))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Prepare the feature losses, then train."""
+        if self.feature_weights:
+            self._check_feature_training()
+            self.features = FeatureTerms(
+                self.model,
+                self.teacher,
+                list(self.feature_weights),
+                parse_map(self.args.layer_map),
+                self.args.hidden_projection,
+                self.args.relation_heads,
+            )
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.features = None
+
+    def _check_feature_training(self) -> None:
+        if self.args.torch_compile:
+            raise ValueError(
+                "feature_losses record what layers compute, which torch.compile hides: set "
+                "torch_compile=False, or distil from logits alone."
+            )
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError(
+                "feature_losses need whole parameters on every process: use DDP, not FSDP or "
+                "DeepSpeed, or distil from logits alone."
+            )
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Build the optimizer of the student and of the projections of its hidden states."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        projections = list(self.features.projections.parameters()) if self.features else []
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if projections and id(projections[0]) not in known:
+            optimizer.add_param_group({"params": projections, "weight_decay": 0.0})
+        return optimizer
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.features is not None and self.args.should_save:
+            self.features.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.features is not None and checkpoint is not None:
+            self.features.load(checkpoint)
+
+
+class _EndOfStep(TrainerCallback):
+    """Tells a trainer's feature losses that the gradients of a step are complete."""
+
+    def __init__(self, trainer: FeatureMixin) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Average what lies outside of the wrapped model, and choose the next layer map."""
+        if self.trainer.features is not None:
+            self.trainer.features.end_step(self.trainer.accelerator)
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Forget the projections' gradients; the Trainer forgets those of its own model alone."""
+        if self.trainer.features is not None:
+            self.trainer.features.projections.zero_grad()
