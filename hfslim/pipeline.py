@@ -163,6 +163,7 @@ def _prune(work: Work, stage: Prune, entry: Entry, args: Any) -> None:
         model,
         data,
         target,
+        reconstruction=stage.reconstruction or "weights",
         max_examples=stage.max_examples,
         seed=seed,
         progress=process.is_main_process,

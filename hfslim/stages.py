@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from hfslim.distill import DistillationConfig
 from hfslim.prune.criteria import Criteria, criteria_by_kind
+from hfslim.prune.reconstruction import Reconstruction, check_reconstruction
 from hfslim.prune.schedules import Schedule
 from hfslim.prune.target import Target
 from hfslim.structure import Kind
@@ -68,14 +69,16 @@ class Prune(Stage):
     """Cut the model: at once from calibration data, or little by little while it is distilled.
 
     It is gradual where a `schedule`, `num_train_epochs` or `max_steps` is given. The target's cost
-    is that of a forward pass of `batch_size` examples.
+    is that of a forward pass of `batch_size` examples. Where nothing is said, units are scored by
+    `obs` and weights reconstructed in one go, by `fisher` and not reconstructed if it is gradual.
     """
 
     name = "prune"
     arguments = DistillationConfig
     target: Mapping[str, Any]
     units: tuple[Kind, ...] = ("heads", "neurons")
-    criterion: Criteria = "fisher"
+    criterion: Criteria | None = None
+    reconstruction: Reconstruction | None = None
     max_examples: int = 512
     batch_size: int = 1
     schedule: Schedule | None = None
@@ -87,7 +90,19 @@ class Prune(Stage):
     def __post_init__(self) -> None:
         Target.parse(self.target, self.units)
         when = "training" if self.gradual else "calibration"
+        if self.criterion is None:
+            object.__setattr__(self, "criterion", "fisher" if self.gradual else "obs")
+        assert self.criterion is not None
         criteria_by_kind(self.criterion, self.units, when)
+        if self.reconstruction is None:
+            object.__setattr__(self, "reconstruction", "none" if self.gradual else "weights")
+        assert self.reconstruction is not None
+        check_reconstruction(self.reconstruction)
+        if self.gradual and self.reconstruction != "none":
+            raise ValueError(
+                f"reconstruction {self.reconstruction!r} is for a cut in one go: training mends "
+                "the weights of a gradual one"
+            )
         if self.max_examples < 1:
             raise ValueError(f"max_examples must be at least 1, got {self.max_examples}")
         if self.batch_size < 1:

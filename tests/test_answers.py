@@ -11,7 +11,7 @@ from structures import Unchanged
 import hfslim
 from hfslim.anatomy import example_inputs
 from hfslim.measure import count_parameters, macs
-from hfslim.prune.collect import collect
+from hfslim.prune.moments import gather
 
 
 def _data(model, batches=2):
@@ -88,9 +88,9 @@ def test_a_family_is_scored_once(monkeypatch):
 
     def counted(*args):
         calls.append(args)
-        return collect(*args)
+        return gather(*args)
 
-    monkeypatch.setattr(sys.modules["hfslim.prune.steps"], "collect", counted)
+    monkeypatch.setattr(sys.modules["hfslim.prune.steps"], "gather", counted)
     _prune(tiny("bert"), family=[0.8, 0.6])
     assert len(calls) == 1
 

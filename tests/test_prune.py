@@ -64,7 +64,10 @@ def test_a_target_out_of_range_is_refused(target):
         ({"data": []}, "calibration data is empty"),
         ({"max_examples": 0}, "max_examples must be at least 1"),
         ({"data": {"input_ids": torch.ones(2, 3)}}, "data gives str where a batch is expected"),
-        ({"data": [{**TEXTS, "labels": torch.tensor([0, 3])}]}, "the model has classes 0 to 2"),
+        (
+            {"data": [{**TEXTS, "labels": torch.tensor([0, 3])}], "criterion": "fisher"},
+            "the model has classes 0 to 2",
+        ),
         ({"data": [{"input_ids": [[1, 2]]}]}, r"holds no tensors, only \['input_ids'\]"),
     ],
 )
@@ -87,7 +90,7 @@ def test_one_calibration_cuts_to_any_target():
     """A generator serves as often as a list, and copies are cut as the model itself would be."""
     model, copies = tiny("bert"), [tiny("bert"), tiny("bert")]
     units = find_units(model).of(("heads", "neurons"))
-    criteria = {"heads": "fisher", "neurons": "fisher"}
+    criteria = {"heads": "obs", "neurons": "obs"}
     calibration = calibrate(model, units, Batches(_data(model), 64), criteria, progress=False)
     for copied, kept in zip(copies, (0.8, 0.6), strict=True):
         goal = Target.parse({"parameters": kept}, ("heads", "neurons"))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -126,7 +127,7 @@ class Collector:
                 own = {(s.kind, s.path) for s in units if s.kind != "layers"}
                 scores |= importance.normalise({key: scores[key] for key in own})
         if len(used) > 1:
-            scores = _same_total(scores)
+            scores = same_total(scores)
         Scores(scores, 1).mean()
         return scores
 
@@ -208,20 +209,26 @@ def collect(
     collector = Collector(gates, criteria)
     if not collector.needs_data:
         return collector.result(model, seed, data, progress)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    with gates, evaluating(model):
+    with gates, evaluating(model), frozen(model):
         collector.start()
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        try:
-            for batch in track(data, "scoring", disable=not progress, transient=True):
-                _score(model, collector, batch)
-        finally:
-            for parameter in trainable:
-                parameter.requires_grad_(True)
+        for batch in track(data, "scoring", disable=not progress, transient=True):
+            _score(model, collector, batch)
     scores = collector.result(model, seed, data, progress)
     logger.info("scored %s on %d examples", dict(criteria), collector.scores.count)
     return scores
+
+
+@contextmanager
+def frozen(model: torch.nn.Module) -> Iterator[None]:
+    """Let no parameter ask for a gradient inside the block."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
 
 
 def _score(model: PreTrainedModel, collector: Collector, batch: Mapping[str, Any]) -> None:
@@ -252,7 +259,7 @@ def _check_labels(labels: torch.Tensor, classes: int, problem: ProblemType) -> N
             )
 
 
-def _same_total(scores: dict[Key, torch.Tensor]) -> dict[Key, torch.Tensor]:
+def same_total(scores: dict[Key, torch.Tensor]) -> dict[Key, torch.Tensor]:
     """Scale scores of different criteria so that those of each kind add up to 1."""
     totals: dict[Kind, float] = {}
     for (kind, _), value in scores.items():

@@ -68,6 +68,8 @@ class Criterion:
         activation: From what the gates multiply, to `[units]`.
         weights: From the model itself and a seed, to `[units]` by site.
         removal: From the model and batches, by removing units in turn, to `[units]` by site.
+        eliminates: Whether units are scored by removing them in turn while the others make up, from
+            second moments (`hfslim.prune.reconstruction.obs_scores`).
         labels: Whether the loss needs labels; where they are optional and missing, the model's own
             predictions stand in.
         kinds: The kinds of units that it is for.
@@ -88,6 +90,7 @@ class Criterion:
         ]
         | None
     ) = None
+    eliminates: bool = False
     labels: Labels = "unused"
     kinds: tuple[Kind, ...] = KINDS
     per_layer: bool = False
@@ -110,6 +113,11 @@ def _output_norm(seen: Seen) -> torch.Tensor:
 
 
 CRITERIA: dict[str, Criterion] = {
+    "obs": Criterion(
+        "ZipLM, Kurtic et al. 2023, arXiv 2302.04089; LLM Surgeon, arXiv 2312.17244",
+        eliminates=True,
+        when=("calibration",),
+    ),
     "fisher": Criterion(
         "Kwon et al. 2022, arXiv 2204.09656", gradient=importance.fisher, labels="optional"
     ),

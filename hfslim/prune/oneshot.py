@@ -17,6 +17,7 @@ from hfslim.prune.criteria import Criteria, criteria_by_kind
 from hfslim.prune.family import Member, PruneFamily, point
 from hfslim.prune.gates import Key
 from hfslim.prune.measured import LatencyTry
+from hfslim.prune.reconstruction import Reconstruction
 from hfslim.prune.smallest import Evaluate, MetricTry, metric_of, smallest_within
 from hfslim.prune.steps import calibrate, check_reachable, cut, decide, price
 from hfslim.prune.target import Goal, Resource, Target
@@ -56,6 +57,7 @@ def prune(
     seed: int = ...,
     progress: bool = ...,
     *,
+    reconstruction: Reconstruction = "weights",
     max_metric_drop: float | None = None,
     family: None = None,
     resource: Resource | None = None,
@@ -76,6 +78,7 @@ def prune(
     seed: int = ...,
     progress: bool = ...,
     *,
+    reconstruction: Reconstruction = "weights",
     max_metric_drop: None = None,
     family: Sequence[float],
     resource: Resource | None = None,
@@ -89,12 +92,13 @@ def prune(
     data: Iterable[Mapping[str, Any]],
     target: Mapping[str, Any] | None = None,
     units: Sequence[Kind] = ("heads", "neurons"),
-    criterion: Criteria = "fisher",
+    criterion: Criteria = "obs",
     inputs: Stated | None = None,
     max_examples: int = 512,
     seed: int = 0,
     progress: bool = True,
     *,
+    reconstruction: Reconstruction = "weights",
     max_metric_drop: float | None = None,
     family: Sequence[float] | None = None,
     resource: Resource | None = None,
@@ -104,9 +108,9 @@ def prune(
     """Cut a trained classifier without training: to a target, or as far as a metric allows.
 
     Scores every unit on calibration data, searches the structure of greatest importance that meets
-    the target, and shrinks the model to it, in place. Under several processes all ranks get the
-    same structure, from the examples of all. What is asked for is one of `target`,
-    `max_metric_drop` and `family`.
+    the target, lets the weights that stay make up for those that go, and shrinks the model, in
+    place. Under several processes all ranks get the same model, from the examples of all. What is
+    asked for is one of `target`, `max_metric_drop` and `family`.
 
     Args:
         model: The classifier; not a wrapper around it.
@@ -123,6 +127,9 @@ def prune(
         max_examples: Calibration examples to use at most, on each rank.
         seed: Seed of whatever is drawn.
         progress: Whether to show a progress bar.
+        reconstruction: How the projections behind heads and neurons make up for what goes:
+            `weights` solves for all their weights by least squares, `scales` for one factor per
+            unit that stays, `none` leaves them.
         max_metric_drop: How much lower what `evaluate` returns may get, absolutely. The smallest
             model that stays within it is found by six evaluations. Hold data out from `evaluate`
             to check the promise on.
@@ -154,7 +161,7 @@ def prune(
     costs = price(model, sites, goal.targets[0], inputs, progress)
     for one in goal.targets:
         check_reachable(sites, one, costs, uniform)
-    calibration = calibrate(model, sites, batches, criteria, seed, progress)
+    calibration = calibrate(model, sites, batches, criteria, seed, progress, reconstruction)
 
     def found(one: Target) -> tuple[Structure, tuple[LatencyTry, ...]]:
         return decide(model, calibration, one, costs, inputs, uniform)

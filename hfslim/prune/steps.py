@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from hfslim.anatomy import Stated, Units, stated_inputs
+from hfslim.anatomy import Stated, Units, find_units, stated_inputs
 from hfslim.prune import costs as pricing
 from hfslim.prune.batches import Batches
-from hfslim.prune.collect import collect
+from hfslim.prune.collect import collect, same_total
+from hfslim.prune.criteria import CRITERIA
 from hfslim.prune.gates import Key
 from hfslim.prune.latency import LatencyTable
 from hfslim.prune.measured import LatencyTry, search_measured
+from hfslim.prune.moments import Moments, gather, projection
+from hfslim.prune.reconstruction import (
+    Reconstruction,
+    check_reconstruction,
+    obs_scores,
+    reconstructed,
+)
 from hfslim.prune.search import search
 from hfslim.prune.surgery import shrink
 from hfslim.prune.target import Target
@@ -38,11 +46,15 @@ class Calibration:
         units: The sites that may lose units.
         scores: Importance of every unit by site, `[units]`.
         batches: The data.
+        moments: Second moments of what goes into the projections behind heads and neurons.
+        reconstruction: How the weights that stay make up for what goes.
     """
 
     units: Units
     scores: Mapping[Key, torch.Tensor]
     batches: Batches
+    moments: Mapping[Key, Moments] = field(default_factory=dict)
+    reconstruction: Reconstruction = "none"
 
 
 def calibrate(
@@ -52,6 +64,7 @@ def calibrate(
     criteria: Mapping[Kind, str],
     seed: int = 0,
     progress: bool = True,
+    reconstruction: Reconstruction = "weights",
 ) -> Calibration:
     """Score the units of a model: the slow part of pruning, done once for any number of targets.
 
@@ -62,11 +75,49 @@ def calibrate(
         criteria: The criterion of each kind of unit.
         seed: Seed of whatever is drawn.
         progress: Whether to show a progress bar.
+        reconstruction: How the weights that stay are to make up for what goes.
 
     Raises:
-        ValueError: The data is empty or does not fit, or scores are not finite.
+        ValueError: The data is empty or does not fit, scores are not finite, or `reconstruction` is
+            unknown.
     """
-    return Calibration(units, collect(model, units, batches, criteria, seed, progress), batches)
+    check_reconstruction(reconstruction)
+    eliminated = [kind for kind, name in criteria.items() if CRITERIA[name].eliminates]
+    around = find_units(model) if "layers" in eliminated else units
+    projected = _projected(model, around, needed=bool(eliminated))
+    moments: dict[Key, Moments] = {}
+    scores: dict[Key, torch.Tensor] = {}
+    if eliminated or (reconstruction != "none" and len(projected)):
+        moments = gather(model, projected, batches, progress)
+    if eliminated:
+        every = obs_scores(model, around, moments)
+        scores = {key: value for key, value in every.items() if key[0] in eliminated}
+    others = {kind: name for kind, name in criteria.items() if kind not in eliminated}
+    if others:
+        scores |= collect(model, units.of(others), batches, others, seed, progress)
+    if eliminated and others:
+        scores = same_total(scores)
+    return Calibration(units, scores, batches, moments, reconstruction)
+
+
+def _projected(model: PreTrainedModel, units: Units, needed: bool) -> Units:
+    """Return the sites whose units meet a weight matrix, and tell of the others.
+
+    Raises:
+        ValueError: There are others, and scores need them.
+    """
+    sites = []
+    for site in units:
+        if site.kind == "layers":
+            continue
+        try:
+            projection(model, site)
+            sites.append(site)
+        except ValueError as error:
+            if needed:
+                raise ValueError(f"criterion obs: {error}; use criterion='fisher'") from error
+            logger.warning("%s, so its weights are not reconstructed", error)
+    return Units(tuple(sites))
 
 
 def decide(
@@ -113,7 +164,10 @@ def cut(model: PreTrainedModel, structure: Structure, calibration: Calibration) 
     Raises:
         RuntimeError: The cut model would not equal the gated one. The model is unchanged.
     """
-    shrink(model, structure)
+    structure = calibration.units.complete(structure)
+    how = calibration.reconstruction
+    with reconstructed(model, calibration.units, structure, calibration.moments, how):
+        shrink(model, structure)
 
 
 def price(

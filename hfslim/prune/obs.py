@@ -1,0 +1,146 @@
+"""Remove units one by one at the least cost while the others make up for them.
+
+Optimal Brain Surgeon (Hassibi and Stork 1993) for whole units of a projection `y = W x`, as in
+ZipLM (Kurtic et al. 2023, arXiv 2302.04089), with the error measured by the curvature of the loss
+in the outputs, as in LLM Surgeon (van der Ouderaa et al. 2023, arXiv 2312.17244).
+"""
+
+from __future__ import annotations
+
+import torch
+
+PANEL = 64
+"""Columns of updates that are gathered before the matrices change."""
+
+
+def eliminate(
+    second: torch.Tensor, metric: torch.Tensor, width: int = 1
+) -> tuple[list[int], torch.Tensor]:
+    """Find the order in which units of a projection go, always the one that costs least.
+
+    Removing the columns `S` of `W`, with the best change of the others, costs
+    `tr((A_SS)⁻¹ B_SS)`, where `A = H⁻¹` and `B = Wᵀ G W`. Then `A` becomes
+    `A − A_S (A_SS)⁻¹ A_Sᵀ` and `W` becomes `W − W_S (A_SS)⁻¹ A_Sᵀ`; of `W` only `B` is needed.
+
+    Args:
+        second: `H`, second moments of the inputs, positive definite, `[units · width]²`, float64.
+        metric: `B`, the same shape.
+        width: Inputs per unit.
+
+    Returns:
+        The units, the first to go first, and what each adds to the error when it goes, `[units]`.
+
+    Examples:
+        Two inputs are copies of one another but for a little noise, so one of them goes for free:
+
+        >>> second = torch.tensor([[1.01, 1.0, 0.0], [1.0, 1.01, 0.0], [0.0, 0.0, 1.0]]).double()
+        >>> order, costs = eliminate(second, torch.ones(3, 3).double())
+        >>> order, [round(c, 3) for c in costs.tolist()]
+        ([0, 2, 1], [0.02, 1.0, 4.0])
+    """
+    size = len(second) // width
+    a = torch.linalg.inv(second)
+    a, b = (a + a.T) / 2, metric.clone()
+    blocks_a, blocks_b = _diagonal_blocks(a, width), _diagonal_blocks(b, width)
+    units = torch.arange(size, device=a.device)
+    gone = torch.zeros(size, dtype=torch.bool, device=a.device)
+    pending = a.new_empty(3, len(a), max(PANEL // width, 1) * width)
+    filled = 0
+    order: list[int] = []
+    costs = []
+    for _ in range(size):
+        price = _traces(blocks_a, blocks_b).masked_fill(gone, float("inf"))
+        unit = int(price.argmin())
+        costs.append(price[unit])
+        order.append(int(units[unit]))
+        gone[unit] = True
+        here = slice(unit * width, (unit + 1) * width)
+        change, of_a, of_b = pending[:, :, :filled]
+        a_s = a[:, here] - change @ of_a[here].T
+        b_s = b[:, here] - change @ of_b[here].T - of_b @ change[here].T
+        step = a_s @ torch.linalg.inv(a_s[here])
+        half = b_s - step @ b_s[here] / 2
+        pending[:, :, filled : filled + width] = torch.stack([step, a_s, half])
+        filled += width
+        by_unit = [x.reshape(-1, width, width) for x in (step, a_s, half)]
+        blocks_a = blocks_a - by_unit[0] @ by_unit[1].mT
+        twice = by_unit[0] @ by_unit[2].mT
+        blocks_b = blocks_b - twice - twice.mT
+        blocks_a[gone] = torch.eye(width, dtype=a.dtype, device=a.device)
+        if filled == pending.shape[2]:
+            change, of_a, of_b = pending
+            a = a - change @ of_a.T
+            both = change @ of_b.T
+            b = b - both - both.T
+            left = ~gone
+            columns = left.repeat_interleave(width)
+            a, b = a[columns][:, columns], b[columns][:, columns]
+            blocks_a, blocks_b = blocks_a[left], blocks_b[left]
+            units, gone = units[left], gone[left]
+            pending = pending[:, : len(a)].clone()
+            filled = 0
+    return order, torch.stack(costs)
+
+
+def refit(weight: torch.Tensor, second: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Solve for the weights that keep a projection's output best when some inputs are gone.
+
+    The least squares solution `W H_{:,K} (H_KK)⁻¹`, which equals the sum of all OBS updates.
+
+    Args:
+        weight: `W`, `[outputs, inputs]`.
+        second: `H`, second moments of the inputs, positive definite, `[inputs, inputs]`.
+        kept: Numbers of the inputs that stay, `[kept]`.
+
+    Returns:
+        The weights, 0 where the input is gone, `[outputs, inputs]`.
+
+    Examples:
+        >>> second = torch.tensor([[1.0, 1.0], [1.0, 2.0]])
+        >>> refit(torch.tensor([[3.0, 1.0]]), second, torch.tensor([0]))
+        tensor([[4., 0.]])
+    """
+    result = torch.zeros_like(weight)
+    if len(kept):
+        target = (weight @ second)[:, kept]
+        result[:, kept] = torch.linalg.solve(second[kept][:, kept], target.T).T
+    return result
+
+
+def rescale(
+    weight: torch.Tensor, second: torch.Tensor, kept: torch.Tensor, width: int = 1
+) -> torch.Tensor:
+    """Solve for one factor per kept unit that keeps a projection's output best.
+
+    Least squares over the units' outputs `W_u x_u`, which need not be seen: their inner products
+    follow from `W` and `H`. (Kwon et al. 2022, arXiv 2204.09656, section 4.3.)
+
+    Args:
+        weight: `W`, `[outputs, inputs]`.
+        second: `H`, second moments of the inputs, `[inputs, inputs]`.
+        kept: Numbers of the units that stay.
+        width: Inputs per unit.
+
+    Returns:
+        The factors, `[kept]`.
+
+    Examples:
+        >>> second = torch.tensor([[1.0, 1.0], [1.0, 2.0]])
+        >>> rescale(torch.tensor([[3.0, 1.0]]), second, torch.tensor([0]))
+        tensor([1.3333])
+    """
+    units = len(second) // width
+    products = (weight.T @ weight * second).reshape(units, width, units, width).sum((1, 3))
+    return torch.linalg.solve(products[kept][:, kept], products[kept].sum(1))
+
+
+def _diagonal_blocks(matrix: torch.Tensor, width: int) -> torch.Tensor:
+    units = len(matrix) // width
+    blocks = matrix.reshape(units, width, units, width)
+    return blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0).clone()
+
+
+def _traces(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    if a.shape[-1] == 1:
+        return (b / a).flatten()
+    return torch.linalg.solve(a, b).diagonal(dim1=1, dim2=2).sum(-1)
