@@ -13,6 +13,7 @@ from transformers import TrainingArguments, set_seed
 
 from hfslim.checkpoint import SlimTrainer
 from hfslim.distill import DistillationConfig, DistillationTrainer
+from hfslim.distill.teacher import split_revision
 from hfslim.hub.card import RECIPE
 from hfslim.hub.push import check_login, push
 from hfslim.manifest import Entry, Manifest
@@ -181,7 +182,8 @@ def _prune(work: Work, stage: Prune, entry: Entry, args: Any) -> None:
 def _measure(work: Work, stage: Measure, entry: Entry, args: Any) -> None:
     task, folder = TASKS[work.recipe.task], work.manifest.folder / entry.folder
     origin = work.whole or work.recipe.teacher or _last_teacher(work.recipe)
-    before = task.auto_model.from_pretrained(origin)
+    source, revision = split_revision(str(origin))
+    before = task.auto_model.from_pretrained(source, revision=revision)
     after = task.auto_model.from_pretrained(work.source)
     teacher = known_metrics(work, origin) or work.evaluate(before)
     now = known_metrics(work, work.source) or work.evaluate(after)

@@ -38,10 +38,15 @@ class Origin:
 
     @classmethod
     def of_model(cls, source: str) -> Origin:
-        """Tell what a model is that was loaded from a Hub id, at which commit, or from a folder."""
+        """Tell what a model is that was loaded from a folder, or from a Hub id, at which commit.
+
+        Args:
+            source: Folder, Hub id, or Hub id with a revision as `id@revision`.
+        """
         if Path(source).exists():
             return cls(Path(source).resolve().name)
-        found = try_to_load_from_cache(source, "config.json")
+        source, _, asked = source.partition("@")
+        found = try_to_load_from_cache(source, "config.json", revision=asked or None)
         revision = Path(found).parent.name if isinstance(found, str) else None
         return cls(source, on_hub=True, revision=revision)
 

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from hfslim.anatomy import find_units
-from hfslim.distill.teacher import align_labels
+from hfslim.distill.teacher import align_labels, split_revision
 from hfslim.manifest import Entry, Manifest
 from hfslim.prune.steps import check_reachable, price
 from hfslim.prune.target import Target
@@ -85,8 +85,10 @@ class Work(Workbench):
             if isinstance(stage, Distil | Recover) or (isinstance(stage, Prune) and stage.gradual):
                 teacher = stage.teacher or self.recipe.teacher
                 if teacher:
+                    source, revision = split_revision(teacher)
                     with explained(f"teacher {teacher!r}"):
-                        align_labels(own, AutoConfig.from_pretrained(teacher))
+                        config = AutoConfig.from_pretrained(source, revision=revision)
+                        align_labels(own, config, stage.training.get("teacher_subset", False))
 
     def check_target(self) -> None:
         """Refuse a target of the first cut that the model cannot reach, before it is trained.

@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 import torch
 from models import tiny
-from transformers import BertConfig, BertForSequenceClassification, BertModel
+from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizer
 
+from hfslim import DistillationConfig, DistillationTrainer
 from hfslim.distill.teacher import (
     UntrainedTeacherError,
     align_labels,
@@ -177,3 +178,20 @@ def test_a_revision_is_what_the_hub_cache_is_asked_for(
     for source, seed in (("user/teacher", 0), ("user/teacher@v2", 1)):
         weight = load_teacher(source, student).classifier.weight
         assert torch.equal(weight, tiny("bert", seed=seed).classifier.weight)
+
+
+def tokenizer(*words: str) -> BertTokenizer:
+    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    return BertTokenizer(vocab={word: i for i, word in enumerate((*special, *words))})
+
+
+def test_a_teacher_that_reads_ids_as_other_words_is_refused(tmp_path: Path) -> None:
+    student, own = tiny("bert"), tokenizer("good", "bad")
+    settings = DistillationConfig(str(tmp_path), use_cpu=True, allow_untrained_teacher=True)
+    for folder, words in (("same", ("good", "bad")), ("other", ("bad", "good"))):
+        tiny("bert", seed=1).save_pretrained(tmp_path / folder)
+        tokenizer(*words).save_pretrained(tmp_path / folder)
+    parts = {"args": settings, "processing_class": own}
+    DistillationTrainer(student, teacher=str(tmp_path / "same"), **parts)
+    with pytest.raises(ValueError, match=r"2 of 7 tokens have other ids.*'bad', 'good'"):
+        DistillationTrainer(student, teacher=str(tmp_path / "other"), **parts)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from hfslim.distill.auto import auto_class, base_of
@@ -21,6 +21,7 @@ __all__ = [
     "UntrainedTeacherError",
     "align_labels",
     "check_skill",
+    "check_vocabulary",
     "load_teacher",
     "run_teacher",
     "split_revision",
@@ -120,6 +121,32 @@ def split_revision(name: str) -> tuple[str, str]:
         return name, "main"
     source, _, revision = name.partition("@")
     return source, revision or "main"
+
+
+def check_vocabulary(teacher: str, tokenizer: Any) -> None:
+    """Refuse a teacher that would read the student's token ids as other tokens.
+
+    Args:
+        teacher: Hub id or folder; without a tokenizer there, nothing is known and nothing refused.
+        tokenizer: The student's.
+
+    Raises:
+        ValueError: The two tokenizers give ids to other tokens.
+    """
+    source, revision = split_revision(teacher)
+    try:
+        other = AutoTokenizer.from_pretrained(source, revision=revision)
+    except (OSError, ValueError):
+        return
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    if ours != theirs:
+        differing = sorted(token for token in ours if theirs.get(token) != ours[token])
+        raise ValueError(
+            f"The teacher {teacher} has another vocabulary than the student: "
+            f"{len(differing)} of {len(ours)} tokens have other ids there, such as "
+            f"{differing[:3] or sorted(set(theirs) - set(ours))[:3]}. It would read the student's "
+            "ids as other words; choose a teacher with the student's tokenizer."
+        )
 
 
 def _fresh_head(model: Any) -> str | None:

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import Subset
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.utils import logging
 
 from hfslim.checkpoint import CheckpointMixin
@@ -25,6 +25,7 @@ from hfslim.distill.teacher import (
     accepted_inputs,
     align_labels,
     check_skill,
+    check_vocabulary,
     load_teacher,
     run_teacher,
 )
@@ -93,12 +94,8 @@ class DistillationTrainer(FeatureMixin, CheckpointMixin, HubMixin, MeanLossMixin
         self.teacher_order = align_labels(student.config, loaded.config, args.teacher_subset)
         if student.config.problem_type is None:
             student.config.problem_type = loaded.config.problem_type
-        sizes = [getattr(one.config, "vocab_size", None) for one in (student, loaded)]
-        if student.main_input_name == "input_ids" and sizes[0] != sizes[1]:
-            logger.warning(
-                f"Student and teacher have vocabularies of {sizes[0]} and {sizes[1]}; the teacher "
-                "reads the student's token ids, so both must come from one tokenizer."
-            )
+        if student.main_input_name == "input_ids":
+            self._check_vocabulary(teacher, student, loaded)
         self.teacher = loaded.to(args.device)
         self._teacher_only = accepted_inputs(loaded) - accepted_inputs(student)
         self._terms: dict[str, Tensor] = {}
@@ -124,6 +121,17 @@ class DistillationTrainer(FeatureMixin, CheckpointMixin, HubMixin, MeanLossMixin
                 "are not what one large batch would be."
             )
         return super().train(*args, **kwargs)
+
+    def _check_vocabulary(self, teacher: Any, student: Any, loaded: Any) -> None:
+        tokenizer = self.processing_class
+        if isinstance(teacher, str | PathLike) and isinstance(tokenizer, PreTrainedTokenizerBase):
+            check_vocabulary(str(teacher), tokenizer)
+        sizes = [getattr(one.config, "vocab_size", None) for one in (student, loaded)]
+        if sizes[0] != sizes[1]:
+            logger.warning(
+                f"Student and teacher have vocabularies of {sizes[0]} and {sizes[1]}; the teacher "
+                "reads the student's token ids, so both must come from one tokenizer."
+            )
 
     def _open_cache(self, folder: str) -> TeacherCache:
         """Open the teacher cache, filled by all processes where there is none yet."""
