@@ -16,6 +16,7 @@ _HOMES = {
     "SlimTrainer": "hfslim.checkpoint",
     "Structure": "hfslim.structure",
     "WeightPruningCallback": "hfslim.prune",
+    "export": "hfslim.export",
     "find_units": "hfslim.anatomy",
     "gated": "hfslim.prune",
     "measure": "hfslim.measure",

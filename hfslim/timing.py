@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,13 @@ __all__ = [
     "PairedLatency",
     "describe_inputs",
     "evaluating",
+    "in_turn",
     "latency",
+    "paired",
     "paired_latency",
     "placed",
+    "summarise",
+    "wall_seconds",
 ]
 
 Inputs = Mapping[str, Any]
@@ -107,16 +111,24 @@ def paired_latency(
         ValueError: `calls` is less than 1, or the inputs hold no tensor.
     """
     first, second = _interleaved([before, after], inputs, calls, warmup)
+    return paired(first, second, _summary(before, inputs, first), _summary(after, inputs, second))
+
+
+def paired(first: np.ndarray, second: np.ndarray, before: Latency, after: Latency) -> PairedLatency:
+    """Tell how much faster the second of two is, with a bootstrap interval over pairs of calls.
+
+    Args:
+        first: Seconds of each call of the first, `[calls]`.
+        second: Seconds of each call of the second, taken in turn with the first, `[calls]`.
+        before: Summary of the first.
+        after: Summary of the second.
+    """
+    calls = len(first)
     resampled = np.random.default_rng(0).integers(0, calls, size=(2000, calls))
     ratios = np.median(first[resampled], axis=1) / np.median(second[resampled], axis=1)
     low, high = np.percentile(ratios, [2.5, 97.5])
-    return PairedLatency(
-        before=_summary(before, inputs, first),
-        after=_summary(after, inputs, second),
-        speedup=float(np.median(first) / np.median(second)),
-        low=float(low),
-        high=float(high),
-    )
+    speedup = float(np.median(first) / np.median(second))
+    return PairedLatency(before, after, speedup, float(low), float(high))
 
 
 def describe_inputs(inputs: Inputs) -> str:
@@ -188,31 +200,49 @@ def placed(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
 def _interleaved(
     models: list[nn.Module], inputs: Inputs, calls: int, warmup: int
 ) -> list[np.ndarray]:
+    clocks = [_clock(model, placed(model, inputs)) for model in models]
+    with evaluating(*models):
+        return in_turn(clocks, calls, warmup)
+
+
+def in_turn(clocks: Sequence[Callable[[], float]], calls: int, warmup: int) -> list[np.ndarray]:
+    """Take the times of several things in turn, call by call.
+
+    Args:
+        clocks: Each does its thing once and returns the seconds that it took.
+        calls: Number of timed calls of each.
+        warmup: Number of calls of each before the first timed one.
+
+    Returns:
+        Seconds by clock, `[calls]`.
+
+    Raises:
+        ValueError: `calls` is less than 1.
+    """
     if calls < 1:
         raise ValueError(f"calls={calls} was given, at least 1 timed call was expected.")
-    clocks = [_clock(model, placed(model, inputs)) for model in models]
-    seconds = np.empty((len(models), calls))
-    with evaluating(*models):
-        for _ in range(warmup):
-            for clock in clocks:
-                clock()
-        for call in range(calls):
-            # Each goes first in turn, so that neither always finds the other's data in the caches.
-            order = range(len(models)) if call % 2 == 0 else reversed(range(len(models)))
-            for index in order:
-                seconds[index, call] = clocks[index]()
+    seconds = np.empty((len(clocks), calls))
+    for _ in range(warmup):
+        for clock in clocks:
+            clock()
+    for call in range(calls):
+        # Each goes first in turn, so that neither always finds the other's data in the caches.
+        order = range(len(clocks)) if call % 2 == 0 else reversed(range(len(clocks)))
+        for index in order:
+            seconds[index, call] = clocks[index]()
     return list(seconds)
 
 
 def _clock(model: nn.Module, inputs: dict[str, Any]) -> Callable[[], float]:
     if _reference(model).device.type == "cuda":
         return lambda: _cuda_seconds(model, inputs)
-    return lambda: _wall_seconds(model, inputs)
+    return lambda: wall_seconds(model, inputs)
 
 
-def _wall_seconds(model: nn.Module, inputs: dict[str, Any]) -> float:
+def wall_seconds(run: Callable[..., Any], inputs: Mapping[str, Any]) -> float:
+    """Call once and return the seconds by the wall clock."""
     start = time.perf_counter()
-    model(**inputs)
+    run(**inputs)
     return time.perf_counter() - start
 
 
@@ -233,7 +263,12 @@ def _summary(model: nn.Module, inputs: Inputs, seconds: np.ndarray) -> Latency:
     device = str(reference.device)
     if reference.device.type == "cuda":
         device = f"{device} ({torch.cuda.get_device_name(reference.device)})"
-    batch_size = len(next(iter(_tensors(inputs).values())))
+    dtype = str(reference.dtype).removeprefix("torch.")
+    return summarise(seconds, len(next(iter(_tensors(inputs).values()))), dtype, device)
+
+
+def summarise(seconds: np.ndarray, batch_size: int, dtype: str, device: str) -> Latency:
+    """Sum up the times of calls, `[calls]`, with what is needed to read them."""
     return Latency(
         p50_ms=float(np.percentile(seconds, 50) * 1000),
         p95_ms=float(np.percentile(seconds, 95) * 1000),
@@ -241,6 +276,6 @@ def _summary(model: nn.Module, inputs: Inputs, seconds: np.ndarray) -> Latency:
         batch_size=batch_size,
         calls=len(seconds),
         threads=torch.get_num_threads(),
-        dtype=str(reference.dtype).removeprefix("torch."),
+        dtype=dtype,
         device=device,
     )
