@@ -170,9 +170,18 @@ def load_recipe(path: str | Path, arguments: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(raw.get("stages", []), list):
         raise RecipeError("stages: expected a list, such as `- transfer: {num_train_epochs: 3}`")
+    override(raw, arguments)
+    return parse_recipe(raw)
+
+
+def override(raw: dict[str, Any], arguments: Sequence[str]) -> None:
+    """Set keys of a nested mapping, as YAML gives it, by the command line's `--key value` pairs.
+
+    Raises:
+        RecipeError: They are not pairs, or name a stage that is not there.
+    """
     for key, value in _pairs(arguments):
         _override(raw, key.split("."), value, key)
-    return parse_recipe(raw)
 
 
 def parse_recipe(raw: Mapping[str, Any]) -> Recipe:

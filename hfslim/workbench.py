@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
@@ -11,8 +11,15 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import torch
 from accelerate import PartialState
+from rich.progress import track
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    EvalPrediction,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
 
 from hfslim.anatomy import example_inputs
 from hfslim.checkpoint import SlimTrainer
@@ -20,19 +27,20 @@ from hfslim.distill.teacher import accepted_inputs
 from hfslim.schema import RecipeError
 from hfslim.tasks import TASKS, DataConfig, Examples, Task, build_model, compute_metrics, load_model
 from hfslim.tasks.metrics import decide, usual_metric
+from hfslim.timing import evaluating, placed
 
 
 class Predictions(NamedTuple):
     """What a model says of the evaluation examples.
 
     Attributes:
-        metrics: The metric and the loss.
+        value: The metric.
         logits: `[examples, classes]`.
         decided: Class names `[examples]`, 0/1 vectors `[examples, classes]` in the order of the
             data's labels, or values `[examples]`.
     """
 
-    metrics: dict[str, float]
+    value: float
     logits: np.ndarray
     decided: np.ndarray
 
@@ -150,21 +158,51 @@ class Workbench:
 
     def metrics(self, trainer: Trainer) -> dict[str, float]:
         """Return the metric and the loss of a Trainer's model."""
-        return self._own(trainer.evaluate())
+        result = trainer.evaluate()
+        return {name: result[f"eval_{name}"] for name in (self.metric, "loss")}
 
-    def predict(self, model: PreTrainedModel) -> Predictions:
-        """Return what a model says of each evaluation example, in their order."""
-        trainer = SlimTrainer(model=model, args=self.evaluation, **self.trainer_parts())
-        output = trainer.predict(self.eval, metric_key_prefix="eval")
-        logits: Any = output.predictions
-        logits = logits[0] if isinstance(logits, tuple) else logits
+    def predict(self, model: Any, progress: bool = False) -> Predictions:
+        """Return what a model says of each evaluation example, in their order.
+
+        Args:
+            model: The model, which is moved to the device of evaluations, or anything else that
+                takes its inputs by name and returns `logits`.
+            progress: Whether to show a progress bar.
+        """
         labels = self.examples.labels
-        decided = decide(logits, labels.problem)
+        logits, references = [], []
+        batches = self.batches(self.eval, self.evaluation.per_device_eval_batch_size)
+        with self._running(model) as run:
+            for batch in track(batches, "predicting", disable=not progress, transient=True):
+                references.append(batch.pop("labels"))
+                logits.append(run(batch).logits.float().cpu())
+        scores = torch.cat(logits).numpy()
+        measured = compute_metrics(self.metric, labels.problem, len(labels.names))(
+            EvalPrediction(predictions=scores, label_ids=torch.cat(references).numpy())
+        )
+        decided = decide(scores, labels.problem)
         if labels.problem == "single_label_classification":
             decided = np.asarray(labels.names)[decided]
         elif labels.problem == "multi_label_classification":
             decided = decided[:, np.argsort(labels.names)]
-        return Predictions(self._own(output.metrics or {}), logits, decided)
+        return Predictions(measured[self.metric], scores, decided)
+
+    @contextmanager
+    def _running(self, model: Any) -> Iterator[Callable[[dict[str, Any]], Any]]:
+        if not isinstance(model, PreTrainedModel):
+            yield lambda batch: model(**batch)
+            return
+        torch.nn.Module.to(model, self.evaluation.device)
+        accepted = accepted_inputs(model)
+        with evaluating(model):
+            yield lambda batch: model(
+                **placed(model, {key: value for key, value in batch.items() if key in accepted})
+            )
+
+    def batches(self, examples: Any, size: int) -> DataLoader[Any]:
+        """Return examples in batches, as the collator makes them."""
+        collator = self.task.collator(self.data, self.processor)
+        return DataLoader(examples, batch_size=size, collate_fn=collator)
 
     def calibration(self, model: PreTrainedModel, size: int) -> Iterator[dict[str, torch.Tensor]]:
         """Yield this process's share of the batches that units are scored on."""
@@ -172,16 +210,9 @@ class Workbench:
         chosen = self.train.shuffle(seed=self.seed)
         chosen = chosen.select(range(min(size, len(chosen))))
         accepted = accepted_inputs(model)
-        loader: DataLoader[Any] = DataLoader(
-            chosen.shard(process.num_processes, process.process_index),
-            batch_size=self.evaluation.per_device_train_batch_size,
-            collate_fn=self.trainer_parts()["data_collator"],
-        )
-        for batch in loader:
+        share = chosen.shard(process.num_processes, process.process_index)
+        for batch in self.batches(share, self.evaluation.per_device_train_batch_size):
             yield {key: value for key, value in batch.items() if key in accepted}
-
-    def _own(self, result: Mapping[str, float]) -> dict[str, float]:
-        return {name: result[f"eval_{name}"] for name in (self.metric, "loss")}
 
 
 def agreement(first: Predictions, second: Predictions) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hub_server import Hub, serve
 from standins import image_model, text_file, text_model
 
 from hfslim.cli import main
@@ -35,6 +37,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     image_model(folder / "vit")
     text_file(folder / "train.csv", rows=16)
     text_file(folder / "held.csv", rows=10)
+    (folder / "empty").mkdir()
     return folder
 
 
@@ -67,7 +70,10 @@ def test_help_is_there_before_anything_heavy_is_loaded() -> None:
     assert loaded & {"torch", "transformers", "datasets", "numpy"} == set()
 
 
-VERBS = ("run", "inspect", "measure", "compare")
+VERBS = (
+    *("run", "prune", "inspect", "measure", "compare"),
+    *("export", "card", "push", "families"),
+)
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -97,6 +103,46 @@ MISTAKES = {
     "a picture of no kind": (("inspect", "model", "--picture", "a.bmp"), 2, ".svg"),
     "an unknown metric": (("compare", "model", "other", *DATA, "--metric", "acc"), 2, "'accuracy'"),
     "data of another kind": (("inspect", "vit", *DATA), 1, "no column 'image or img'"),
+    "a target that is no pair": (
+        ("prune", "model", "--target", "half", *DATA, "--output", "new"),
+        2,
+        "expected KEY=VALUE, got 'half'",
+    ),
+    "an unknown target": (
+        ("prune", "model", "--target", "mac=0.5", *DATA, "--output", "new"),
+        2,
+        "'macs'",
+    ),
+    "an unknown key of a stage": (
+        ("prune", "model", "--target", "macs=0.5", *DATA, "--output", "new", "--schedul", "cubic"),
+        2,
+        "did you mean 'schedule'?",
+    ),
+    "no data to prune on": (
+        ("prune", "model", "--target", "macs=0.5", "--output", "new"),
+        2,
+        "--data",
+    ),
+    "a target out of reach": (
+        ("prune", "model", "--target", "macs=0.001", *DATA, "--output", "new"),
+        2,
+        "target",
+    ),
+    "an output that is there": (
+        ("prune", "model", "--target", "macs=0.5", *DATA, "--output", "vit"),
+        1,
+        "'vit' is there and not empty",
+    ),
+    "an unknown format": (("export", "model", "--format", "onxx", "-o", "new"), 2, "'onnx'"),
+    "int8 for torch": (
+        ("export", "model", "--format", "torch-export", "--int8", "-o", "new"),
+        2,
+        "int8 is for onnx",
+    ),
+    "a card for nothing": (("card", "empty"), 1, "empty"),
+    "a folder that is not there": (("push", "none", "you/model"), 2, "'none' does not exist"),
+    "an id that the Hub has not": (("push", "model", "you/a/b"), 2, "you/a/b"),
+    "an unknown task": (("families", "--task", "video"), 2, "'text'"),
     "no recipe": (("run", "none.yaml"), 2, "no recipe 'none.yaml'"),
 }
 
@@ -201,6 +247,76 @@ def test_run_takes_overrides_and_ends_with_the_models_folder(hfslim, shared: Pat
     assert done.json["stages"][0]["settings"]["target"] == {"macs": 0.6}
     wrong = hfslim("run", "recipe.yaml", "--stages.prune.taget.macs", "0.6")
     assert (wrong.code, "did you mean 'target'" in wrong.err) == (2, True)
+
+
+def test_prune_leaves_a_folder_that_loads_with_all_that_tells_of_it(hfslim, shared: Path) -> None:
+    done = hfslim(
+        *("prune", "model", "--target", "macs=0.6", *DATA, "--output", "made/half"),
+        *("--criterion", "heads=taylor", "--criterion", "neurons=magnitude", "--json"),
+    )
+    assert done.code == 0, done.err
+    before, after = (done.json["comparisons"][0][side] for side in ("before", "after"))
+    assert after["macs"] <= 0.6 * before["macs"]
+    made = shared / "made" / "half"
+    assert sorted(path.name for path in made.parent.iterdir()) == ["half"]
+    names = {"README.md", "config.json", "model.safetensors", "recipe.yaml", "report.json"}
+    assert names <= {path.name for path in made.iterdir()}
+    assert json.loads((made / "report.json").read_text())["quality"] == done.json["quality"]
+    stage = yaml.safe_load((made / "recipe.yaml").read_text())["stages"][0]["prune"]
+    assert stage["criterion"] == {"heads": "taylor", "neurons": "magnitude"}
+    again = hfslim("compare", "model", "made/half", *DATA, *QUICK, "--json")
+    assert again.json["quality"][0]["value"] == done.json["quality"][0]["value"]
+
+
+def test_export_is_judged_on_real_examples(hfslim, shared: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    done = hfslim("export", "model", "--output", "onnx", *DATA, *QUICK, "--json")
+    assert done.code == 0, done.err
+    quality = done.json["quality"]
+    assert (quality["examples"], quality["agreement"]) == (10, 1.0)
+    assert quality["difference"] < 1e-5
+    assert quality["torch"] == quality["exported"]
+    assert json.loads((shared / "onnx" / "export_report.json").read_text()) == done.json
+    assert (shared / "onnx" / "tokenizer.json").is_file()
+
+
+def test_card_is_written_for_a_name(hfslim, shared: Path) -> None:
+    shutil.copytree(shared / "model", shared / "carded")
+    assert hfslim("card", "carded", "--name", "you/tiny", "--json").json == {
+        "card": str(Path("carded", "README.md"))
+    }
+    assert "you/tiny" in (shared / "carded" / "README.md").read_text()
+
+
+def test_push_reaches_the_hub_and_names_the_commit(shared: Path, tmp_path: Path) -> None:
+    def push(hub: Hub, token: str) -> subprocess.CompletedProcess:
+        environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | {
+            "HF_ENDPOINT": hub.url,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(tmp_path),
+            "HF_TOKEN": token,
+        }
+        command = [sys.executable, "-m", "hfslim", "push", "other", "lab/tiny", "--json"]
+        return subprocess.run(command, cwd=shared, env=environment, capture_output=True, text=True)
+
+    with serve(lab="hf_lab") as hub:
+        refused = push(hub, "hf_wrong")
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert refused.stderr.count("error: ") == 1
+        assert "Traceback" not in refused.stderr
+        done = push(hub, "hf_lab")
+        assert done.returncode == 0, done.stderr
+        head = hub.repos["lab/tiny"].branches["main"][-1]
+        assert json.loads(done.stdout)["commit"] == head.oid
+        assert {"README.md", "model.safetensors", "tokenizer.json"} <= set(head.files)
+
+
+def test_families_lists_what_the_sweep_found(hfslim) -> None:
+    rows = hfslim("families", "--task", "text", "--json").json["families"]
+    bert = next(row for row in rows if row["model_type"] == "bert")
+    assert bert["outcomes"]["heads"] == "exact"
+    (line,) = [one for one in hfslim("families").out.splitlines() if "│ bert " in one]
+    assert "yes" in line
 
 
 def test_completion_offers_verbs_and_kinds() -> None:

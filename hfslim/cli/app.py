@@ -95,12 +95,17 @@ def _exit_code(error: Exception) -> int:
 
 
 @contextmanager
-def working() -> Iterator[None]:
-    """Keep standard output for the result: whatever work prints goes to standard error."""
+def working(result_follows: bool = True) -> Iterator[None]:
+    """Tell on standard error what is being done.
+
+    Args:
+        result_follows: Whether the result is printed afterwards, so that whatever the work itself
+            prints is kept out of standard output.
+    """
     first = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hfslim").setLevel(logging.INFO if first else logging.WARNING)
-    with redirect_stdout(sys.stderr):
+    with redirect_stdout(sys.stderr if result_follows else sys.stdout):
         yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -114,11 +115,12 @@ def compare(
         if data:
             benches = [workbench(source, data, metric, seed, eval_batch_size) for source in sources]
             one, other = (b.load_model(s) for b, s in zip(benches, sources, strict=True))
-            first, second = benches[0].predict(one), benches[1].predict(other)
+            shown = sys.stderr.isatty()
+            first, second = benches[0].predict(one, shown), benches[1].predict(other, shown)
             agreed, examples = agreement(first, second), len(first.logits)
             where = f"evaluation, {examples:,} examples"
             name = benches[0].metric
-            quality = [Quality(name, second.metrics[name], first.metrics[name], where)]
+            quality = [Quality(name, second.value, first.value, where, examples)]
             length = length or benches[1].stated_length
         else:
             one, other = (open_model(source)[1] for source in sources)

@@ -87,7 +87,7 @@ def inspect(
             by_kind = criteria_by_kind(cast(Any, names), kinds)
         shown = sys.stderr.isatty()
         known = Batches(batches, max_examples)
-        scores = calibrate(loaded, found, known, by_kind, seed, progress=shown).scores
+        scores = calibrate(loaded, found, known, by_kind, seed, shown, "none").scores
         if picture is not None:
             from hfslim.heatmap import draw_importance
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,20 +14,19 @@ from hfslim.structure import KINDS
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from hfslim.tasks import DataConfig, Task
+    from hfslim.tasks import Task
     from hfslim.workbench import Workbench
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Data = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--data",
-        metavar="NAME|FILE|KEY=VALUE",
-        help="Labelled examples: a Hub id or `digits`, a csv, json or parquet file, a recipe whose "
-        "data to use, or a key of a recipe's `data` with its value, such as "
-        "`text_column_name=sentence`. Give it as often as needed.",
-    ),
-]
+_data = typer.Option(
+    "--data",
+    metavar="NAME|FILE|KEY=VALUE",
+    help="Labelled examples: a Hub id or `digits`, a csv, json or parquet file, a recipe whose "
+    "data to use, or a key of a recipe's `data` with its value, such as "
+    "`text_column_name=sentence`. Give it as often as needed.",
+)
+Data = Annotated[list[str] | None, _data]
+GivenData = Annotated[list[str], _data]
 Metric = Annotated[
     str | None,
     typer.Option(
@@ -62,6 +62,9 @@ CriterionNames = Annotated[
         help="How units are scored, for all kinds or for one: `fisher`, `kl_fisher`, `taylor`, "
         "`activation`, `magnitude`, `layers=block_influence` and others; a wrong name lists all.",
     ),
+]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", file_okay=False, help="A new or empty folder.")
 ]
 Seed = Annotated[int, typer.Option(help="Seed of whatever is drawn.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id or folder of a classifier.")]
@@ -99,14 +102,25 @@ def criteria(given: Sequence[str]) -> str | dict[str, str]:
     return {kind: str(name) for kind, name in pairs(given, "--criterion").items()}
 
 
-def data_config(given: Sequence[str]) -> DataConfig:
-    """Read `--data`.
+def check_empty(output: Path) -> None:
+    """Refuse to write where something is.
 
     Raises:
-        RecipeError: A key is unknown, or the source is missing or does not exist.
+        OutputError: The folder holds something.
     """
-    from hfslim.schema import RecipeError, build, mapping_at
-    from hfslim.tasks import DataConfig
+    from hfslim.manifest import OutputError
+
+    if output.exists() and any(output.iterdir()):
+        raise OutputError(f"{str(output)!r} is there and not empty: choose another --output")
+
+
+def data_section(given: Sequence[str]) -> dict[str, Any]:
+    """Read `--data` into the `data` section of a recipe, its keys not checked yet.
+
+    Raises:
+        RecipeError: A recipe does not exist, or a folder may be of two kinds.
+    """
+    from hfslim.schema import RecipeError, mapping_at
 
     values: dict[str, Any] = {}
     for one in given:
@@ -127,7 +141,7 @@ def data_config(given: Sequence[str]) -> DataConfig:
             )
         else:
             values["train_file" if path.suffix else "dataset_name"] = one
-    return build(DataConfig, values, "data")
+    return values
 
 
 def open_model(source: str) -> tuple[Task, PreTrainedModel]:
@@ -145,6 +159,24 @@ def open_model(source: str) -> tuple[Task, PreTrainedModel]:
         return tasks.open_model(source)
 
 
+def find_task(source: str) -> str:
+    """Tell the task of a model by its config.
+
+    Raises:
+        RecipeError: There is no model.
+        ValueError: It is no classifier.
+    """
+    from transformers import AutoConfig
+
+    from hfslim import tasks
+    from hfslim.recipe import check_source
+    from hfslim.workbench import explained
+
+    check_source(source, "model")
+    with explained(f"model {source!r}"):
+        return tasks.find_task(AutoConfig.from_pretrained(source)).name
+
+
 def workbench(
     model: str, data: Sequence[str], metric: str | None, seed: int, batch_size: int
 ) -> Workbench:
@@ -154,24 +186,22 @@ def workbench(
         RecipeError: The data or the model cannot be read.
         ValueError: They do not suit each other or the metric.
     """
-    from transformers import AutoConfig, TrainingArguments
+    from transformers import TrainingArguments
 
-    from hfslim.recipe import check_source
-    from hfslim.schema import RecipeError, nearest
-    from hfslim.tasks import METRICS, find_task
-    from hfslim.workbench import Workbench, explained, uses_cpu
+    from hfslim.schema import RecipeError, build, nearest
+    from hfslim.tasks import METRICS, TASKS, DataConfig
+    from hfslim.workbench import Workbench, uses_cpu
 
     if metric is not None and metric not in METRICS:
         raise RecipeError(f"metric: unknown {metric!r}{nearest(metric, METRICS)}")
-    check_source(model, "model")
-    config = data_config(data)
-    with explained(f"model {model!r}"):
-        task = find_task(AutoConfig.from_pretrained(model))
+    config = build(DataConfig, data_section(data), "data")
+    task = find_task(model)
     arguments = TrainingArguments(
+        output_dir=tempfile.gettempdir(),
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=batch_size,
         use_cpu=uses_cpu(),
         report_to="none",
-        remove_unused_columns=not task.lazy,
+        remove_unused_columns=not TASKS[task].lazy,
     )
-    return Workbench.prepare(task.name, config, metric, seed, arguments, model)
+    return Workbench.prepare(task, config, metric, seed, arguments, model)

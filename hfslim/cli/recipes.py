@@ -30,7 +30,7 @@ def run(
 
     For several processes: `accelerate launch recipes/compress.py RECIPE [--key value …]`.
     """
-    with working():
+    with working(result_follows=as_json):
         from hfslim.manifest import FILE
         from hfslim.pipeline import run as run_recipe
         from hfslim.recipe import load_recipe

@@ -1,0 +1,119 @@
+"""`hfslim card`, `hfslim push` and `hfslim families`: what others get to see."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hfslim.cli.app import app, asked, show, working
+from hfslim.cli.options import Json
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.table import Table
+
+    from hfslim.anatomy.coverage import Coverage
+
+TASKS = ("text", "image", "audio")
+Saved = Annotated[
+    Path, typer.Argument(metavar="DIR", exists=True, file_okay=False, help="A saved model.")
+]
+
+
+@app.command(epilog="Example: `hfslim card bert-sst2-half --name you/bert-sst2-half`")
+def card(
+    folder: Saved,
+    name: Annotated[str | None, typer.Option(help="Hub id that the card's examples load.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the model card, README.md, from the report beside the model.
+
+    What stands below the marker of an earlier card, and metadata such as `license`, are kept.
+    """
+    with working():
+        from hfslim.hub.card import write_card
+
+        path = write_card(folder, name=name)
+    show(as_json, {"card": str(path)}, lambda console: console.print(f"{path}", markup=False))
+
+
+@app.command(epilog="Example: `hfslim push bert-sst2-half you/bert-sst2-half --private`")
+def push(
+    folder: Saved,
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="Hub id; made if it does not exist.")],
+    private: Annotated[
+        bool | None,
+        typer.Option(
+            "--private/--public", help="What a new repository is; else the Hub's default."
+        ),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; else `main`.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    message: Annotated[str, typer.Option(help="First line of the commit.")] = "Upload model",
+    as_json: Json = False,
+) -> None:
+    """Push a saved model to the Hub, with its card, report and recipe, in one commit.
+
+    Log in with `hf auth login`, or set `HF_TOKEN`. A push that failed can be repeated.
+    """
+    with working():
+        from huggingface_hub.utils import validate_repo_id
+
+        from hfslim.hub.push import push as push_folder
+
+        with asked("REPO"):
+            validate_repo_id(repo)
+        commit = push_folder(
+            folder,
+            repo,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=message,
+        )
+    values = {"repo": repo, "commit": commit.oid, "url": str(commit.commit_url)}
+    show(as_json, values, lambda console: console.print(f"{commit.commit_url}", markup=False))
+
+
+@app.command(epilog="Example: `hfslim families --task image`")
+def families(
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="|".join(TASKS), help="Only these.", autocompletion=lambda: list(TASKS)
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what can be removed from each model type of transformers.
+
+    The table comes from building each type and cutting it: `yes` where the cut model equals the
+    gated one, `refused` where the cut cannot be exact. `hfslim inspect MODEL` has the reasons, and
+    tells of a model of your own.
+    """
+    with asked("--task"):
+        unknown = [one for one in task or () if one not in TASKS]
+        if unknown:
+            raise ValueError(f"got {unknown[0]!r}, expected some of {list(TASKS)}")
+    with working():
+        from hfslim.anatomy.coverage import coverage
+
+        rows = coverage(task or TASKS)
+    values = {"families": [asdict(row) for row in rows]}
+    show(as_json, values, lambda console: console.print(_table(rows)))
+
+
+def _table(rows: Sequence[Coverage]) -> Table:
+    from rich.table import Table
+
+    from hfslim.anatomy.coverage import COLUMNS, SIGNS
+
+    table = Table("task", "type", *COLUMNS, "plain reload")
+    for row in rows:
+        signs = (SIGNS[row.outcomes[kind]] for kind in COLUMNS)
+        table.add_row(row.task, row.model_type, *signs, ", ".join(row.plain))
+    return table
