@@ -44,7 +44,7 @@ def test_the_tests_run_on_the_tested_set(line: str) -> None:
 
 
 def test_each_make_command_of_the_readme_is_a_documented_target() -> None:
-    named = set(re.findall(r"\bmake ([a-z]+)", README))
+    named = set(re.findall(r"(?:^|`)make ([a-z-]+)", README, re.MULTILINE))
     listing = subprocess.run(
         ["make", "--no-print-directory", "help"],
         cwd=ROOT,
