@@ -19,7 +19,7 @@ DAMAGES = {
     "part that is a list": ({"version": 1, "layers": []}, "must map paths to lists"),
     "missing path": (
         {"version": 1, "shapes": {"bert.nowhere.weight": [1]}},
-        "names 'bert.nowhere', which BertForSequenceClassification does not have",
+        "names 'bert.nowhere', which BertForSequenceClassification lacks",
     ),
     "path out of the model": (
         {"version": 1, "attributes": {"bert.forward": {"__code__": 1}}},
@@ -65,6 +65,38 @@ DAMAGES = {
     "huge attribute": (
         {"version": 1, "attributes": {f"{LAYER}.attention.self": {"num_attention_heads": 1 << 40}}},
         "cannot become 1099511627776",
+    ),
+    "growing attribute": (
+        {"version": 1, "attributes": {f"{LAYER}.attention.self": {"num_attention_heads": 5}}},
+        "cannot become 5: the stock model has 4",
+    ),
+    "negative attribute": (
+        {"version": 1, "attributes": {f"{LAYER}.attention.self": {"num_attention_heads": -1}}},
+        "cannot become -1",
+    ),
+    "number that is none": (
+        {"version": 1, "attributes": {"bert.embeddings.LayerNorm": {"eps": float("nan")}}},
+        "cannot become nan",
+    ),
+    "text": (
+        {"version": 1, "attributes": {"": {"name_or_path": "/etc"}}},
+        "no setting 'name_or_path'",
+    ),
+    "growing tuple": (
+        {"version": 1, "attributes": {"bert.embeddings.LayerNorm": {"normalized_shape": [33]}}},
+        r"cannot become \(33,\)",
+    ),
+    "tuple of another length": (
+        {"version": 1, "attributes": {"bert.embeddings.LayerNorm": {"normalized_shape": [8, 4]}}},
+        r"cannot become \(8, 4\)",
+    ),
+    "tuple of texts": (
+        {"version": 1, "attributes": {"bert.embeddings.LayerNorm": {"normalized_shape": ["32"]}}},
+        "cannot become",
+    ),
+    "absurd shape": (
+        {"version": 1, "shapes": {f"{LAYER}.output.dense.weight": [10**15, 10**15]}},
+        "cannot get the shape",
     ),
     "unknown class": (
         {"version": 1, "replaced": {f"{LAYER}.attention.self": {"by": "subprocess.Popen"}}},
@@ -118,6 +150,8 @@ def test_a_damaged_blueprint_is_refused(damage, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(BlueprintError, match=message):
         AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    with pytest.raises(BlueprintError, match=message):
+        modeling_hfslim.SlimBertForSequenceClassification.from_pretrained(tmp_path)
 
 
 def test_a_config_that_lost_its_blueprint_is_refused_without_hfslim_too():

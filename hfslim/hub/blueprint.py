@@ -332,7 +332,7 @@ def _changed(module: nn.Module, stock: nn.Module, skip: set[str]) -> Iterator[tu
     for name, value in vars(module).items():
         if name.startswith("_") or name in skip or name == "training" or name not in vars(stock):
             continue
-        if isinstance(value, int | float | str | tuple) and value != vars(stock)[name]:
+        if isinstance(value, int | float | tuple) and value != vars(stock)[name]:
             if type(value) is type(vars(stock)[name]) and name != "drop_prob":
                 yield name, list(value) if isinstance(value, tuple) else value
 

@@ -17,7 +17,10 @@ A blueprint is data from outside: every path, name and size is checked, and only
 import copy
 import importlib
 import inspect
+import json
+import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -27,6 +30,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 VERSION = 1
+ONLY = "the weights of a pruned model are read from safetensors only"
 MAX_COUNT = 1 << 16
 """Bound on heads, neurons and whatever else is counted by a setting."""
 
@@ -357,7 +361,7 @@ def _find(model: nn.Module, path: str) -> nn.Module:
     try:
         return model.get_submodule(path)
     except AttributeError:
-        message = f"config.hfslim names {path!r}, which {type(model).__name__} does not have"
+        message = f"config.hfslim names {path!r}, which {stock_class(model).__name__} lacks"
         raise BlueprintError(message) from None
 
 
@@ -389,15 +393,21 @@ def _set_attribute(module: nn.Module, path: str, name: str, value: object) -> No
     value = tuple(value) if isinstance(value, list) else value
     known = name in vars(module) and not name.startswith("_")
     old: Any = vars(module).get(name)
-    if (
-        not known
-        or type(value) is not type(old)
-        or not isinstance(value, int | float | str | tuple)
-    ):
+    if not known or type(value) is not type(old) or not isinstance(value, int | float | tuple):
         raise BlueprintError(f"{path!r} has no setting {name!r} that could become {value!r}")
-    if isinstance(value, int) and isinstance(old, int) and not 0 <= value <= max(old, MAX_COUNT):
-        raise BlueprintError(f"{path}.{name} cannot become {value}")
+    if not _no_larger(value, old):
+        raise BlueprintError(f"{path}.{name} cannot become {value}: the stock model has {old}")
     setattr(module, name, value)
+
+
+def _no_larger(new: Any, old: Any) -> bool:
+    """Tell whether a setting, or each of a tuple, is a count that did not grow, or a number."""
+    if isinstance(old, tuple):
+        return len(new) == len(old) and all(
+            type(a) is type(b) and isinstance(a, int) and _no_larger(a, b)
+            for a, b in zip(new, old, strict=True)
+        )
+    return math.isfinite(new) if isinstance(old, float) else 0 <= new <= max(old, 0)
 
 
 def _ascending(kept: list, total: int) -> bool:
@@ -409,6 +419,29 @@ def _smaller(shape: list, stock: torch.Size) -> bool:
     return len(shape) == len(stock) and all(
         type(new) is int and 0 <= new <= old for new, old in zip(shape, stock, strict=True)
     )
+
+
+def check_weights(source: str | Path, files: Sequence[str] = ()) -> None:
+    """Refuse pickled weights, and weight files outside the folder, before any is read.
+
+    Args:
+        source: Folder of the checkpoint, or a Hub id, whose files are the Hub client's to find.
+        files: The weight files that were found.
+
+    Raises:
+        BlueprintError: A file is none of safetensors, or lies outside the folder.
+    """
+    # Links are not followed: the Hub client's cache consists of them.
+    folder, named = Path(source).absolute(), [Path(file) for file in files]
+    for index in folder.glob("*.safetensors.index.json"):
+        shards = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
+        named += [folder / str(name) for name in shards.values()]
+    for file in named:
+        if file.suffix != ".safetensors":
+            raise BlueprintError(f"{file}: {ONLY}")
+        inside = not folder.is_dir() or file.absolute().is_relative_to(folder)
+        if ".." in file.parts or not inside:
+            raise BlueprintError(f"{file}: this weight file lies outside {source}")
 
 
 class Slim:
@@ -423,6 +456,10 @@ class Slim:
     def from_pretrained(cls, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         """Load as the stock class does; the call of hfslim's own loader is not needed here."""
         call = None
+        if kwargs.setdefault("use_safetensors", True) is not True:
+            raise BlueprintError(f"use_safetensors={kwargs['use_safetensors']}: {ONLY}")
+        source = str(args[0] if args else kwargs.get("pretrained_model_name_or_path"))
+        check_weights(Path(source, kwargs.get("subfolder") or ""))
         if getattr(config, "hfslim", None):
             config = copy.deepcopy(config)
             call = vars(config).pop("quantization_config", None)
@@ -446,6 +483,10 @@ def _this_module() -> ModuleType:
     return importlib.import_module(__name__)
 
 
+def _is_model(stock: Any) -> bool:
+    return isinstance(stock, type) and issubclass(stock, transformers.PreTrainedModel)
+
+
 def __getattr__(name: str) -> type:
     """Build `Slim<StockModel>` and `<Replacement>__<module>__<StockAttention>` when asked for."""
     by, _, rest = name.partition("__")
@@ -453,7 +494,7 @@ def __getattr__(name: str) -> type:
     if by in REPLACEMENTS and "__" in rest:
         module, _, stock_name = rest.rpartition("__")
         bases = (REPLACEMENTS[by], getattr(_module(module), stock_name))
-    elif name.startswith("Slim") and hasattr(transformers, name[4:]):
+    elif name.startswith("Slim") and _is_model(getattr(transformers, name[4:], None)):
         bases = (Slim, getattr(transformers, name[4:]))
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,6 +11,7 @@ import functools
 import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,15 @@ class BlueprintConfig(QuantizationConfigMixin):
 class BlueprintLoader(HfQuantizer):
     """Cuts the meta model to the shapes of the checkpoint; nothing is quantized."""
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+    def validate_environment(self, *_: Any, weights_only: bool = True, **__: Any) -> None:
+        """Refuse to unpickle whatever a file holds."""
+        if not weights_only:
+            raise modeling_hfslim.BlueprintError(f"weights_only=False: {modeling_hfslim.ONLY}")
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> None:
+        modeling_hfslim.check_weights(str(model.config.name_or_path), checkpoint_files or ())
         if not getattr(model, "hfslim_applied", False):
             blueprint = getattr(model.config, "hfslim", None)
             modeling_hfslim.apply_blueprint(model, blueprint)
