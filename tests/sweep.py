@@ -2,7 +2,9 @@
 
     python tests/sweep.py                  all types of the three auto classes
     python tests/sweep.py bert image/vit   some, with tracebacks
-    python tests/sweep.py --write          all, and bring the package's coverage table up to date
+    python tests/sweep.py my_module:build  a family of one's own, built by a function
+    python tests/sweep.py --write          all, and bring the coverage table up to date
+    python tests/sweep.py --page           only write docs/families.md anew from that table
 
 Each type runs in a process of its own with a time limit, so that one that hangs stops no other.
 """
@@ -13,6 +15,7 @@ import argparse
 import json
 import logging
 import multiprocessing
+import re
 import sys
 import tempfile
 import time
@@ -35,6 +38,9 @@ from transformers import PreTrainedModel
 
 import hfslim
 from hfslim.anatomy import Site, Units, example_inputs, find_units
+from hfslim.anatomy.coverage import measured, page
+from hfslim.prune.gates import gated
+from hfslim.prune.surgery import shrink
 from hfslim.structure import Kind, Structure
 
 TOLERANCE = 1e-5
@@ -123,25 +129,45 @@ def prove(case: str, attention: str, kinds: tuple[Kind, ...], folder: Path) -> t
     whole = model(**inputs).logits
     _check_effects(model, inputs, whole, kinds)
     structure = uneven(model, kinds=kinds)
-    with hfslim.gated(model, structure):
+    with gated(model, structure):
         expected = model(**inputs).logits
-    worst = _distance("shrunk", hfslim.shrink(model, structure)(**inputs).logits, expected)
+    worst = _distance("shrunk", shrink(model, structure)(**inputs).logits, expected)
     if not _saved_keys(model, folder / "one") <= keys:
         raise Wrong("the shrunk model saves other keys than the original")
-    plain = getattr(model.config, "hfslim", None) is None
     load = zoo.auto_class(case).from_pretrained
     again = load(folder / "one", attn_implementation=attention).eval()
     worst = max(worst, _distance("reloaded", again(**inputs).logits, expected))
     second = uneven(again, seed=1, drop_layer=False, kinds=kinds)
     if not second.is_full:
-        with hfslim.gated(again, second):
+        with gated(again, second):
             expected = again(**inputs).logits
-        logits = hfslim.shrink(again, second)(**inputs).logits
+        logits = shrink(again, second)(**inputs).logits
         worst = max(worst, _distance("shrunk again", logits, expected))
         again.save_pretrained(folder / "two")
         last = load(folder / "two", trust_remote_code=True, attn_implementation=attention).eval()
         worst = max(worst, _distance("reloaded again", last(**inputs).logits, expected))
-    return worst, plain
+    return worst, _is_plain(case, attention, kinds, folder / "plain")
+
+
+def _is_plain(case: str, attention: str, kinds: tuple[Kind, ...], folder: Path) -> bool:
+    """Cut one unit of every site, and tell whether the type's own config describes the result."""
+    model = zoo.tiny(case, attention)
+    kept = {
+        (site.kind, site.path): [i for i in range(site.size) if i != site.removable[-1]]
+        for site in find_units(model).of(kinds)
+        if site.removable and site.size > 1
+    }
+    sites: dict[Kind, Any] = {kind: {} for kind in kinds}
+    for (kind, path), indices in kept.items():
+        sites[kind][path] = (indices, len(indices) + 1)
+    shrink(model, Structure.of(sites))
+    if getattr(model.config, "hfslim", None):
+        return False
+    inputs = _inputs(model)
+    model.save_pretrained(folder)
+    again = zoo.auto_class(case).from_pretrained(folder, attn_implementation=attention).eval()
+    _distance("plain", again(**inputs).logits, model(**inputs).logits)
+    return True
 
 
 def _check_effects(
@@ -153,9 +179,7 @@ def _check_effects(
         one = site.removable[-1:] if site.kind == "layers" else site.removable[1:]
         closed = one or site.removable
         kept = [i for i in range(site.size) if i not in closed]
-        with hfslim.gated(
-            model, Structure.of({site.kind: {site.path: (kept, site.size)}})
-        ) as gates:
+        with gated(model, Structure.of({site.kind: {site.path: (kept, site.size)}})) as gates:
             logits = model(**inputs).logits
             gates.check_fired()
         if not (logits - whole).abs().max() > EFFECT and not _is_idle(model, inputs, whole, site):
@@ -186,9 +210,10 @@ def _inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def _saved_keys(model: PreTrainedModel, folder: Path) -> set[str]:
+    """Save a model, and return its keys, with no layer told from another."""
     model.save_pretrained(folder)
     with safe_open(folder / "model.safetensors", "pt") as file:
-        return set(file.keys())
+        return {re.sub(r"\.\d+\.", ".N.", key) for key in file.keys()}
 
 
 def _distance(what: str, found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -253,7 +278,7 @@ def record(rows: list[Row]) -> None:
     """Write what came out into the package's coverage table, over what is there of these types."""
     path = Path(hfslim.__file__).parent / "anatomy" / "coverage.json"
     types = json.loads(path.read_text())["types"] if path.exists() else {}
-    for case in dict.fromkeys(row.case for row in rows):
+    for case in dict.fromkeys(row.case for row in rows if "/" in row.case):
         task, name = case.split("/")
         mine = [row for row in rows if row.case == case]
         entry: dict[str, Any] = {}
@@ -270,6 +295,13 @@ def record(rows: list[Row]) -> None:
     types = {task: dict(sorted(types[task].items())) for task in zoo.TASKS if task in types}
     table = {"transformers": transformers.__version__, "types": types}
     path.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+    write_page()
+
+
+def write_page() -> None:
+    """Write the page of the documentation from the package's coverage table."""
+    measured.cache_clear()
+    Path(__file__).parent.with_name("docs").joinpath("families.md").write_text(page())
 
 
 def main() -> int:
@@ -281,11 +313,21 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=300.0, help="seconds for one type")
     parser.add_argument("--json", type=Path, help="where the outcomes go")
     parser.add_argument("--write", action="store_true", help="bring the coverage table up to date")
+    parser.add_argument("--page", action="store_true", help="only write docs/families.md")
     parser.add_argument("--verbose", action="store_true", help="with tracebacks and logs")
     arguments = parser.parse_args()
-    cases = [
-        c for c in zoo.CASES if not arguments.types or {c, c.split("/")[1]} & set(arguments.types)
-    ]
+    if arguments.page:
+        write_page()
+        return 0
+    own = [name for name in arguments.types if ":" in name]
+    known = {*zoo.CASES, *(case.split("/")[1] for case in zoo.CASES)}
+    unknown = sorted(set(arguments.types) - known - set(own))
+    if unknown:
+        parser.error(
+            f"transformers has no classifier of type {unknown}; expected some of its types"
+        )
+    named = [c for c in zoo.CASES if {c, c.split("/")[1]} & set(arguments.types)]
+    cases = own + named if arguments.types else list(zoo.CASES)
     if arguments.verbose:
         logging.basicConfig(level=logging.WARNING)
         logging.getLogger("sweep").setLevel(logging.DEBUG)

@@ -1,9 +1,11 @@
+from pathlib import Path
+
 import pytest
 import sweep
 import zoo
 
 from hfslim.anatomy import coverage
-from hfslim.anatomy.coverage import SIGNS, markdown
+from hfslim.anatomy.coverage import SIGNS, markdown, page
 
 ROWS = {f"{row.task}/{row.model_type}": row for row in coverage()}
 
@@ -17,6 +19,11 @@ def test_the_table_shows_each_type_once():
     lines = markdown(coverage(["text"])).splitlines()
     assert len(lines) == 2 + sum(row.task == "text" for row in ROWS.values())
     assert any(line.startswith("| `bert` | yes | yes |") for line in lines)
+
+
+def test_the_page_is_what_the_code_writes():
+    written = Path(__file__).parent.with_name("docs").joinpath("families.md").read_text()
+    assert written == page(), "python tests/sweep.py --page"
 
 
 @pytest.mark.parametrize("case", ["text/bert", "text/llama"])

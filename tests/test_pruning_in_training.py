@@ -138,7 +138,7 @@ def test_units_that_never_run_are_refused_before_training(tmp_path):
 def test_a_model_without_layers_cannot_drop_any(tmp_path):
     model = tiny("bert", num_hidden_layers=1)
     trainer = _trainer(tmp_path, [LayerDropCallback()], model)
-    with pytest.raises(ValueError, match="has no layers that can be removed; it has"):
+    with pytest.raises(ValueError, match=r"has no layers that can be removed \(.*; it has"):
         trainer.train()
 
 

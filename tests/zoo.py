@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -92,6 +93,7 @@ _LATENTS = {
     "num_cross_attention_heads": 4,
     "image_size": 16,
 }
+_HYBRID = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
 _MAMBA = {"mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False}
 
 # The fields of one type that the common ones do not fit.
@@ -116,6 +118,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]], "window_size": 8},
     "gptj": {"rotary_dim": 4},
     "layoutlmv3": {"coordinate_size": 6, "shape_size": 4, "input_size": 16},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lilt": {"hidden_size": 96, "num_attention_heads": HEADS},
     "luke": {"entity_vocab_size": 16, "entity_emb_size": 16},
     "markuplm": {
@@ -130,6 +133,9 @@ TYPES: dict[str, dict[str, Any]] = {
     "mistral4": {"num_key_value_heads": HEADS},
     "mobilebert": {"intra_bottleneck_size": 16, "num_feedforward_networks": 2},
     "perceiver": _LATENTS,
+    "qwen3_5": {"text_config": _HYBRID},
+    "qwen3_5_text": _HYBRID,
+    "qwen3_next": _HYBRID,
     "reformer": {
         "axial_pos_embds_dim": [16, 16],
         "axial_pos_shape": [8, 8],
@@ -262,11 +268,15 @@ TYPES: dict[str, dict[str, Any]] = {
 
 
 def auto_class(case: str) -> type:
+    if ":" in case:
+        return type(_own(case, "eager"))
     return getattr(transformers, TASKS[case.split("/")[0]][0])
 
 
 def tiny(case: str, attention: str = "eager", seed: int = 0) -> PreTrainedModel:
     """Build a type's classifier, weights, biases and norms off their initial values."""
+    if ":" in case:
+        return _own(case, attention)
     task, kind = case.split("/")
     config = tiny_config(kind)
     classes = TABLES[task][kind]
@@ -277,6 +287,15 @@ def tiny(case: str, attention: str = "eager", seed: int = 0) -> PreTrainedModel:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.eval()
+
+
+def _own(case: str, attention: str) -> PreTrainedModel:
+    """Call a function `module:name` that builds a small model of a family of one's own."""
+    module, _, name = case.partition(":")
+    model = getattr(importlib.import_module(module), name)(attention).eval()
+    if attention == "sdpa" and not model._supports_sdpa:
+        raise ValueError(f"{type(model).__name__} does not support sdpa")
+    return model
 
 
 def tiny_config(kind: str) -> PreTrainedConfig:

@@ -111,8 +111,8 @@ def _separate(
         units = key.outputs // size
     if not units:
         return None
-    latent = value == key
-    value_size = vars(module).get("v_head_dim", 0) if latent else value.outputs // units
+    # One projection to keys and values gives each head the key, then the value.
+    value_size = (output.inputs if value == key else value.outputs) // units
     queries = output.inputs // max(value_size, 1)
     fits = queries % units == 0 and queries and query.outputs % queries == 0
     if not fits or output.inputs != queries * value_size:
@@ -135,10 +135,11 @@ def _fused(
         return None
     layout = next(layout for name, layout in names.items() if fused.path.endswith(f".{name}"))
     size, count = _head_size(module), _first(module, families.QUERY_HEAD_COUNTS)
-    if not size:
-        if not count:
-            return None
-        size = output.inputs // count
+    if known.counted:
+        return Heads(count, count, False, fused.rows(fused.outputs // count))
+    if not size and not count:
+        return None
+    size = size or output.inputs // count
     queries = output.inputs // size
     units = (fused.outputs - output.inputs) // (2 * size)
     if units == 1 and queries > 1:

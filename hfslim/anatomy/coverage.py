@@ -80,3 +80,36 @@ def markdown(rows: Sequence[Coverage]) -> str:
         signs = (SIGNS[row.outcomes[kind]] for kind in COLUMNS)
         lines.append(" | ".join((f"`{row.model_type}`", *signs, ", ".join(row.plain))))
     return "\n".join(f"| {line} |" for line in lines) + "\n"
+
+
+def page() -> str:
+    """Return the page of the documentation that tells the coverage."""
+    titles = {"text": "Text", "image": "Images", "audio": "Speech and audio"}
+    parts = [_INTRODUCTION.format(version=measured()["transformers"])]
+    for task, title in titles.items():
+        rows = coverage([task])
+        parts.append(f"## {title}\n\n{markdown(rows)}")
+    reasons = [
+        f"- `{row.model_type}`, {kind}: {reason}"
+        for row in coverage()
+        for kind, reason in row.reasons.items()
+    ]
+    return "\n".join([*parts, "## Why not\n", *reasons]) + "\n"
+
+
+_INTRODUCTION = """# Model families
+
+What can be removed from which type of classifier, as the sweep over all types of the three auto
+classes of transformers {version} found it: each type is built tiny and cut kind by kind, under
+eager and sdpa attention. `yes`: gated, cut and reloaded outputs are equal, after a second cut too.
+`refused`: not offered, or taken back, with the reason; `no`: it fails with an error. `–`: the type
+has no such part. Empty: not tried. Nothing is cut wrongly without an error: a cut that does not
+equal its gates is taken back.
+
+"Plain reload" names the kinds of unit whose uniform cut (the same number everywhere) the type's own
+config describes, so that the result loads with nothing of hfslim's; all other results load after
+`import hfslim`, or with `trust_remote_code=True`.
+
+A type that is not here, or a model of your own: [how to add a family](add_a_family.md). This page
+is written by `python tests/sweep.py --write`.
+"""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -13,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from hfslim.anatomy import families
 from hfslim.anatomy.attention import find_heads
 from hfslim.anatomy.projections import Projection
-from hfslim.anatomy.units import Refusal, Site, Units
+from hfslim.anatomy.units import Cut, Refusal, Site, Units
 from hfslim.structure import KINDS
 
 
@@ -84,8 +86,12 @@ class _Finder:
                 inputs = [self.projection(path, (name,)) for name in names.inputs]
                 output = self.projection(path, (names.output,))
                 rows = [i.rows(*[1] * names.blocks) for i in inputs if i]
-                if output is None or len(rows) < len(inputs):
+                middle = [f"{path}.{name}" for name in (names.between, names.norm) if name]
+                if output is None or len(rows) < len(inputs) or set(middle) - set(self.modules):
                     continue
+                for name in middle:
+                    tensors = _tensors(self.modules[name])
+                    rows.append([Cut(name, tensor, 0) for tensor, t in tensors.items() if t.ndim])
                 size = output.inputs
                 if all(i.outputs == size * names.blocks for i in inputs if i):
                     counts = [n for n in families.NEURON_COUNTS if vars(module).get(n) == size]
@@ -96,6 +102,7 @@ class _Finder:
                         gate=output.path,
                         cuts=(*(cut for cuts in rows for cut in cuts), *output.columns(1)),
                         attributes=tuple((name, 1) for name in counts),
+                        fixed=(0,) if middle else (),
                     )
                     break
 
@@ -104,16 +111,19 @@ class _Finder:
         lists = [
             path
             for path, module in self.modules.items()
-            if isinstance(module, nn.ModuleList)
-            and len(module)
-            and all(_any_below(f"{path}.{i}", inner) for i in range(len(module)))
+            if isinstance(module, nn.ModuleList | nn.Sequential) and self._holds_layers(path, inner)
         ]
         # The parts of a T5 layer are a list too, but no layers.
-        whole = [p for p in lists if isinstance(self.modules[p][0], GradientCheckpointingLayer)]
+        whole = [p for p in lists if _is_layer(self.modules[p][0])]
         inside = tuple(f"{path}." for path in whole)
         lists = whole + [p for p in lists if p not in whole and not p.startswith(inside)]
         for path in lists:
             if any(other.startswith(f"{path}.") for other in lists):
+                continue
+            around = type(self.modules[path.rpartition(".")[0]]).__name__
+            if around in families.TANGLED_LAYERS:
+                reason = families.TANGLED_LAYERS[around]
+                self.refusals.append(Refusal("layers", path, reason))
                 continue
             if self._uses(path) != 1:
                 reason = "its layers are run several times, with the same weights"
@@ -138,6 +148,15 @@ class _Finder:
             fixed = tuple(i for i, names in enumerate(keys) if names != usual or (bound and i == 0))
             if len(layers) - len(fixed) > (0 if fixed else 1):
                 yield Site("layers", path, len(layers), fixed=fixed)
+
+    def _holds_layers(self, path: str, inner: set[str]) -> bool:
+        layers = list(self.modules[path].children())
+        if not layers or any(re.search(families.STAGE, type(layer).__name__) for layer in layers):
+            return False
+        if all(_is_layer(layer) for layer in layers):
+            # Some layers may have no unit that is offered; those of speech front ends are no such.
+            return all(any(isinstance(m, nn.Linear) for m in layer.modules()) for layer in layers)
+        return all(_any_below(f"{path}.{i}", inner) for i in range(len(layers)))
 
     def used(self, site: Site) -> Site:
         """Note how often the module of a site is run."""
@@ -173,6 +192,16 @@ def _place(site: Site, layers: set[str]) -> Site:
     parts = site.path.split(".")
     above = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
     return replace(site, layer=_first(path for path in above if path in layers) or "")
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, GradientCheckpointingLayer) and not re.search(
+        families.STAGE, type(module).__name__
+    )
 
 
 def _any_below(path: str, inner: set[str]) -> bool:

@@ -6,6 +6,7 @@ Discovery goes by these names and by shapes; to teach it a family, add a name he
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,6 +58,7 @@ PER_HEAD_ROWS = (
     "pos_proj",
     "pos_q_proj",
     "linear_pos",
+    "continuous_position_bias_mlp.2",
     "query_global",
     "key_global",
     "value_global",
@@ -65,6 +67,8 @@ PER_HEAD_ROWS = (
 
 PER_HEAD_TENSORS = (
     ("relative_position_bias.relative_position_bias_table", 1),
+    ("relative_position_bias_table", 1),
+    ("logit_scale", 0),
     ("q_bias", 0),
     ("v_bias", 0),
     ("pos_bias_u", 0),
@@ -122,10 +126,16 @@ class Attention:
     refused_if: tuple[str, str] | None = None
 
 
+def _norm(path: str) -> tuple[tuple[str, int], ...]:
+    """Return the tensors of a batch norm, which follow the outputs before it."""
+    return tuple((f"{path}.{n}", 0) for n in ("weight", "bias", "running_mean", "running_var"))
+
+
 _RANDOM_BLOCKS = Attention(
     refused="its random blocks are drawn head after head (attention_type='block_sparse')",
     refused_if=("attention_type", "block_sparse"),
 )
+_LINEAR = Attention(refused="heads of linear attention are not known here")
 _BIASED = Attention(replacement="BiasedHeads")
 
 ATTENTIONS = {
@@ -139,6 +149,15 @@ ATTENTIONS = {
         replacement="BiasedHeads", headless=(("residual", "residual"),), sizes=("hidden_size",)
     ),
     "ConvBertSelfAttention": Attention(refused="its convolution mixes the heads"),
+    "CvtSelfAttention": Attention(
+        query="projection_query",
+        key="projection_key",
+        value="projection_value",
+        counted=True,
+        sizes=("embed_dim",),
+    ),
+    "DiffLlamaAttention": Attention(refused="its heads are subtracted in pairs"),
+    "DogeAttention": Attention(refused="its mask is computed from the values of all heads"),
     "FalconAttention": Attention(replacement="BiasedHeads"),
     "FunnelRelMultiheadAttention": Attention(
         headless=(("residual", "query"), ("norm", "layer_norm")),
@@ -153,9 +172,46 @@ ATTENTIONS = {
         ),
     ),
     "GPTBigCodeAttention": Attention(sizes=("embed_dim",)),
+    "HieraMaskUnitAttention": Attention(sizes=("hidden_size_output",), keeps_one=True),
     "IBertSelfAttention": Attention(keeps_one=True),
     "LiltSelfAttention": Attention(refused="each head feeds two streams"),
-    "LongformerSelfAttention": Attention(sizes=("embed_dim",)),
+    "JetMoeAttention": Attention(refused="each token chooses its own query projections"),
+    "LSHSelfAttention": Attention(refused="its hashes are drawn for all heads at once"),
+    "LocalSelfAttention": Attention(keeps_one=True),
+    "LevitAttention": Attention(
+        fused="queries_keys_values.linear",
+        layout="heads",
+        output="projection.linear",
+        tensors=(("attention_biases", 0), *_norm("queries_keys_values.batch_norm")),
+        sizes=("out_dim_projection",),
+        counted=True,
+        keeps_one=True,
+    ),
+    "LevitAttentionSubsample": Attention(
+        query="queries.linear",
+        key="keys_values.linear",
+        value="keys_values.linear",
+        output="projection.linear",
+        tensors=(
+            ("attention_biases", 0),
+            *_norm("queries.batch_norm"),
+            *_norm("keys_values.batch_norm"),
+        ),
+        sizes=("out_dim_projection",),
+        counted=True,
+        keeps_one=True,
+    ),
+    **dict.fromkeys(
+        ("LongformerSelfAttention", "PvtV2SelfAttention"),
+        Attention(refused="its forward reshapes the heads to the hidden size"),
+    ),
+    "MiniMaxLightningAttention": Attention(refused="a norm runs across all heads"),
+    "MraSelfAttention": Attention(refused="its attention runs in a CUDA kernel only"),
+    "NystromformerSelfAttention": Attention(tensors=(("conv.weight", 0),)),
+    "Qwen3_5GatedDeltaNet": _LINEAR,
+    "Qwen3NextGatedDeltaNet": _LINEAR,
+    "SqueezeBertSelfAttention": Attention(refused="its projections are grouped convolutions"),
+    "XLNetRelativeAttention": Attention(refused="its heads lie in raw tensors, not in modules"),
     "MPNetSelfAttention": _BIASED,
     "MptAttention": _BIASED,
     "LayoutLMv3SelfAttention": _BIASED,
@@ -177,28 +233,41 @@ def attention(module: nn.Module) -> Attention:
 
 @dataclass(frozen=True)
 class FeedForward:
-    """Names of the projections around the neurons, and the blocks of a fused input projection."""
+    """Names of what lies around the neurons.
+
+    Attributes:
+        inputs: The projections that end in them.
+        output: The projection that starts from them.
+        blocks: Blocks of the rows of a fused input projection.
+        between: A depthwise convolution in the middle, which needs one neuron or more.
+        norm: A batch norm in the middle.
+    """
 
     inputs: tuple[str, ...]
     output: str
     blocks: int = 1
+    between: str = ""
+    norm: str = ""
 
 
-FEED_FORWARDS = (
+FEED_FORWARDS = [
     FeedForward(("gate_proj", "up_proj"), "down_proj"),
     FeedForward(("up_proj",), "down_proj"),
     FeedForward(("gate_up_proj",), "down_proj", blocks=2),
     FeedForward(("intermediate.dense",), "output.dense"),
     FeedForward(("intermediate_dense",), "output_dense"),
     FeedForward(("dense.dense",), "output.dense"),
+    FeedForward(("fc1",), "fc2", between="dwconv.dwconv"),
     FeedForward(("fc1",), "fc2"),
     FeedForward(("fc11", "fc12"), "fc2"),
     FeedForward(("fc_in",), "fc_out"),
     FeedForward(("c_fc",), "c_proj"),
     FeedForward(("lin1",), "lin2"),
     FeedForward(("linear_1",), "linear_2"),
+    FeedForward(("linear_up.linear",), "linear_down.linear", norm="linear_up.batch_norm"),
     FeedForward(("linear_fc1",), "linear_fc2"),
     FeedForward(("layer_1",), "layer_2"),
+    FeedForward(("dense1",), "dense2", between="dwconv.dwconv"),
     FeedForward(("dense1",), "dense2"),
     FeedForward(("dense_h_to_4h",), "dense_4h_to_h"),
     FeedForward(("wi_0", "wi_1"), "wo"),
@@ -209,7 +278,22 @@ FEED_FORWARDS = (
     FeedForward(("weights_in",), "weights_out", blocks=2),
     FeedForward(("w1", "w3"), "w2"),
     FeedForward(("w1", "w2"), "w3"),
-)
+]
+
+
+def add_family(
+    attentions: Mapping[str, Attention] | None = None, feed_forwards: Iterable[FeedForward] = ()
+) -> None:
+    """Teach discovery a family, from now on, in this process.
+
+    Args:
+        attentions: What to know of classes of attention, by class name.
+        feed_forwards: Names around the neurons; they are looked for before the usual ones.
+    """
+    ATTENTIONS.update(attentions or {})
+    FEED_FORWARDS[:0] = feed_forwards
+
+
 NEURON_COUNTS = ("intermediate_size", "intermediate_dim")
 """Attributes of the module around the neurons that count them."""
 
@@ -222,6 +306,15 @@ often."""
 
 AFTER_FIRST_LAYER = {"DebertaV2Encoder": "conv"}
 """Modules that run right after the first of their parent's layers, which therefore has to stay."""
+
+STAGE = r"Stage$|^PvtV2EncoderLayer$"
+"""Class names of modules that look like layers, but are stages of them."""
+
+TANGLED_LAYERS = {
+    "LiltEncoder": "its layers carry two streams",
+    "ReformerEncoder": "its layers carry two reversible streams",
+}
+"""Modules around a list of layers none of which can go, and why."""
 
 FIRST_LAYER_STAYS = ("FunnelLayer",)
 """Layers of which the first in a list does more than the others: Funnel's pools the queries."""

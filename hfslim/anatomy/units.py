@@ -12,6 +12,13 @@ from rich.table import Table
 
 from hfslim.structure import KINDS, Entry, Kind, Structure
 
+SOUGHT: dict[Kind, str] = {
+    "heads": "module with projections like 'q_proj', 'k_proj', 'v_proj' and 'out_proj'",
+    "neurons": "module with projections like 'fc1' and 'fc2' or 'up_proj' and 'down_proj'",
+    "layers": "ModuleList of layers that hold heads or neurons",
+}
+"""What a model lacks where a kind of unit is not found."""
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -163,10 +170,13 @@ class Units:
                 raise ValueError(f"unknown kind of unit {kind!r}: expected some of {list(KINDS)}")
             if not any(site.kind == kind for site in self.sites):
                 reasons = [f"{r.path}: {r.reason}" for r in self.refusals if r.kind == kind]
+                if not reasons:
+                    reasons = [
+                        f"found no {SOUGHT[kind]}; docs/add_a_family.md tells how to name them"
+                    ]
                 raise ValueError(
-                    f"this model has no {kind} that can be removed"
-                    + (f" ({'; '.join(reasons[:3])})" if reasons else "")
-                    + f"; it has {sorted({site.kind for site in self.sites}) or 'nothing to prune'}"
+                    f"this model has no {kind} that can be removed ({'; '.join(reasons[:3])}); "
+                    f"it has {sorted({site.kind for site in self.sites}) or 'nothing to prune'}"
                 )
         return Units(
             tuple(site for site in self.sites if site.kind in kinds),

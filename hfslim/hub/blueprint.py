@@ -208,12 +208,19 @@ def _depth_fields(config: PreTrainedConfig, size: int, kept: tuple[int, ...]) ->
         return {}
     for name in families.PER_LAYER_FIELDS:
         value = getattr(config, name, None)
-        if isinstance(value, list | tuple) and len(value) == size:
+        if not isinstance(value, list | tuple) or _is_read_only(config, name):
+            continue
+        if len(value) == size:
             fields[name] = type(value)(value[i] for i in kept)
     stages = getattr(config, "stage_names", None)
     if stages and len(stages) == size + 1:
         fields["stage_names"] = stages[: len(kept) + 1]
     return fields
+
+
+def _is_read_only(config: PreTrainedConfig, name: str) -> bool:
+    declared = getattr(type(config), name, None)
+    return isinstance(declared, property) and declared.fset is None
 
 
 def _change(config: PreTrainedConfig, fields: Fields) -> tuple[PreTrainedConfig, Fields]:

@@ -289,7 +289,11 @@ def apply_blueprint(model: nn.Module, blueprint: Any) -> None:
     _check_form(blueprint)
     for path, kept in blueprint.get("layers", {}).items():
         layers = _find(model, path)
-        if not isinstance(layers, nn.ModuleList) or not _ascending(kept, len(layers)) or not kept:
+        if (
+            not isinstance(layers, nn.ModuleList | nn.Sequential)
+            or not _ascending(kept, len(layers))
+            or not kept
+        ):
             raise BlueprintError(f"layers {kept} are not among those of {path!r}")
         keep_layers(layers, kept)
     for path, settings in blueprint.get("replaced", {}).items():
@@ -314,7 +318,7 @@ def apply_blueprint(model: nn.Module, blueprint: Any) -> None:
             module._parameters[name] = nn.Parameter(new, requires_grad=stock.requires_grad)
 
 
-def keep_layers(layers: nn.ModuleList, kept: Sequence[int]) -> None:
+def keep_layers(layers: nn.ModuleList | nn.Sequential, kept: Sequence[int]) -> None:
     """Drop all but some layers, and renumber those that know their number."""
     chosen = [layers[i] for i in kept]
     del layers[:]
@@ -334,6 +338,8 @@ def tell_sizes(module: nn.Module) -> None:
         vars(module).update(out_features=weight.shape[0], in_features=weight.shape[1])
     elif isinstance(module, nn.Embedding):
         module.num_embeddings, module.embedding_dim = module.weight.shape
+    elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+        module.num_features = module.weight.shape[0]
     elif isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups == module.in_channels:
         channels = module.weight.shape[0]
         module.in_channels = module.out_channels = module.groups = channels

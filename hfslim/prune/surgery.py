@@ -182,6 +182,10 @@ class _Surgery:
             self._become(gate, "Inputless")
         module = self.model.get_submodule(site.path)
         self._remember(vars(module))
+        for name, value in vars(module).items():
+            if isinstance(value, dict) and name.endswith("_cache"):
+                # LeViT keeps its position bias from one call in eval mode to the next.
+                vars(module)[name] = {}
         for name, by in site.attributes:
             setattr(module, name, by * len(kept))
 
