@@ -132,9 +132,17 @@ def test_the_least_reachable_is_told_and_can_be_reached(layers):
     with pytest.raises(UnreachableTargetError) as failure:
         search(units, scores, _macs(0.01), costs)
     least = float(re.search(r"(0\.\d+) of the macs", str(failure.value))[1])
-    assert least == math.ceil(1e4 * REST / costs.total) / 1e4
+    smallest = REST + min(costs.unit.values())
+    assert least == math.ceil(1e4 * smallest / costs.total) / 1e4
     found = search(units, scores, _macs(least), costs)
-    assert costs.of(units, found) == REST
+    assert costs.of(units, found) == smallest
+
+
+def test_a_target_that_only_an_encoder_of_nothing_meets_is_refused():
+    units = _units(layers=True)
+    costs = _costs(units)
+    with pytest.raises(UnreachableTargetError, match="cannot be reached"):
+        search(units, _scores(units, 0), _macs(REST / costs.total), costs)
 
 
 def test_a_budget_met_exactly_is_met_whatever_the_rounding():

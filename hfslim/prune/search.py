@@ -34,7 +34,8 @@ def search(
     none included, the heads of greatest importance per cost stay, and what is left of the budget
     is spent on neurons in the same way. The combination that loses the least importance wins
     (Kwon et al. 2022, arXiv 2204.09656, section 4.1, with layers, and heads of unequal cost).
-    For a latency, which is not linear in the units, see `widths_within`.
+    At least one head or neuron stays, where there are any. For a latency, which is not linear in
+    the units, see `widths_within`.
     Ties go to the lower index, so that the same scores give the same structure everywhere.
 
     Args:
@@ -151,10 +152,16 @@ def _by_budget(pool: _Pool, costs: Costs, target: Target) -> Structure:
         heads, neurons = (pool.of(kind, dropped, costs) for kind in ("heads", "neurons"))
         everything = pool.structure([*heads, *neurons], dropped)
         fixed = costs.of(pool.units, everything) - sum(u.cost for u in (*heads, *neurons))
-        least = min(least, fixed)
-        if fixed > budget:
+        # At least one unit stays: an encoder of which nothing is left is no model.
+        smallest = min((u.cost for u in (*heads, *neurons)), default=0)
+        least = min(least, fixed + smallest)
+        if fixed + smallest > budget:
             continue
         lost, kept = _heads_then_neurons(heads, neurons, budget - fixed)
+        if not kept and smallest:
+            fitting = [u for u in (*heads, *neurons) if u.cost <= budget - fixed]
+            kept = [max(fitting, key=lambda unit: unit.score)]
+            lost -= kept[0].score
         if best is None or lost + lost_layers < best[0]:
             best = lost + lost_layers, pool.structure(kept, dropped)
     if best is None:

@@ -7,8 +7,9 @@ import torch
 from models import tiny
 
 from hfslim.anatomy import example_inputs, find_units
-from hfslim.prune.collect import collect
+from hfslim.prune.batches import Batches
 from hfslim.prune.criteria import CRITERIA, criteria_by_kind
+from hfslim.prune.steps import calibrate
 
 CALIBRATED = [name for name, entry in CRITERIA.items() if "calibration" in entry.when]
 
@@ -19,7 +20,8 @@ def scores_of(share: slice, criterion: str) -> dict:
     data = [{name: value[share] for name, value in batch.items()}]
     kinds = CRITERIA[criterion].kinds
     criteria = criteria_by_kind(criterion, kinds)
-    return collect(model, find_units(model).of(kinds), data, criteria, progress=False)
+    units = find_units(model).of(kinds)
+    return calibrate(model, units, Batches(data, 7), criteria, progress=False).scores
 
 
 if __name__ == "__main__":

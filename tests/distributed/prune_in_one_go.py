@@ -1,0 +1,27 @@
+"""Prune with a share of the calibration data on each process, and write each one's model."""
+
+import sys
+from pathlib import Path
+
+import torch
+from models import tiny
+
+import hfslim
+from hfslim.anatomy import example_inputs
+
+
+def pruned(share: slice) -> dict:
+    model = tiny("bert")
+    batch = example_inputs(model, batch_size=24, length=8)
+    data = [{name: value[share] for name, value in batch.items()}]
+    result = hfslim.prune(model, data, {"parameters": 0.6}, progress=False)
+    return {"structure": result.structure.to_dict(), "weights": model.state_dict()}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    share = (slice(0, 17), slice(17, 24))[rank]
+    torch.save(pruned(share), Path(sys.argv[1]) / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
