@@ -135,6 +135,7 @@ def _prune(work: Work, stage: Prune, entry: Entry, args: Any) -> None:
     inputs = work.inputs(model, stage.batch_size)
     target, criterion = dict(stage.target), stage.criterion
     shared: dict[str, Any] = {"units": stage.units, "criterion": criterion, "inputs": inputs}
+    logger.info("%s", stage)
     if stage.gradual:
         callback = PruningCallback(
             target,

@@ -115,6 +115,16 @@ class Prune(Stage):
                 "or move them to a `recover` stage"
             )
 
+    def __str__(self) -> str:
+        if self.gradual:
+            how = "little by little while training"
+        else:
+            how = (
+                f"in one go, from up to {self.max_examples} examples on each process; "
+                f"reconstruction: {self.reconstruction}"
+            )
+        return f"pruning to {dict(self.target)} by criterion {self.criterion}, {how}"
+
     @property
     def gradual(self) -> bool:
         """Whether the model trains while it is cut."""

@@ -214,7 +214,9 @@ def test_later_results_do_not_outlive_an_earlier_stage(tmp_path: Path) -> None:
         record.check(["transfer", "prune"], [{}, {}])
 
 
-def test_gradual_pruning_ends_at_the_target(tmp_path: Path) -> None:
+def test_gradual_pruning_ends_at_the_target(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     raw = image_recipe(tmp_path)
     gradual = {
         "prune": {
@@ -224,7 +226,9 @@ def test_gradual_pruning_ends_at_the_target(tmp_path: Path) -> None:
             "allow_untrained_teacher": True,
         }
     }
-    run(parse_recipe({**raw, "stages": [STAGES[0], gradual]}))
+    with caplog.at_level("INFO", "hfslim"):
+        run(parse_recipe({**raw, "stages": [STAGES[0], gradual]}))
+    assert "by criterion fisher, little by little while training" in caplog.text
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "02-prune")
     widths = [m.out_features for n, m in model.named_modules() if n.endswith("mlp.fc1")]
     rows = manifest(parse_recipe(raw))["stages"][1]["structure"]

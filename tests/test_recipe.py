@@ -135,6 +135,19 @@ def test_a_stage_that_comes_twice_goes_by_its_number(tmp_path: Path) -> None:
         (["--stages.prune.units", "[head]"], r"units\[0\]: unknown 'head'; did you mean 'heads'"),
         (["--stages.prune.criterion", "fischer"], "'fischer', expected one of .*'fisher'"),
         (["--stages.prune.learning_rate", "1e-5"], "need training: add num_train_epochs"),
+        (
+            ["--stages.prune.criterion", "obs", "--stages.prune.num_train_epochs", "1"],
+            r"obs is measured on calibration data, .* in a recipe no schedule, num_train_epochs or "
+            r"max_steps, or one of \['fisher'",
+        ),
+        (
+            ["--stages.prune.criterion", "movement"],
+            r"movement is measured while training: .*num_train_epochs, or one of \['obs'",
+        ),
+        (
+            ["--stages.prune.reconstruction", "scales", "--stages.prune.max_steps", "9"],
+            "'scales' is for a cut in one go",
+        ),
         (["--stages.measure.batch_sizes", "[0]"], "batch_sizes must be 1 or more"),
         (["--data.train_file", "x.csv"], "exactly one of dataset_name, train_file"),
         (["--data.dataset_name", "", "--data.train_file", "no.csv"], "no file 'no.csv'"),
@@ -154,6 +167,28 @@ def test_an_unknown_field_of_a_model_config_is_refused(tmp_path: Path) -> None:
     recipe = raw() | {"model": None, "model_config": {"model_type": "vit", "hidden_sise": 32}}
     with pytest.raises(RecipeError, match="vit has no such field; did you mean 'hidden_size'"):
         load(tmp_path, recipe)
+
+
+@pytest.mark.parametrize(
+    ("gradual", "criterion", "reconstruction"),
+    [
+        ({}, "obs", "weights"),
+        ({"schedule": "cubic"}, "fisher", "none"),
+        ({"num_train_epochs": 2}, "fisher", "none"),
+        ({"max_steps": 9}, "fisher", "none"),
+    ],
+)
+def test_a_cut_in_one_go_is_by_obs_a_gradual_one_by_fisher(
+    tmp_path: Path, gradual, criterion, reconstruction
+) -> None:
+    recipe = raw()
+    recipe["stages"][1]["prune"] |= gradual
+    stage = load(tmp_path, recipe).stages[1]
+    settings = stage.settings
+    assert (settings["criterion"], settings["reconstruction"]) == (criterion, reconstruction)
+    assert f"by criterion {criterion}, {'little by little' if gradual else 'in one go'}" in str(
+        stage
+    )
 
 
 def test_distil_needs_a_teacher(tmp_path: Path) -> None:

@@ -201,8 +201,10 @@ def criteria_by_kind(
             )
         if when not in entry.when:
             needs = {
-                "calibration": f"{name} is measured while training: use PruningCallback, or",
-                "training": f"{name} is measured on calibration data: use hfslim.prune, or",
+                "calibration": f"{name} is measured while training: use PruningCallback, in a "
+                "recipe num_train_epochs, or",
+                "training": f"{name} is measured on calibration data, for a cut in one go: use "
+                "hfslim.prune, in a recipe no schedule, num_train_epochs or max_steps, or",
             }
             raise ValueError(f"{needs[when]} one of {valid}")
         result[kind] = name
