@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import base64
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
 from transformers.trainer_callback import ExportableState
@@ -21,17 +18,20 @@ from hfslim.prune.collect import Collector
 from hfslim.prune.criteria import Criteria, criteria_by_kind
 from hfslim.prune.gates import Gates, Key
 from hfslim.prune.importance import Scores
-from hfslim.prune.schedules import SCHEDULES, Schedule
+from hfslim.prune.schedules import Pace, Schedule
 from hfslim.prune.search import search
 from hfslim.prune.steps import agreed, check_reachable, price
 from hfslim.prune.surgery import check_gates, shrink
 from hfslim.prune.target import Target
+from hfslim.prune.training import (
+    average_over_processes,
+    check_unscaled,
+    check_whole_parameters,
+    saved_state,
+)
 from hfslim.structure import Kind, Structure
 
 logger = logging.getLogger(__name__)
-
-DECISIONS = 20
-"""Steps towards the target, if no interval is given."""
 
 
 class PruningCallback(TrainerCallback, ExportableState):
@@ -81,12 +81,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         inputs: Stated | None = None,
         seed: int = 0,
     ) -> None:
-        if schedule not in SCHEDULES:
-            raise ValueError(f"schedule must be one of {list(SCHEDULES)}, got {schedule!r}")
-        if not 0 <= start < end <= 1:
-            raise ValueError(f"start and end must be 0 <= start < end <= 1, got {start} and {end}")
-        if interval is not None and interval < 1:
-            raise ValueError(f"interval is a number of steps, at least 1; got {interval}")
+        self._pace = Pace(schedule, start, end, interval)
         self.goal = Target.parse(target, units)
         self.criteria = criteria_by_kind(criterion, units, "training")
         self.structure: Structure | None = None
@@ -101,7 +96,7 @@ class PruningCallback(TrainerCallback, ExportableState):
             "inputs": inputs and {name: list(_shape(value)) for name, value in inputs.items()},
             "seed": seed,
         }
-        self._inputs, self._seed, self._schedule = inputs, seed, SCHEDULES[schedule]
+        self._inputs, self._seed = inputs, seed
         self._collector: Collector = None  # type: ignore[assignment]  # made when training begins
 
     def on_train_begin(  # type: ignore[override]  # the Trainer always passes the model
@@ -114,20 +109,11 @@ class PruningCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Gate the model, and take up a saved state where training resumes."""
         _check_arguments(args)
-        if args.world_size > 1 and args.average_tokens_across_devices:
-            logger.warning(
-                "average_tokens_across_devices is set to False: with it the stock Trainer "
-                "multiplies a classifier's gradient by the number of processes"
-            )
-            args.average_tokens_across_devices = False
+        average_over_processes(args)
         units = find_units(model).of(self._arguments["units"])
         self._costs = price(model, units, self.goal, self._inputs)
         check_reachable(units, self.goal, self._costs)
-        first, last = (
-            math.ceil(self._arguments[name] * state.max_steps) for name in ("start", "end")
-        )
-        self._first, self._last = first, max(last, first + 1)
-        self._interval = self._arguments["interval"] or max(1, (last - first) // DECISIONS)
+        self._decisions = self._pace.over(state.max_steps)
         check_gates(model, units)
         gates = Gates(model, units, owner=type(self).__name__)
         self._collector = Collector(gates, self.criteria, mean_loss=True)
@@ -140,7 +126,7 @@ class PruningCallback(TrainerCallback, ExportableState):
 
     def on_step_begin(self, args: Arguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Score while there is something left to decide."""
-        if self._first <= state.global_step < self._last:
+        if self._decisions.first <= state.global_step < self._decisions.last:
             if self._decided:
                 self._collector.renew()
                 self._decided = False
@@ -151,10 +137,9 @@ class PruningCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Close more gates when a decision is due."""
         self._collector.stop()
-        step = state.global_step
-        due = step == self._last or (step - self._first) % self._interval == 0
-        if self._first < step <= self._last and due:
-            self._decide(state, (step - self._first) / (self._last - self._first), kwargs["model"])
+        progress = self._decisions.after(state.global_step)
+        if progress is not None:
+            self._decide(state, progress, kwargs["model"])
         self._before_save(control)
 
     def on_epoch_end(
@@ -182,7 +167,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         **_: Any,
     ) -> None:
         """Shrink the model."""
-        if state.global_step < self._last:
+        if state.global_step < self._decisions.last:
             self._decide_early(state, model)
         self._collector.gates.detach()
         assert self.structure is not None
@@ -202,17 +187,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         return {"args": self._arguments, "attributes": {"saved": saved}}
 
     def _restore(self, state: TrainerState) -> None:
-        callbacks: Any = state.stateful_callbacks
-        kept = callbacks.get(type(self).__name__)
-        saved = kept and kept["attributes"]["saved"]
-        if not saved:
-            raise ValueError(
-                "the checkpoint was saved without a PruningCallback, so pruning cannot be resumed; "
-                "train without the callback, or start anew"
-            )
-        if kept["args"] != self._arguments:
-            changed = [n for n, v in self._arguments.items() if kept["args"].get(n) != v]
-            raise ValueError(f"the checkpoint was saved with other values of {changed}")
+        saved = saved_state(state, type(self).__name__, self._arguments)
         self.structure = Structure.from_dict(saved["structure"])
         self._decided = saved["decided"]
         if _rank() == 0:
@@ -230,7 +205,7 @@ class PruningCallback(TrainerCallback, ExportableState):
     def _decide(self, state: TrainerState, progress: float, model: PreTrainedModel) -> None:
         gates = self._collector.gates
         scores = self._collector.result(model, self._seed)
-        goal = self.goal.at(self._schedule(progress))
+        goal = self.goal.at(progress)
         new = agreed(search(gates.units, scores, goal, self._costs, self.structure))
         self._decided = True
         if new != self.structure:
@@ -245,14 +220,14 @@ class PruningCallback(TrainerCallback, ExportableState):
                 "training stopped at step %d, before the first score at step %d: the model is not "
                 "pruned; train for longer, or prune it with `hfslim.prune`",
                 state.global_step,
-                self._first + 1,
+                self._decisions.first + 1,
             )
             return
         logger.warning(
             "training stopped at step %d, before the target was due at step %d: pruning to the "
             "target now, without recovery",
             state.global_step,
-            self._last,
+            self._decisions.last,
         )
         self._decide(state, 1.0, model)
 
@@ -310,15 +285,8 @@ class LayerDropCallback(TrainerCallback):
 
 def _check_arguments(args: Arguments) -> None:
     """Refuse ways of training under which scores would be wrong."""
-    accelerator: Any = AcceleratorState()
-    sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-    if args.fsdp or getattr(args, "deepspeed", None) or accelerator.distributed_type in sharded:
-        raise ValueError(
-            "PruningCallback needs whole parameters on every process: use DDP, not FSDP or "
-            "DeepSpeed"
-        )
-    if args.fp16 or accelerator.mixed_precision == "fp16":
-        raise ValueError("the loss scale of fp16 would distort the scores: train with bf16=True")
+    check_whole_parameters(args, "PruningCallback")
+    check_unscaled(args)
     if args.n_gpu > 1:
         raise ValueError(
             f"one process drives {args.n_gpu} GPUs, whose copies of the model cannot share "

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 Schedule = Literal["cubic", "linear", "oneshot"]
+DECISIONS = 20
+"""Steps towards the goal, if no interval is given."""
 
 
 def cubic(progress: float) -> float:
@@ -35,3 +39,70 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": linear,
     "oneshot": oneshot,
 }
+
+
+@dataclass(frozen=True)
+class Pace:
+    """When a callback decides, as fractions of a training.
+
+    Attributes:
+        schedule: `cubic`, `linear` or `oneshot`.
+        start: When pruning begins.
+        end: When the goal is met.
+        interval: Optimizer steps between decisions; None for a twentieth of the time from start to
+            end.
+
+    Raises:
+        ValueError: One of them is out of range.
+    """
+
+    schedule: Schedule
+    start: float
+    end: float
+    interval: int | None
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {list(SCHEDULES)}, got {self.schedule!r}")
+        if not 0 <= self.start < self.end <= 1:
+            raise ValueError(
+                f"start and end must be 0 <= start < end <= 1, got {self.start} and {self.end}"
+            )
+        if self.interval is not None and self.interval < 1:
+            raise ValueError(f"interval is a number of steps, at least 1; got {self.interval}")
+
+    def over(self, steps: int) -> Decisions:
+        """Return the decisions of a training of some optimizer steps."""
+        first, last = math.ceil(self.start * steps), math.ceil(self.end * steps)
+        interval = self.interval or max(1, (last - first) // DECISIONS)
+        return Decisions(SCHEDULES[self.schedule], first, max(last, first + 1), interval)
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """The optimizer steps of a training after which something goes.
+
+    Attributes:
+        schedule: From the fraction of the time that is over to the fraction of the way.
+        first: Steps before pruning begins.
+        last: The step after which the goal is met.
+        interval: Steps between decisions.
+    """
+
+    schedule: Callable[[float], float]
+    first: int
+    last: int
+    interval: int
+
+    def after(self, step: int) -> float | None:
+        """Return how far towards the goal to go after a step; None if nothing is decided then.
+
+        Examples:
+            >>> decisions = Pace("linear", 0.2, 0.6, 2).over(10)
+            >>> [decisions.after(step) for step in range(8)]
+            [None, None, None, None, 0.5, None, 1.0, None]
+        """
+        due = step == self.last or (step - self.first) % self.interval == 0
+        if not (self.first < step <= self.last and due):
+            return None
+        return self.schedule((step - self.first) / (self.last - self.first))

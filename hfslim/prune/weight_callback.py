@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
@@ -18,7 +15,13 @@ from transformers.trainer_callback import ExportableState
 from hfslim.prune.gates import attached
 from hfslim.prune.held_zeros import HeldZeros
 from hfslim.prune.importance import UnusableScoresError
-from hfslim.prune.schedules import SCHEDULES, Schedule
+from hfslim.prune.schedules import Pace, Schedule
+from hfslim.prune.training import (
+    average_over_processes,
+    check_unscaled,
+    check_whole_parameters,
+    saved_state,
+)
 from hfslim.prune.weight_masks import SCOPES, Goal, Scope, remove
 from hfslim.prune.weights import Names, find_weights, weight_of
 from hfslim.structure import Structure
@@ -26,8 +29,6 @@ from hfslim.structure import Structure
 logger = logging.getLogger(__name__)
 
 TrainingMethod = Literal["magnitude", "movement"]
-DECISIONS = 20
-"""Steps towards the goal, if no interval is given."""
 MOVEMENT = "hfslim_movement"
 """Key of the movement scores in the optimizer's first parameter group, in checkpoints."""
 
@@ -93,14 +94,10 @@ class WeightPruningCallback(TrainerCallback, ExportableState):
         for name, value, valid in (
             ("method", method, get_args(TrainingMethod)),
             ("scope", scope, SCOPES[:2]),
-            ("schedule", schedule, SCHEDULES),
         ):
             if value not in valid:
                 raise ValueError(f"{name} must be one of {list(valid)}, got {value!r}")
-        if not 0 <= start < end <= 1:
-            raise ValueError(f"start and end must be 0 <= start < end <= 1, got {start} and {end}")
-        if interval is not None and interval < 1:
-            raise ValueError(f"interval is a number of steps, at least 1; got {interval}")
+        self._pace = Pace(schedule, start, end, interval)
         holds = sparsity is None and pattern is None
         self.goal = None if holds else Goal.parse(sparsity, pattern)
         self.zeros: dict[str, torch.Tensor] | None = None
@@ -116,7 +113,7 @@ class WeightPruningCallback(TrainerCallback, ExportableState):
             "target_modules": _plain(target_modules),
             "exclude_modules": _plain(exclude_modules),
         }
-        self._method, self._scope, self._schedule = method, scope, SCHEDULES[schedule]
+        self._method, self._scope = method, scope
 
     def on_train_begin(  # type: ignore[override]  # the Trainer always passes the model
         self,
@@ -129,7 +126,10 @@ class WeightPruningCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Take up the zeros that the model has, and a saved state where training resumes."""
         self._scores_gradients = self.goal is not None and self._method == "movement"
-        _check_arguments(args, self._scores_gradients)
+        check_whole_parameters(args, type(self).__name__)
+        if self._scores_gradients:
+            check_unscaled(args, ", or use method='magnitude'")
+        average_over_processes(args)
         names = (self._arguments["target_modules"], self._arguments["exclude_modules"])
         self._held = HeldZeros(model, find_weights(model, *names))
         self._initial, self._steps_scored = self._held.fraction, 0
@@ -143,11 +143,7 @@ class WeightPruningCallback(TrainerCallback, ExportableState):
         if state.global_step:
             self._restore(state, optimizer)
         self._check_goal(type(model).__name__)
-        first, last = (
-            math.ceil(self._arguments[name] * state.max_steps) for name in ("start", "end")
-        )
-        self._first, self._last = first, max(last, first + 1)
-        self._interval = self._arguments["interval"] or max(1, (last - first) // DECISIONS)
+        self._decisions = self._pace.over(state.max_steps)
         self._gates = attached(model, "PruningCallback")
         self._structure: Structure | None = None
         self.zeros = self._held.zeros
@@ -169,7 +165,7 @@ class WeightPruningCallback(TrainerCallback, ExportableState):
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Score by the gradients of all processes, before the weights move."""
-        if self._scores_gradients and state.global_step < self._last:
+        if self._scores_gradients and state.global_step < self._decisions.last:
             self._steps_scored += 1
             for path, score in self._movement.items():
                 weight = weight_of(self._held.weights[path])
@@ -186,13 +182,11 @@ class WeightPruningCallback(TrainerCallback, ExportableState):
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Remove more weights when a decision is due, or the structure has changed since."""
-        step = state.global_step
-        due = step == self._last or (step - self._first) % self._interval == 0
-        if self._first < step <= self._last and due:
-            progress = (step - self._first) / (self._last - self._first)
-            self._decide(self._schedule(progress), state, kwargs["optimizer"])
-        elif step > self._last and self._structure_changed():
-            self._decide(1.0, state, kwargs["optimizer"])
+        progress = self._decisions.after(state.global_step)
+        if progress is None and state.global_step > self._decisions.last:
+            progress = 1.0 if self._structure_changed() else None
+        if progress is not None:
+            self._decide(progress, state, kwargs["optimizer"])
 
     def on_log(  # type: ignore[override]  # the Trainer always passes the logs
         self, args: Arguments, state: TrainerState, *_: Any, logs: dict[str, Any], **__: Any
@@ -208,7 +202,7 @@ class WeightPruningCallback(TrainerCallback, ExportableState):
         """Meet the goal if training stopped early, and let go of the model."""
         kwargs["optimizer"].param_groups[0].pop(MOVEMENT, None)
         self._held.detach()
-        early = state.global_step < self._last and self.goal is not None
+        early = state.global_step < self._decisions.last and self.goal is not None
         if early and self._scores_gradients and not self._steps_scored:
             logger.warning("training ended before the first score: no weight was removed")
         elif early or self._structure_changed():
@@ -217,7 +211,7 @@ class WeightPruningCallback(TrainerCallback, ExportableState):
                     "training stopped at step %d, before the goal was due at step %d: removing "
                     "weights to the goal now, without recovery",
                     state.global_step,
-                    self._last,
+                    self._decisions.last,
                 )
             self._decide(1.0, state)
         self._take_structure()
@@ -233,17 +227,7 @@ class WeightPruningCallback(TrainerCallback, ExportableState):
         return {"args": self._arguments, "attributes": {"saved": saved}}
 
     def _restore(self, state: TrainerState, optimizer: Any) -> None:
-        callbacks: Any = state.stateful_callbacks
-        kept = callbacks.get(type(self).__name__)
-        saved = kept and kept["attributes"]["saved"]
-        if not saved:
-            raise ValueError(
-                "the checkpoint was saved without a WeightPruningCallback, so weight pruning "
-                "cannot be resumed; train without the callback, or start anew"
-            )
-        if kept["args"] != self._arguments:
-            changed = [n for n, v in self._arguments.items() if kept["args"].get(n) != v]
-            raise ValueError(f"the checkpoint was saved with other values of {changed}")
+        saved = saved_state(state, type(self).__name__, self._arguments)
         self._held.restore(saved)
         self._initial, self._steps_scored = saved["initial"], saved["steps_scored"]
         if self._scores_gradients:
@@ -319,27 +303,6 @@ class WeightPruningCallback(TrainerCallback, ExportableState):
                     if path.startswith(gone):
                         cuts[path] = {0: torch.empty(0, dtype=torch.long)}
         self._held.cuts = cuts
-
-
-def _check_arguments(args: Arguments, scores_gradients: bool) -> None:
-    accelerator: Any = AcceleratorState()
-    sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-    if args.fsdp or getattr(args, "deepspeed", None) or accelerator.distributed_type in sharded:
-        raise ValueError(
-            "WeightPruningCallback needs whole parameters on every process: use DDP, not FSDP or "
-            "DeepSpeed"
-        )
-    if scores_gradients and (args.fp16 or accelerator.mixed_precision == "fp16"):
-        raise ValueError(
-            "the changing loss scale of fp16 would distort movement scores: train with bf16=True, "
-            "or use method='magnitude'"
-        )
-    if args.world_size > 1 and args.average_tokens_across_devices:
-        logger.warning(
-            "average_tokens_across_devices is set to False: with it the stock Trainer multiplies a "
-            "classifier's gradient by the number of processes"
-        )
-        args.average_tokens_across_devices = False
 
 
 def _check_trainable(weights: Mapping[str, nn.Module]) -> None:

@@ -1,0 +1,73 @@
+"""What pruning asks of a training, and what it finds in a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from transformers import TrainerState, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+def check_whole_parameters(args: TrainingArguments, callback: str) -> None:
+    """Refuse trainings whose processes hold but parts of the parameters.
+
+    Raises:
+        ValueError: Naming the callback.
+    """
+    accelerator: Any = AcceleratorState()
+    sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+    if args.fsdp or getattr(args, "deepspeed", None) or accelerator.distributed_type in sharded:
+        raise ValueError(
+            f"{callback} needs whole parameters on every process: use DDP, not FSDP or DeepSpeed"
+        )
+
+
+def check_unscaled(args: TrainingArguments, otherwise: str = "") -> None:
+    """Refuse a training whose gradients are scaled, where they score.
+
+    Raises:
+        ValueError: With the way out, and `otherwise`.
+    """
+    accelerator: Any = AcceleratorState()
+    if args.fp16 or accelerator.mixed_precision == "fp16":
+        raise ValueError(
+            "the changing loss scale of fp16 would distort the scores: train with bf16=True"
+            + otherwise
+        )
+
+
+def average_over_processes(args: TrainingArguments) -> None:
+    """Let gradients be means over processes, whatever the stock Trainer counts."""
+    if args.world_size > 1 and args.average_tokens_across_devices:
+        logger.warning(
+            "average_tokens_across_devices is set to False: with it the stock Trainer multiplies a "
+            "classifier's gradient by the number of processes"
+        )
+        args.average_tokens_across_devices = False
+
+
+def saved_state(
+    state: TrainerState, callback: str, arguments: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """Return what a callback saved in the checkpoint that training resumes from.
+
+    Raises:
+        ValueError: It saved nothing, or was another one.
+    """
+    callbacks: Any = state.stateful_callbacks
+    kept = callbacks.get(callback)
+    saved = kept and kept["attributes"]["saved"]
+    if not saved:
+        raise ValueError(
+            f"the checkpoint was saved without a {callback}, so pruning cannot be resumed; train "
+            "without the callback, or start anew"
+        )
+    if kept["args"] != arguments:
+        changed = [n for n, v in arguments.items() if kept["args"].get(n) != v]
+        raise ValueError(f"the checkpoint was saved with other values of {changed}")
+    return saved
