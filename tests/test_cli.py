@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from hub_server import Hub, serve
 from standins import image_model, text_file, text_model
 
 from hfslim.cli import main
+from hfslim.cli.app import VERBS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -70,12 +72,6 @@ def test_help_is_there_before_anything_heavy_is_loaded() -> None:
     assert loaded & {"torch", "transformers", "datasets", "numpy"} == set()
 
 
-VERBS = (
-    *("run", "prune", "inspect", "measure", "compare"),
-    *("export", "card", "push", "families"),
-)
-
-
 @pytest.mark.parametrize("verb", VERBS)
 def test_the_help_of_each_verb_has_an_example(hfslim, verb: str) -> None:
     done = hfslim(verb, "--help")
@@ -83,10 +79,12 @@ def test_the_help_of_each_verb_has_an_example(hfslim, verb: str) -> None:
     assert f"Example: hfslim {verb}" in done.out
 
 
-def test_the_verbs_are_those_of_this_test(hfslim) -> None:
-    listed = hfslim("--help").out.split("Commands")[1]
-    assert [verb for verb in VERBS if f" {verb} " not in listed] == []
-    assert listed.count("\n│ ") - listed.count("\n│  ") == len(VERBS)
+def test_the_help_lists_the_verbs_in_the_order_of_the_work(hfslim) -> None:
+    listed = re.findall(r"^│ (\w+) ", hfslim("--help").out.split("Commands")[1], re.MULTILINE)
+    assert listed == [
+        *("run", "inspect", "prune", "measure", "compare"),
+        *("export", "card", "push", "families"),
+    ]
 
 
 MISTAKES = {
@@ -269,7 +267,6 @@ def test_prune_leaves_a_folder_that_loads_with_all_that_tells_of_it(hfslim, shar
 
 
 def test_export_is_judged_on_real_examples(hfslim, shared: Path) -> None:
-    pytest.importorskip("onnxruntime")
     done = hfslim("export", "model", "--output", "onnx", *DATA, *QUICK, "--json")
     assert done.code == 0, done.err
     quality = done.json["quality"]

@@ -14,9 +14,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 import hfslim
 from hfslim.export import ExportError, open_exported
 
-pytest.importorskip("onnxruntime")
-pytest.importorskip("onnxscript")
-
 QUICK = {"batch_sizes": [2], "calls": 1}
 
 

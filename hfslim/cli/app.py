@@ -13,14 +13,29 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 from rich.progress import track
+from typer.core import TyperGroup
 
+VERBS = (
+    *("run", "inspect", "prune", "measure", "compare"),
+    *("export", "card", "push", "families"),
+)
 DEBUG = "HFSLIM_DEBUG"
 PIPED_WIDTH = 120
 
 T = TypeVar("T")
 
+
+class Verbs(TyperGroup):
+    """The verbs, listed in the order of the work rather than that of their modules."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of the verbs."""
+        return sorted(super().list_commands(ctx), key=VERBS.index)
+
+
 app = typer.Typer(
     name="hfslim",
+    cls=Verbs,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",

@@ -36,7 +36,11 @@ Metric = Annotated[
 ]
 BatchSizes = Annotated[
     list[int] | None,
-    typer.Option("--batch-size", min=1, help="Examples per call; several times for several."),
+    typer.Option(
+        "--batch-size",
+        min=1,
+        help="Examples per call; several times for several; 1 and 32 by default.",
+    ),
 ]
 Length = Annotated[
     int | None,
