@@ -189,7 +189,13 @@ def measure(model: nn.Module, inputs: Inputs, *, calls: int = 30, warmup: int = 
 
 
 def compare(
-    before: nn.Module, after: nn.Module, inputs: Inputs, *, calls: int = 30, warmup: int = 5
+    before: nn.Module,
+    after: nn.Module,
+    inputs: Inputs,
+    *,
+    before_inputs: Inputs | None = None,
+    calls: int = 30,
+    warmup: int = 5,
 ) -> Comparison:
     """Measure two models at the same input, their calls timed in turn.
 
@@ -197,6 +203,7 @@ def compare(
         before: Model to compare with.
         after: Model that should cost less.
         inputs: Keyword arguments of both models' `forward`; the first axis is the batch.
+        before_inputs: Those of `before`, where it reads others.
         calls: Number of timed calls of each model.
         warmup: Number of calls of each model before the first timed one.
 
@@ -206,9 +213,10 @@ def compare(
     Raises:
         ValueError: `calls` is less than 1, or the inputs hold no tensor.
     """
-    times = paired_latency(before, after, inputs, calls=calls, warmup=warmup)
+    theirs = inputs if before_inputs is None else before_inputs
+    times = paired_latency(before, after, inputs, before_inputs=theirs, calls=calls, warmup=warmup)
     return Comparison(
-        before=_measurement(before, inputs, times.before),
+        before=_measurement(before, theirs, times.before),
         after=_measurement(after, inputs, times.after),
         speedup=times.speedup,
         low=times.low,

@@ -21,7 +21,7 @@ from hfslim.measure import compare
 from hfslim.prune import PruningCallback, prune
 from hfslim.recipe import Recipe, RecipeError, recipe_yaml
 from hfslim.results import final_report, known_metrics, run_report
-from hfslim.stages import Distil, Measure, Prune, Push, Recover, Stage, Transfer
+from hfslim.stages import Distil, Measure, Prune, Push, Recover, Stage, Transfer, listed
 from hfslim.tasks import TASKS
 from hfslim.work import Work
 from hfslim.workbench import uses_cpu
@@ -124,9 +124,8 @@ def _transfer(work: Work, stage: Transfer, entry: Entry, args: Any) -> None:
 
 
 def _distil(work: Work, stage: Distil | Recover, entry: Entry, args: Any) -> None:
-    teacher = stage.teacher or work.recipe.teacher or work.whole
     model = work.load(new_head=isinstance(stage, Distil))
-    trainer = DistillationTrainer(model=model, args=args, teacher=teacher, **work.trainer_parts())
+    trainer = DistillationTrainer(model=model, args=args, **work.taught_parts(work.teachers(stage)))
     work.train_and_save(trainer, entry)
 
 
@@ -148,9 +147,8 @@ def _prune(work: Work, stage: Prune, entry: Entry, args: Any) -> None:
         trainer = DistillationTrainer(
             model=model,
             args=args,
-            teacher=stage.teacher or work.recipe.teacher or work.whole or work.source,
             callbacks=[callback],
-            **work.trainer_parts(),
+            **work.taught_parts(work.teachers(stage)),
         )
         work.train_and_save(trainer, entry)
         structure = callback.structure
@@ -182,11 +180,12 @@ def _prune(work: Work, stage: Prune, entry: Entry, args: Any) -> None:
 
 def _measure(work: Work, stage: Measure, entry: Entry, args: Any) -> None:
     task, folder = TASKS[work.recipe.task], work.manifest.folder / entry.folder
-    origin = work.whole or work.recipe.teacher or _last_teacher(work.recipe)
-    source, revision = split_revision(str(origin))
+    origin = str(work.whole or _first_teacher(work.recipe))
+    source, revision = split_revision(origin)
+    own = None if work.whole else work.own_processor(origin)
     before = task.auto_model.from_pretrained(source, revision=revision)
     after = task.auto_model.from_pretrained(work.source)
-    teacher = known_metrics(work, origin) or work.evaluate(before)
+    teacher = known_metrics(work, origin) or work.evaluate(before, own)
     now = known_metrics(work, work.source) or work.evaluate(after)
     if not PartialState().is_main_process:
         return
@@ -196,16 +195,19 @@ def _measure(work: Work, stage: Measure, entry: Entry, args: Any) -> None:
     comparisons = []
     for size in stage.batch_sizes:
         logger.info("measuring at batch %d on %s", size, device)
-        comparisons.append(compare(before, after, work.inputs(after, size, stage.length)))
+        inputs = work.inputs(after, size, stage.length)
+        theirs = inputs if own is None else work.inputs(before, size, stage.length)
+        comparisons.append(compare(before, after, inputs, before_inputs=theirs))
     report = run_report(work, comparisons, now, teacher)
     report.print()
     report.write(folder)
     logger.info("report in %s", folder)
 
 
-def _last_teacher(recipe: Recipe) -> str | None:
+def _first_teacher(recipe: Recipe) -> str:
+    """Return the recipe's teacher, else the last stage's that has one; the first of several."""
     named = [getattr(stage, "teacher", None) for stage in recipe.stages]
-    return next((teacher for teacher in reversed(named) if teacher), None)
+    return next(listed(one)[0] for one in (recipe.teacher, *reversed(named)) if one)
 
 
 def _push(work: Work, stage: Push, entry: Entry, args: Any) -> None:

@@ -20,7 +20,7 @@ from hfslim.schema import (
     nearest,
     types_of,
 )
-from hfslim.stages import STAGES, Stage
+from hfslim.stages import STAGES, Stage, listed
 from hfslim.tasks import METRICS, TASKS, DataConfig, make_config
 
 __all__ = ["Recipe", "RecipeError", "Stage", "load_recipe", "parse_recipe", "recipe_yaml"]
@@ -53,7 +53,7 @@ class Recipe:
         model: Hub id or folder of the model to start from.
         model_config: `model_type` and fields of an untrained model to start from, instead.
         processor: Hub id or folder of the processor; by default that of `model`.
-        teacher: Hub id or folder of the teacher of the stages that name none.
+        teacher: Hub id or folder of the teacher of the stages that name none, or a list of them.
         metric: What is evaluated after each stage.
         training: Arguments of every training stage.
         seed: Seed of data, training and pruning.
@@ -66,7 +66,7 @@ class Recipe:
     model: str | None = None
     model_config: Mapping[str, Any] | None = None
     processor: str | None = None
-    teacher: str | None = None
+    teacher: str | tuple[str, ...] | None = None
     metric: str = "accuracy"
     training: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 42
@@ -84,7 +84,8 @@ class Recipe:
             except ValueError as error:
                 raise RecipeError(str(error)) from error
         for key in ("model", "processor", "teacher"):
-            check_source(getattr(self, key), key)
+            for source in listed(getattr(self, key)):
+                check_source(source, key)
         self._check_order()
 
     def _check_order(self) -> None:
@@ -99,7 +100,8 @@ class Recipe:
         for number, stage in enumerate(self.stages, 1):
             place = f"stages[{number}] {stage.name}"
             named = getattr(stage, "teacher", None)
-            check_source(named, f"{place}.teacher")
+            for source in listed(named):
+                check_source(source, f"{place}.teacher")
             needs = stage.name == "distil" or (stage.name == "recover" and not cut)
             if needs and not (named or self.teacher):
                 raise RecipeError(
@@ -138,13 +140,13 @@ def _given(instance: Any) -> dict[str, Any]:
     return given
 
 
-def check_source(source: str | None, place: str) -> None:
+def check_source(source: str, place: str) -> None:
     """Refuse what can only be a local folder and does not exist.
 
     Raises:
         RecipeError: There is no such folder.
     """
-    if source is None or Path(source).is_dir():
+    if Path(source).is_dir():
         return
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise RecipeError(f"{place}: no folder {source!r} in {Path.cwd()}, and not a Hub id")

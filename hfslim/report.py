@@ -226,8 +226,11 @@ class Report:
         for c in self.comparisons:
             before, after = _stated(c.before.latency), _stated(c.after.latency)
             stated = after if before == after else f"before {before}; after {after}"
+            inputs = c.after.inputs
+            if c.before.inputs != inputs:
+                inputs = f"before {c.before.inputs}; after {inputs}"
             lines.append(
-                f"Batch {c.after.latency.batch_size}: {c.after.inputs}; {stated}; "
+                f"Batch {c.after.latency.batch_size}: {inputs}; {stated}; "
                 f"{c.after.latency.calls} calls of each in turn; "
                 "speedup of the median with its 95 % interval."
             )

@@ -13,7 +13,7 @@ from hfslim.manifest import Manifest
 from hfslim.measure import Comparison
 from hfslim.provenance import Machine, Origin, Provenance
 from hfslim.report import REPORT, Quality, Report
-from hfslim.stages import Distil, Measure, Prune, Recover
+from hfslim.stages import Distil, Measure, Prune, Recover, listed
 from hfslim.tasks import DataConfig
 from hfslim.tasks.data import DIGITS
 from hfslim.work import Work
@@ -97,14 +97,16 @@ def _teacher(work: Work) -> Origin | None:
     run = {str(work.manifest.folder / e.folder): e for e in work.manifest.stages}
     for stage in reversed(work.recipe.stages):
         if isinstance(stage, Distil | Recover) or (isinstance(stage, Prune) and stage.gradual):
-            source = stage.teacher or work.recipe.teacher or work.whole
-            if source is None:
-                return None
-            if source in run:
-                return Origin(
-                    f"the model before its first cut, {run[source].folder} of this recipe"
-                )
-            return Origin.of_model(source)
+            sources = listed(stage.teacher or work.recipe.teacher or work.whole)
+            if len(sources) > 1:
+                return Origin(f"the mean of {', '.join(sources)}")
+            for source in sources:
+                if source in run:
+                    return Origin(
+                        f"the model before its first cut, {run[source].folder} of this recipe"
+                    )
+                return Origin.of_model(source)
+            return None
     return None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -46,21 +46,21 @@ class Transfer(Stage):
 
 @dataclass(frozen=True)
 class Distil(Stage):
-    """Train the model on a teacher's outputs and the labels."""
+    """Train the model on the outputs of a teacher, or of several, and the labels."""
 
     name = "distil"
     arguments = DistillationConfig
-    teacher: str | None = None
+    teacher: str | tuple[str, ...] | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Recover(Stage):
-    """Train the cut model on the outputs of the model before its first cut, or a named teacher."""
+    """Train the cut model on the outputs of the model before its first cut, or named teachers."""
 
     name = "recover"
     arguments = DistillationConfig
-    teacher: str | None = None
+    teacher: str | tuple[str, ...] | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -84,7 +84,7 @@ class Prune(Stage):
     schedule: Schedule | None = None
     start: float = 0.0
     end: float = 0.5
-    teacher: str | None = None
+    teacher: str | tuple[str, ...] | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -163,3 +163,13 @@ class Push(Stage):
 STAGES: dict[str, type[Stage]] = {
     stage.name: stage for stage in (Transfer, Distil, Prune, Recover, Measure, Push)
 }
+
+
+def listed(sources: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Return the sources that a key of a recipe names: none, one or several.
+
+    Examples:
+        >>> listed("user/teacher"), listed(None)
+        (('user/teacher',), ())
+    """
+    return (sources,) if isinstance(sources, str) else tuple(sources or ())

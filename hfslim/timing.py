@@ -89,11 +89,17 @@ def latency(model: nn.Module, inputs: Inputs, *, calls: int = 30, warmup: int = 
     Raises:
         ValueError: `calls` is less than 1, or the inputs hold no tensor.
     """
-    return _summary(model, inputs, _interleaved([model], inputs, calls, warmup)[0])
+    return _summary(model, inputs, _interleaved([model], [inputs], calls, warmup)[0])
 
 
 def paired_latency(
-    before: nn.Module, after: nn.Module, inputs: Inputs, *, calls: int = 30, warmup: int = 5
+    before: nn.Module,
+    after: nn.Module,
+    inputs: Inputs,
+    *,
+    before_inputs: Inputs | None = None,
+    calls: int = 30,
+    warmup: int = 5,
 ) -> PairedLatency:
     """Time two models in turn, call by call, so that a change of load touches both.
 
@@ -101,6 +107,7 @@ def paired_latency(
         before: Model to compare with.
         after: Model that should be faster.
         inputs: Keyword arguments of both models' `forward`; the first axis is the batch.
+        before_inputs: Those of `before`, where it reads others.
         calls: Number of timed calls of each model.
         warmup: Number of calls of each model before the first timed one.
 
@@ -110,8 +117,9 @@ def paired_latency(
     Raises:
         ValueError: `calls` is less than 1, or the inputs hold no tensor.
     """
-    first, second = _interleaved([before, after], inputs, calls, warmup)
-    return paired(first, second, _summary(before, inputs, first), _summary(after, inputs, second))
+    theirs = inputs if before_inputs is None else before_inputs
+    first, second = _interleaved([before, after], [theirs, inputs], calls, warmup)
+    return paired(first, second, _summary(before, theirs, first), _summary(after, inputs, second))
 
 
 def paired(first: np.ndarray, second: np.ndarray, before: Latency, after: Latency) -> PairedLatency:
@@ -198,9 +206,9 @@ def placed(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
 
 
 def _interleaved(
-    models: list[nn.Module], inputs: Inputs, calls: int, warmup: int
+    models: list[nn.Module], inputs: list[Inputs], calls: int, warmup: int
 ) -> list[np.ndarray]:
-    clocks = [_clock(model, placed(model, inputs)) for model in models]
+    clocks = [_clock(m, placed(m, own)) for m, own in zip(models, inputs, strict=True)]
     with evaluating(*models):
         return in_turn(clocks, calls, warmup)
 

@@ -20,12 +20,13 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from hfslim.anatomy import find_units
-from hfslim.distill.teacher import align_labels, split_revision
+from hfslim.distill.labels import align_labels
+from hfslim.distill.teacher import split_revision
 from hfslim.manifest import Entry, Manifest
 from hfslim.prune.steps import check_reachable, price
 from hfslim.prune.target import Target
 from hfslim.recipe import Recipe
-from hfslim.stages import Distil, Prune, Recover
+from hfslim.stages import Distil, Prune, Recover, listed
 from hfslim.tasks import build_model
 from hfslim.workbench import Workbench, explained
 
@@ -83,12 +84,16 @@ class Work(Workbench):
         own = PreTrainedConfig(**self.examples.labels.config)
         for stage in self.recipe.stages:
             if isinstance(stage, Distil | Recover) or (isinstance(stage, Prune) and stage.gradual):
-                teacher = stage.teacher or self.recipe.teacher
-                if teacher:
+                for teacher in listed(stage.teacher or self.recipe.teacher):
                     source, revision = split_revision(teacher)
                     with explained(f"teacher {teacher!r}"):
                         config = AutoConfig.from_pretrained(source, revision=revision)
                         align_labels(own, config, stage.training.get("teacher_subset", False))
+
+    def teachers(self, stage: Distil | Recover | Prune) -> tuple[str, ...]:
+        """Return the sources of a stage's teachers, as things stand."""
+        given = stage.teacher or self.recipe.teacher or self.whole
+        return listed(given or (self.source if isinstance(stage, Prune) else None))
 
     def check_target(self) -> None:
         """Refuse a target of the first cut that the model cannot reach, before it is trained.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
@@ -16,18 +16,23 @@ from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
     EvalPrediction,
+    PreTrainedConfig,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
 )
+from transformers.utils import logging
 
 from hfslim.anatomy import example_inputs
 from hfslim.checkpoint import SlimTrainer
-from hfslim.distill.teacher import accepted_inputs
+from hfslim.distill.teacher import accepted_inputs, split_revision
+from hfslim.pairing import same_processing
 from hfslim.schema import RecipeError
 from hfslim.tasks import TASKS, DataConfig, Examples, Task, build_model, compute_metrics, load_model
 from hfslim.tasks.metrics import decide, usual_metric
 from hfslim.timing import evaluating, placed
+
+logger = logging.get_logger(__name__)
 
 
 class Predictions(NamedTuple):
@@ -146,15 +151,59 @@ class Workbench:
         return {
             "train_dataset": self.train,
             "eval_dataset": self.eval,
-            "data_collator": self.task.collator(self.data, self.processor),
+            "data_collator": self.task.collator(self.processor),
             "processing_class": self.processor,
             "compute_metrics": compute_metrics(self.metric, labels.problem, len(labels.names)),
         }
 
-    def evaluate(self, model: PreTrainedModel) -> dict[str, float]:
-        """Return the metric and the loss of a model on the evaluation examples."""
-        trainer = SlimTrainer(model=model, args=self.evaluation, **self.trainer_parts())
-        return self.metrics(trainer)
+    def taught_parts(self, teachers: Sequence[str]) -> dict[str, Any]:
+        """Return what a Trainer with these teachers is given: examples, processed for each of them.
+
+        Args:
+            teachers: Hub ids or folders. One whose processor does what the model's does, or that
+                has none, reads the model's inputs.
+        """
+        own = [self.own_processor(teacher) for teacher in teachers]
+        parts = {**self.trainer_parts(), "teacher": list(teachers), "teacher_processor": own}
+        if any(processor is not None for processor in own):
+            for name, part in (
+                ("train_dataset", self.examples.train),
+                ("eval_dataset", self.examples.evaluation),
+            ):
+                parts[name] = self.task.prepare(part, self.examples, self.data, self.processor, own)
+            parts["data_collator"] = self.task.collator(self.processor, own)
+        return parts
+
+    def own_processor(self, teacher: str) -> Any:
+        """Return a teacher's processor, or None where it has none or the same as the model's."""
+        source, revision = split_revision(teacher)
+        try:
+            processor = self.task.load_processor(source, PreTrainedConfig(), revision)
+        except (OSError, ValueError):
+            logger.info("teacher %s has no processor: it reads the model's inputs", teacher)
+            return None
+        if same_processing(self.processor, processor):
+            return None
+        logger.info("teacher %s reads each example by its own processor", teacher)
+        return processor
+
+    def evaluate(self, model: PreTrainedModel, processor: Any = None) -> dict[str, float]:
+        """Return the metric and the loss of a model on the evaluation examples.
+
+        Args:
+            model: The model.
+            processor: Its own, if the examples are not prepared by one that does the same.
+        """
+        parts = self.trainer_parts()
+        if processor is not None:
+            names: Any = model.config.id2label
+            examples = self.examples.with_order_of(names)
+            parts["eval_dataset"] = self.task.prepare(
+                examples.evaluation, examples, self.data, processor
+            )
+            parts["data_collator"] = self.task.collator(processor)
+            parts["processing_class"] = processor
+        return self.metrics(SlimTrainer(model=model, args=self.evaluation, **parts))
 
     def metrics(self, trainer: Trainer) -> dict[str, float]:
         """Return the metric and the loss of a Trainer's model."""
@@ -201,7 +250,7 @@ class Workbench:
 
     def batches(self, examples: Any, size: int) -> DataLoader[Any]:
         """Return examples in batches, as the collator makes them."""
-        collator = self.task.collator(self.data, self.processor)
+        collator = self.task.collator(self.processor)
         return DataLoader(examples, batch_size=size, collate_fn=collator)
 
     def calibration(self, model: PreTrainedModel, size: int) -> Iterator[dict[str, torch.Tensor]]:

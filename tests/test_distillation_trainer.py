@@ -13,7 +13,7 @@ from transformers import (
 
 from hfslim import DistillationConfig, DistillationTrainer, SlimTrainer
 from hfslim.anatomy.inputs import example_inputs
-from hfslim.distill.teacher import UntrainedTeacherError
+from hfslim.distill.skill import UntrainedTeacherError
 
 Data = list[dict[str, torch.Tensor]]
 

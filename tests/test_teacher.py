@@ -6,13 +6,9 @@ from models import tiny
 from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizer
 
 from hfslim import DistillationConfig, DistillationTrainer
-from hfslim.distill.teacher import (
-    UntrainedTeacherError,
-    align_labels,
-    check_skill,
-    load_teacher,
-    run_teacher,
-)
+from hfslim.distill.labels import align_labels
+from hfslim.distill.skill import UntrainedTeacherError, check_skill
+from hfslim.distill.teacher import load_teacher, run_teacher
 
 
 def config(*names: str, **kwargs: object) -> BertConfig:

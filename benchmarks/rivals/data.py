@@ -118,7 +118,7 @@ class Task:
             recipe.task, recipe.data, recipe.metric, recipe.seed, evaluation, model=teacher
         )
         model = bench.load_model(teacher).eval()
-        collate = bench.task.collator(recipe.data, bench.processor)
+        collate = bench.task.collator(bench.processor)
         held = bench.eval.shuffle(seed=DATA_SEED)
         held = held.select(range(min(setting.evaluation, len(held))))
         pool = bench.train.shuffle(seed=DATA_SEED)

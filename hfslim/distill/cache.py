@@ -15,6 +15,8 @@ import xxhash
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from hfslim.pairing import PREFIX, own_inputs
+
 __all__ = ["KEYS", "CacheError", "KeyedCollator", "TeacherCache", "fingerprint"]
 
 logger = logging.get_logger(__name__)
@@ -37,14 +39,18 @@ class KeyedCollator:
 
     Args:
         collator: What makes the batch.
+        teacher_alone: Whether all teachers have inputs of their own, so that only those are hashed,
+            and the student's may change from epoch to epoch.
     """
 
-    def __init__(self, collator: Any) -> None:
+    def __init__(self, collator: Any, teacher_alone: bool = False) -> None:
         self.collator = collator
+        self.teacher_alone = teacher_alone
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> Any:
         """Collate examples."""
-        keys = torch.from_numpy(np.stack([example_key(one) for one in features]))
+        read = [own_inputs(one, PREFIX) for one in features] if self.teacher_alone else features
+        keys = torch.from_numpy(np.stack([example_key(one) for one in read]))
         batch = self.collator(features)
         batch[KEYS] = keys
         return batch
@@ -67,6 +73,12 @@ def example_key(example: Mapping[str, Any]) -> np.ndarray:
             array = array.astype(np.int64)
         elif array.dtype.kind == "f":
             array = array.astype(np.float32)
+        elif array.dtype.kind == "O":
+            raise CacheError(
+                f"teacher_cache finds examples by what they hold, and {name!r} holds "
+                f"{type(example[name]).__name__} of which no bytes can be taken; drop that column, "
+                "or leave teacher_cache out."
+            )
         state.update(f"{name}{array.shape}{array.dtype}".encode())
         state.update(np.ascontiguousarray(array).tobytes())
     return np.frombuffer(state.digest(), dtype=np.int64)

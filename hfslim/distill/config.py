@@ -42,6 +42,9 @@ class DistillationConfig(TrainingArguments):
             on the labels alone. The schedules end there too.
         teacher_dtype: Dtype of the teacher's weights, such as `bfloat16`; by default a model keeps
             its own and what is loaded gets the student's.
+        teacher_weights: Weight above 0 of each of several teachers, in their order; equal by
+            default.
+        teacher_mean: What several teachers' weighted mean is of: `probabilities` or `logits`.
         teacher_subset: Whether the teacher may know labels that the student does not.
         teacher_cache: Folder of the teacher's logits for the training data; filled before training
             where there is none. Examples are found by what they hold, so shuffling, processes and
@@ -95,6 +98,13 @@ class DistillationConfig(TrainingArguments):
     teacher_dtype: str | None = field(
         default=None, metadata={"help": "Dtype of the teacher's weights, such as bfloat16."}
     )
+    teacher_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weight of each of several teachers."}
+    )
+    teacher_mean: str = field(
+        default="probabilities",
+        metadata={"help": "What several teachers' mean is of: probabilities or logits."},
+    )
     teacher_subset: bool = field(
         default=False, metadata={"help": "Accept a teacher that knows more labels."}
     )
@@ -130,6 +140,13 @@ class DistillationConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} is {value}; expected a number from 0 on.")
+        for weight in self.teacher_weights or ():
+            if not (math.isfinite(weight) and weight > 0):
+                raise ValueError(f"teacher_weights holds {weight}; expected numbers above 0.")
+        if self.teacher_mean not in ("probabilities", "logits"):
+            raise ValueError(
+                f"teacher_mean is {self.teacher_mean!r}; expected 'probabilities' or 'logits'."
+            )
         if self.relation_heads is not None and self.relation_heads < 1:
             raise ValueError(f"relation_heads is {self.relation_heads}; expected 1 or more.")
         parse_map(self.layer_map)

@@ -29,6 +29,7 @@ class FeatureMixin(_Base):
 
     args: DistillationConfig
     teacher: Any
+    teachers: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -55,6 +56,17 @@ class FeatureMixin(_Base):
             self.features = None
 
     def _check_feature_training(self) -> None:
+        if len(self.teachers.models) > 1:
+            raise ValueError(
+                f"feature_losses compare with one teacher, and there are "
+                f"{len(self.teachers.models)}; name one, or distil from logits alone."
+            )
+        if self.teachers.prefixes[0] and not self.teachers.same_positions():
+            raise ValueError(
+                "feature_losses compare position by position, and the teacher's own processor "
+                "makes other tokens or frames of an example than the student's; distil from "
+                "logits alone, or from a teacher that reads the student's inputs."
+            )
         if self.args.torch_compile:
             raise ValueError(
                 "feature_losses record what layers compute, which torch.compile hides: set "

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
-from os import PathLike
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +12,20 @@ from accelerate.utils import broadcast_object_list
 from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import Subset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from hfslim.checkpoint import CheckpointMixin
-from hfslim.distill.cache import KEYS, KeyedCollator, TeacherCache, fingerprint
+from hfslim.distill.cache import KEYS, KeyedCollator, TeacherCache
+from hfslim.distill.clock import TeacherClock
 from hfslim.distill.config import DistillationConfig
 from hfslim.distill.feature_training import FeatureMixin
 from hfslim.distill.losses import distillation_loss
-from hfslim.distill.teacher import (
-    accepted_inputs,
-    align_labels,
-    check_skill,
-    check_vocabulary,
-    load_teacher,
-    run_teacher,
-)
+from hfslim.distill.skill import check_skill
+from hfslim.distill.teachers import Source, Teachers
 from hfslim.hub.trainer import HubMixin
 from hfslim.objective import MeanLossMixin, logits_of, problem_type, with_loss
+from hfslim.pairing import PairedCollator, collator_of
 
 __all__ = ["DistillationTrainer"]
 
@@ -45,16 +40,21 @@ class DistillationTrainer(FeatureMixin, CheckpointMixin, HubMixin, MeanLossMixin
     All are means over the examples of an optimizer step, whatever the accumulation and number of
     processes, and are logged beside their weighted sum: `loss_hard`, `loss_distillation` and a
     `loss_...` for each feature loss, with `agreement`, the share of examples for which student and
-    teacher give the same class.
+    teacher give the same class, and `teacher_time_share`.
     Evaluation runs the student alone: `eval_loss` is the labels' loss. The teacher is placed once
-    on the student's device, runs without gradients in evaluation mode, sees the student's batches,
-    and is in no checkpoint. A student without `config.problem_type` takes over the teacher's.
+    on the student's device, runs without gradients in evaluation mode, and is in no checkpoint. It
+    sees the student's batches, or the same examples as its own processor makes them. A student
+    without `config.problem_type` takes over the teacher's.
 
     Args:
         model: The student.
         args: `DistillationConfig`.
         *rest: As for `transformers.Trainer`, from `data_collator` on.
-        teacher: A model, a Hub id or a folder, with the student's labels in any order.
+        teacher: A model, a Hub id or a folder, with the student's labels in any order; or several,
+            whose weighted mean teaches.
+        teacher_processor: Tokenizer, image processor or feature extractor of a teacher that reads
+            other inputs than the student. Each example then holds what that one makes of it, by the
+            names of `hfslim.distill.teacher_inputs`. With several teachers, one for each, or None.
         **kwargs: As for `transformers.Trainer`, except `compute_loss_func`.
 
     Raises:
@@ -75,7 +75,8 @@ class DistillationTrainer(FeatureMixin, CheckpointMixin, HubMixin, MeanLossMixin
         model: PreTrainedModel | nn.Module | None = None,
         args: DistillationConfig | None = None,
         *rest: Any,
-        teacher: PreTrainedModel | str | PathLike[str] | None = None,
+        teacher: Source | Sequence[Source] | None = None,
+        teacher_processor: Any = None,
         **kwargs: Any,
     ) -> None:
         if teacher is None:
@@ -89,22 +90,33 @@ class DistillationTrainer(FeatureMixin, CheckpointMixin, HubMixin, MeanLossMixin
             )
         super().__init__(model, args, *rest, **kwargs)
         student: Any = self.model
-        dtype = getattr(torch, args.teacher_dtype) if args.teacher_dtype else None
-        loaded: Any = load_teacher(teacher, student, args.allow_untrained_teacher, dtype)
-        self.teacher_order = align_labels(student.config, loaded.config, args.teacher_subset)
+        several = isinstance(teacher, list | tuple)
+        given: Any = list(teacher) if several else [teacher]  # type: ignore[arg-type]
+        if not (several and isinstance(teacher_processor, list | tuple)):
+            teacher_processor = [teacher_processor] * (
+                len(given) if teacher_processor is None else 1
+            )
+        self.teachers = Teachers(given, teacher_processor, student, self.processing_class, args)
+        self.teachers.place(args.device)
         if student.config.problem_type is None:
-            student.config.problem_type = loaded.config.problem_type
-        if student.main_input_name == "input_ids":
-            self._check_vocabulary(teacher, student, loaded)
-        self.teacher = loaded.to(args.device)
-        self._teacher_only = accepted_inputs(loaded) - accepted_inputs(student)
+            student.config.problem_type = self.teacher.config.problem_type
+        own = zip(self.teachers.prefixes, teacher_processor, strict=True)
+        batchers = {prefix: collator_of(processor) for prefix, processor in own if prefix}
+        if batchers and not isinstance(self.data_collator, PairedCollator):
+            self.data_collator = PairedCollator(self.data_collator, batchers)
+        self._clock = TeacherClock(args.device)
         self._terms: dict[str, Tensor] = {}
         self._term_steps = 0
         self._cache: TeacherCache | None = None
         self._from_cache = False
         if args.teacher_cache:
-            self.data_collator = KeyedCollator(self.data_collator)
-            self._teacher_only |= {KEYS}
+            apart = all(self.teachers.prefixes)
+            self.data_collator = KeyedCollator(self.data_collator, teacher_alone=apart)
+
+    @property
+    def teacher(self) -> Any:
+        """The teacher, or the first of several."""
+        return self.teachers.models[0]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Check the teacher on labelled data, then train as `transformers.Trainer.train`."""
@@ -113,6 +125,7 @@ class DistillationTrainer(FeatureMixin, CheckpointMixin, HubMixin, MeanLossMixin
             self._check_teacher()
         if self.args.teacher_cache:
             self._cache = self._open_cache(self.args.teacher_cache)
+        self._clock = TeacherClock(self.args.device)
         logger.info(f"loss = {self.args.objective}")
         parts = self.args.gradient_accumulation_steps * self.accelerator.num_processes
         if self.args.logit_loss == "dist" and parts > 1:
@@ -122,21 +135,10 @@ class DistillationTrainer(FeatureMixin, CheckpointMixin, HubMixin, MeanLossMixin
             )
         return super().train(*args, **kwargs)
 
-    def _check_vocabulary(self, teacher: Any, student: Any, loaded: Any) -> None:
-        tokenizer = self.processing_class
-        if isinstance(teacher, str | PathLike) and isinstance(tokenizer, PreTrainedTokenizerBase):
-            check_vocabulary(str(teacher), tokenizer)
-        sizes = [getattr(one.config, "vocab_size", None) for one in (student, loaded)]
-        if sizes[0] != sizes[1]:
-            logger.warning(
-                f"Student and teacher have vocabularies of {sizes[0]} and {sizes[1]}; the teacher "
-                "reads the student's token ids, so both must come from one tokenizer."
-            )
-
     def _open_cache(self, folder: str) -> TeacherCache:
         """Open the teacher cache, filled by all processes where there is none yet."""
         precision = self.accelerator.mixed_precision
-        identity = f"{fingerprint(self.teacher, self.teacher_order)}-{precision}"
+        identity = f"{self.teachers.fingerprint()}-{precision}"
         exists = broadcast_object_list([Path(folder).exists()])[0]
         if not exists:
             data: Any = self.train_dataset
@@ -177,35 +179,39 @@ class DistillationTrainer(FeatureMixin, CheckpointMixin, HubMixin, MeanLossMixin
             if batch.get("labels") is None:
                 return
             batch = self._prepare_inputs(batch)
-            pair = (self._teacher_logits(batch), batch["labels"])
-            pair = self.accelerator.gather_for_metrics(pair)
-            logits.append(pair[0])
-            labels.append(pair[1])
-            seen += len(pair[1])
+            with self.accelerator.autocast():
+                answers = self.teachers.each(batch)
+            *answers, known = self.accelerator.gather_for_metrics([*answers, batch["labels"]])
+            logits.append(answers)
+            labels.append(known)
+            seen += len(known)
             if seen >= _EXAMPLES_TO_CHECK:
                 break
         if seen:
             live: Any = self.model
             target = torch.cat(labels)
-            check_skill(torch.cat(logits), target, problem_type(live.config, target))
+            for name, parts in zip(self.teachers.names, zip(*logits, strict=True), strict=True):
+                check_skill(torch.cat(parts), target, problem_type(live.config, target), name)
 
     def _teacher_logits(self, inputs: dict[str, Any], **options: Any) -> Tensor:
-        if self._cache is not None:
-            found = self._cache.find(inputs[KEYS])
-            self._from_cache = found is not None
-            if found is not None:
-                return found
-        with self.accelerator.autocast():
-            return run_teacher(self.teacher, inputs, self.teacher_order, **options)
+        with self._clock.running():
+            if self._cache is not None:
+                found = self._cache.find(inputs[KEYS])
+                self._from_cache = found is not None
+                if found is not None:
+                    return found
+            with self.accelerator.autocast():
+                return self.teachers.logits(inputs, **options)
 
     def _set_signature_columns_if_needed(self) -> None:
         first = self._signature_columns is None
         super()._set_signature_columns_if_needed()
         if first:
-            self._signature_columns += sorted(self._teacher_only)
+            self._signature_columns += sorted(self.teachers.columns)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor | None]:
         """Fetch the batches of one optimizer step, and count the step for the logged means."""
+        self._clock.start()
         self._term_steps += 1
         return super().get_batch_samples(*args, **kwargs)
 
@@ -213,10 +219,7 @@ class DistillationTrainer(FeatureMixin, CheckpointMixin, HubMixin, MeanLossMixin
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         """Predict with the student alone, as `transformers.Trainer.prediction_step`."""
-        return super().prediction_step(model, self._for_student(inputs), *args, **kwargs)
-
-    def _for_student(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in inputs.items() if name not in self._teacher_only}
+        return super().prediction_step(model, self.teachers.of_student(inputs), *args, **kwargs)
 
     def compute_loss(
         self,
@@ -241,12 +244,12 @@ class DistillationTrainer(FeatureMixin, CheckpointMixin, HubMixin, MeanLossMixin
         teaches = model.training and self._progress() < 1 and (alpha > 0 or self.features)
         if not teaches or (labels is None and alpha < 1):
             loss, outputs = super().compute_loss(
-                model, self._for_student(inputs), True, num_items_in_batch
+                model, self.teachers.of_student(inputs), True, num_items_in_batch
             )
             if model.training:
                 self._record("loss_hard", loss)
             return (loss, outputs) if return_outputs else loss
-        student_inputs = self._for_student(inputs)
+        student_inputs = self.teachers.of_student(inputs)
         student_inputs.pop("labels", None)
         outputs, taught, features = self._run_both(model, student_inputs, inputs)
         logits = logits_of(outputs)
@@ -319,5 +322,7 @@ class DistillationTrainer(FeatureMixin, CheckpointMixin, HubMixin, MeanLossMixin
             for name, total in sorted(self._terms.items()):
                 mean = self.accelerator.reduce(total, reduction="mean")
                 logs[name] = mean.item() / self._term_steps
+            share = torch.tensor(self._clock.take(), device=self.args.device)
+            logs["teacher_time_share"] = self.accelerator.reduce(share, reduction="mean").item()
             self._terms, self._term_steps = {}, 0
         super().log(logs, *args, **kwargs)

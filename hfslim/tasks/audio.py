@@ -10,12 +10,11 @@ from typing import Any, ClassVar
 import datasets
 import numpy as np
 import soundfile
-import torch
 from scipy.signal import resample_poly
 from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, PreTrainedConfig
 from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING
 
-from hfslim.tasks.base import Batch, Collator, Examples, Task
+from hfslim.tasks.base import Batch, Collator, Reader, Task, targets
 from hfslim.tasks.data import DataConfig, find_column
 
 
@@ -57,14 +56,16 @@ class AudioClassification(Task):
     folder_builder = "audiofolder"
     lazy = True
 
-    def load_processor(self, source: str | None, config: PreTrainedConfig) -> Any:
+    def load_processor(
+        self, source: str | None, config: PreTrainedConfig, revision: str = "main"
+    ) -> Any:
         """Load the feature extractor, or make the family's own with its defaults.
 
         Raises:
             ValueError: The model's family has no feature extractor.
         """
         if source is not None:
-            return AutoFeatureExtractor.from_pretrained(source)
+            return AutoFeatureExtractor.from_pretrained(source, revision=revision)
         if type(config) not in FEATURE_EXTRACTOR_MAPPING:
             raise ValueError(
                 f"no feature extractor is known for {config.model_type!r}: "
@@ -87,27 +88,28 @@ class AudioClassification(Task):
             )
         return (column,)
 
-    def prepare(
-        self, dataset: datasets.Dataset, examples: Examples, data: DataConfig, processor: Any
-    ) -> datasets.Dataset:
+    def raw(self, dataset: datasets.Dataset, columns: tuple[str, ...]) -> datasets.Dataset:
+        """Leave the recordings undecoded."""
+        return dataset.cast_column(columns[0], datasets.Audio(decode=False))
+
+    def reader(self, columns: tuple[str, ...], data: DataConfig, processor: Any) -> Reader:
         """Read and resample each recording when it is asked for."""
-        audio, label = examples.columns
+        (audio,) = columns
 
         def read(batch: Batch) -> dict[str, Any]:
             waves = [
                 read_audio(one, processor.sampling_rate, data.max_length_seconds)
                 for one in batch[audio]
             ]
-            return {"wave": waves, "labels": examples.labels.encode(batch[label])}
+            return {"wave": waves}
 
-        encoded = dataset.cast_column(audio, datasets.Audio(decode=False))
-        return encoded.with_transform(read, columns=[audio, label])
+        return read
 
     def stated_length(self, data: DataConfig, processor: Any) -> int | None:
         """Return the samples of a recording of `max_length_seconds`."""
         return round(data.max_length_seconds * processor.sampling_rate)
 
-    def collator(self, data: DataConfig, processor: Any) -> Collator:
+    def batcher(self, processor: Any) -> Collator:
         """Extract the features of a batch, padded as the extractor does by default.
 
         Extractors of a fixed length (Whisper, AST) pad to it; the others pad to the longest
@@ -123,6 +125,6 @@ class AudioClassification(Task):
                 padding=padding,
                 return_tensors="pt",
             )
-            return {**inputs, "labels": torch.tensor([row["labels"] for row in rows])}
+            return {**inputs, **targets(rows)}
 
         return collate

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import datasets
+import torch
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from hfslim.pairing import PairedCollator, prefixes, teacher_inputs
 from hfslim.tasks.data import DataConfig, find_column, load_splits, sample
 from hfslim.tasks.labels import Labels, find_labels
 
@@ -18,6 +20,7 @@ logger = logging.get_logger(__name__)
 
 Batch = dict[str, list[Any]]
 Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
+Reader = Callable[[Batch], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,9 @@ class Task(ABC):
         return {key: (one,) if isinstance(one, str) else tuple(one) for key, one in names.items()}
 
     @abstractmethod
-    def load_processor(self, source: str | None, config: PreTrainedConfig) -> Any:
+    def load_processor(
+        self, source: str | None, config: PreTrainedConfig, revision: str = "main"
+    ) -> Any:
         """Load the processor of a Hub id or folder, or make the one that fits `config`."""
 
     @abstractmethod
@@ -76,18 +81,68 @@ class Task(ABC):
         """Find and check the columns that hold the inputs."""
 
     @abstractmethod
+    def reader(self, columns: tuple[str, ...], data: DataConfig, processor: Any) -> Reader:
+        """Return the function that makes a model's inputs of the input columns."""
+
+    def raw(self, dataset: datasets.Dataset, columns: tuple[str, ...]) -> datasets.Dataset:
+        """Return the raw examples in the form that the reader takes."""
+        return dataset
+
     def prepare(
-        self, dataset: datasets.Dataset, examples: Examples, data: DataConfig, processor: Any
+        self,
+        dataset: datasets.Dataset,
+        examples: Examples,
+        data: DataConfig,
+        processor: Any,
+        teachers: Sequence[Any] = (),
     ) -> datasets.Dataset:
-        """Return `dataset` as the Trainer wants it: model inputs and `labels`."""
+        """Return `dataset` as the Trainer wants it: model inputs and `labels`.
+
+        Args:
+            dataset: Raw examples.
+            examples: What they are part of.
+            data: Where they come from.
+            processor: Of the model.
+            teachers: The processor of each teacher, None where it reads the model's inputs; what
+                the others read is beside it, by the names of `hfslim.pairing`.
+        """
+        *columns, label = examples.columns
+        read = self.reader(tuple(columns), data, processor)
+        others = {
+            prefix: self.reader(tuple(columns), data, own)
+            for prefix, own in zip(prefixes(teachers), teachers, strict=True)
+            if own is not None
+        }
+
+        def encode(batch: Batch) -> dict[str, Any]:
+            encoded = {**read(batch), "labels": examples.labels.encode(batch[label])}
+            for prefix, reader in others.items():
+                encoded |= teacher_inputs(reader(batch), prefix)
+            return encoded
+
+        raw = self.raw(dataset, tuple(columns))
+        if self.lazy:
+            return raw.with_transform(encode, columns=[*columns, label])
+        return raw.map(encode, batched=True, remove_columns=dataset.column_names, desc="Processing")
 
     @abstractmethod
     def stated_length(self, data: DataConfig, processor: Any) -> int | None:
         """Return the length of the input at which costs are stated; None where it is fixed."""
 
     @abstractmethod
-    def collator(self, data: DataConfig, processor: Any) -> Collator:
-        """Return the function that makes a batch of prepared examples."""
+    def batcher(self, processor: Any) -> Collator:
+        """Return the function that makes a batch of one model's inputs, with labels if any."""
+
+    def collator(self, processor: Any, teachers: Sequence[Any] = ()) -> Collator:
+        """Return the function that makes a batch of prepared examples.
+
+        Args:
+            processor: Of the model.
+            teachers: As for `prepare`.
+        """
+        own = {p: self.batcher(t) for p, t in zip(prefixes(teachers), teachers, strict=True) if p}
+        batcher = self.batcher(processor)
+        return PairedCollator(batcher, own) if own else batcher
 
     def load_examples(self, data: DataConfig, seed: int) -> Examples:
         """Load the examples and check columns and labels.
@@ -125,3 +180,8 @@ class Task(ABC):
     def check_inputs(self, dataset: datasets.Dataset, columns: tuple[str, ...]) -> None:
         """Refuse inputs that cannot be used; nothing to refuse unless a task says so."""
         return
+
+
+def targets(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Return the labels of prepared examples for their batch, where there are any."""
+    return {"labels": torch.tensor([row["labels"] for row in rows])} if "labels" in rows[0] else {}

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
-from hfslim.tasks.base import Batch, Collator, Examples, Task
+from hfslim.tasks.base import Batch, Collator, Reader, Task, targets
 from hfslim.tasks.data import DataConfig, find_column
 
 
@@ -21,14 +21,16 @@ class ImageClassification(Task):
     folder_builder = "imagefolder"
     lazy = True
 
-    def load_processor(self, source: str | None, config: PreTrainedConfig) -> Any:
+    def load_processor(
+        self, source: str | None, config: PreTrainedConfig, revision: str = "main"
+    ) -> Any:
         """Load the image processor, or make the family's for the config's size and channels.
 
         Raises:
             ValueError: The model's family has no image processor.
         """
         if source is not None:
-            return AutoImageProcessor.from_pretrained(source, backend="pil")
+            return AutoImageProcessor.from_pretrained(source, revision=revision, backend="pil")
         if type(config) not in IMAGE_PROCESSOR_MAPPING:
             raise ValueError(
                 f"no image processor is known for {config.model_type!r}: "
@@ -62,34 +64,27 @@ class ImageClassification(Task):
             )
         return (column,)
 
-    def prepare(
-        self, dataset: datasets.Dataset, examples: Examples, data: DataConfig, processor: Any
-    ) -> datasets.Dataset:
+    def reader(self, columns: tuple[str, ...], data: DataConfig, processor: Any) -> Reader:
         """Process each image when it is read; grey ones get the processor's channels."""
-        image, label = examples.columns
+        (image,) = columns
         mode = "L" if len(processor.image_mean or ()) == 1 else "RGB"
 
         def process(batch: Batch) -> dict[str, Any]:
             images = [one.convert(mode) for one in batch[image]]
             inputs = processor(images, return_tensors="pt", input_data_format=None)
-            return {
-                "pixel_values": list(inputs["pixel_values"]),
-                "labels": examples.labels.encode(batch[label]),
-            }
+            return {"pixel_values": list(inputs["pixel_values"])}
 
-        return dataset.with_transform(process, columns=[image, label])
+        return process
 
     def stated_length(self, data: DataConfig, processor: Any) -> int | None:
         """Return None: an image has the model's size."""
         return None
 
-    def collator(self, data: DataConfig, processor: Any) -> Collator:
+    def batcher(self, processor: Any) -> Collator:
         """Stack the images."""
 
         def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-            return {
-                "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
-                "labels": torch.tensor([row["labels"] for row in rows]),
-            }
+            images = torch.stack([row["pixel_values"] for row in rows])
+            return {"pixel_values": images, **targets(rows)}
 
         return collate

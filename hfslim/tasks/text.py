@@ -13,7 +13,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from hfslim.tasks.base import Batch, Collator, Examples, Task
+from hfslim.pairing import has_words
+from hfslim.tasks.base import Batch, Collator, Reader, Task
 from hfslim.tasks.data import DataConfig, check_complete, find_column
 
 logger = logging.get_logger(__name__)
@@ -25,10 +26,13 @@ class TextClassification(Task):
     name = "text-classification"
     auto_model: ClassVar[Any] = AutoModelForSequenceClassification
 
-    def load_processor(self, source: str | None, config: PreTrainedConfig) -> Any:
+    def load_processor(
+        self, source: str | None, config: PreTrainedConfig, revision: str = "main"
+    ) -> Any:
         """Load the tokenizer; one without a padding token pads with its end-of-text token.
 
         Raises:
+            OSError: There is no tokenizer.
             ValueError: No source is given: a tokenizer cannot be made from a config.
         """
         if source is None:
@@ -36,7 +40,9 @@ class TextClassification(Task):
                 "a text model made from model_config needs `processor`: "
                 "the Hub id or folder of a tokenizer"
             )
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        if not has_words(tokenizer):
+            raise OSError(f"{source} has no tokenizer: set `processor` to a Hub id or folder")
         if tokenizer.pad_token is None:
             logger.warning("%s has no padding token: padding with its end of text", source)
             tokenizer.pad_token = tokenizer.eos_token
@@ -55,11 +61,8 @@ class TextClassification(Task):
         for column in columns:
             check_complete(dataset, column)
 
-    def prepare(
-        self, dataset: datasets.Dataset, examples: Examples, data: DataConfig, processor: Any
-    ) -> datasets.Dataset:
+    def reader(self, columns: tuple[str, ...], data: DataConfig, processor: Any) -> Reader:
         """Tokenise every text, cut to `max_seq_length` tokens."""
-        *inputs, label = examples.columns
         if data.max_seq_length > processor.model_max_length:
             raise ValueError(
                 f"max_seq_length {data.max_seq_length} is more than the tokenizer's "
@@ -67,21 +70,15 @@ class TextClassification(Task):
             )
 
         def tokenize(batch: Batch) -> dict[str, Any]:
-            encoded = processor(
-                *(batch[column] for column in inputs),
-                truncation=True,
-                max_length=data.max_seq_length,
-            )
-            return {**encoded, "labels": examples.labels.encode(batch[label])}
+            texts = (batch[column] for column in columns)
+            return dict(processor(*texts, truncation=True, max_length=data.max_seq_length))
 
-        return dataset.map(
-            tokenize, batched=True, remove_columns=dataset.column_names, desc="Tokenising"
-        )
+        return tokenize
 
     def stated_length(self, data: DataConfig, processor: Any) -> int | None:
         """Return `max_seq_length` tokens."""
         return data.max_seq_length
 
-    def collator(self, data: DataConfig, processor: Any) -> Collator:
+    def batcher(self, processor: Any) -> Collator:
         """Pad each batch to its longest text."""
         return DataCollatorWithPadding(processor)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import test_paired_teacher
 from test_teacher_cache import losses
 
 
@@ -23,6 +24,7 @@ def main(folder: Path) -> None:
         )
     }
     (folder / f"losses.{torch.distributed.get_rank()}.json").write_text(json.dumps(runs))
+    test_paired_teacher.main(folder / "paired")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -8,8 +8,12 @@ from distributed.launch import launch
 @pytest.mark.distributed
 def test_two_processes_fill_one_cache_and_read_it(tmp_path: Path) -> None:
     launch(Path(__file__).parent / "cached_teacher.py", tmp_path, processes=2)
-    ranks = [json.loads((tmp_path / f"losses.{rank}.json").read_text()) for rank in (0, 1)]
-    assert ranks[0] == ranks[1]
-    assert len(ranks[0]["live"]) == 8
-    for run in ("filled", "read"):
-        assert ranks[0][run] == pytest.approx(ranks[0]["live"], rel=0, abs=1e-5)
+    for folder, steps, runs in (
+        (tmp_path, 8, ("filled", "read")),
+        (tmp_path / "paired", 4, ("filled",)),
+    ):
+        ranks = [json.loads((folder / f"losses.{rank}.json").read_text()) for rank in (0, 1)]
+        assert ranks[0] == ranks[1]
+        assert len(ranks[0]["live"]) == steps
+        for run in runs:
+            assert ranks[0][run] == pytest.approx(ranks[0]["live"], rel=0, abs=1e-5)
