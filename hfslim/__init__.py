@@ -22,6 +22,7 @@ _HOMES = {
     "measure": "hfslim.measure",
     "prune": "hfslim.prune",
     "shrink": "hfslim.prune",
+    "sparsify": "hfslim.prune",
     "weight_sparsity": "hfslim.prune",
 }
 __all__ = list(_HOMES)

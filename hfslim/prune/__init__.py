@@ -1,4 +1,4 @@
-"""Remove heads, neurons and layers: gates, importance, search under a budget, surgery."""
+"""Remove heads, neurons, layers and weights: gates, importance, search under a budget, surgery."""
 
 from hfslim.prune.callbacks import LayerDropCallback, PruningCallback
 from hfslim.prune.criteria import CRITERIA, Criterion
@@ -9,6 +9,7 @@ from hfslim.prune.oneshot import PruneResult, prune
 from hfslim.prune.surgery import shrink
 from hfslim.prune.target import UnreachableTargetError
 from hfslim.prune.weight_callback import WeightPruningCallback
+from hfslim.prune.weight_oneshot import SparsifyResult, sparsify
 from hfslim.prune.weights import WeightSparsity, weight_sparsity
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "LayerDropCallback",
     "PruneResult",
     "PruningCallback",
+    "SparsifyResult",
     "UnreachableTargetError",
     "UnusableScoresError",
     "WeightPruningCallback",
@@ -26,5 +28,6 @@ __all__ = [
     "prune",
     "shrink",
     "spaced_layers",
+    "sparsify",
     "weight_sparsity",
 ]

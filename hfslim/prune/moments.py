@@ -52,7 +52,7 @@ class InputMoments:
             for total in vars(self).values():
                 torch.distributed.all_reduce(total)
 
-    def covariance(self, centred: bool) -> torch.Tensor:
+    def covariance(self, centred: bool, ridge: float = RIDGE) -> torch.Tensor:
         """Return mean second moments with a ridge, `[inputs, inputs]`; about the mean if centred.
 
         Where a projection has a bias, the bias makes up for the mean of what is removed.
@@ -61,8 +61,8 @@ class InputMoments:
         second = self.second / weight
         if centred:
             second = second - torch.outer(self.first, self.first) / weight.square()
-        ridge = RIDGE * second.diagonal().mean().clamp_min(1e-30)
-        return (second + second.T) / 2 + ridge * torch.eye(
+        added = ridge * second.diagonal().mean().clamp_min(1e-30)
+        return (second + second.T) / 2 + added * torch.eye(
             len(second), dtype=second.dtype, device=second.device
         )
 

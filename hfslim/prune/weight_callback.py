@@ -23,7 +23,7 @@ from hfslim.prune.training import (
     saved_state,
 )
 from hfslim.prune.weight_masks import SCOPES, Goal, Scope, remove
-from hfslim.prune.weights import Names, find_weights, weight_of
+from hfslim.prune.weights import Names, find_weights, outputs_first, weight_of
 from hfslim.structure import Structure
 
 logger = logging.getLogger(__name__)
@@ -259,7 +259,16 @@ class WeightPruningCallback(TrainerCallback, ExportableState):
         held = self._held
         before = {path: held.part(path, zeros) for path, zeros in held.zeros.items()}
         scores = {path: held.part(path, score) for path, score in self._scores().items()}
-        after = remove(scores, before, self.goal, self._scope, progress, self._initial)
+        after = self._turned(
+            remove(
+                self._turned(scores),
+                self._turned(before),
+                self.goal,
+                self._scope,
+                progress,
+                self._initial,
+            )
+        )
         changed = any(not torch.equal(after[path], zeros) for path, zeros in before.items())
         held.add(after)
         if changed:
@@ -268,6 +277,9 @@ class WeightPruningCallback(TrainerCallback, ExportableState):
             logger.info(
                 "step %d: %.2f %% of the weights removed", state.global_step, 100 * held.fraction
             )
+
+    def _turned(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {path: outputs_first(self._held.weights[path], t) for path, t in tensors.items()}
 
     def _scores(self) -> dict[str, torch.Tensor]:
         scores = self._movement or {

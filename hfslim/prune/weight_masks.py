@@ -122,22 +122,22 @@ def remove(
     ranked = {path: s.masked_fill(zeros[path], -math.inf) for path, s in scores.items()}
     fraction = initial + (goal.sparsity - initial) * progress
     if goal.pattern is not None:
-        outside = {path: _outside(score, goal.pattern) for path, score in ranked.items()}
+        beyond = {path: outside(score, goal.pattern) for path, score in ranked.items()}
         if progress >= 1:
-            return {path: outside[path] | zeros[path] for path in ranked}
-        ranked = {path: s.masked_fill(~outside[path], math.inf) for path, s in ranked.items()}
+            return {path: beyond[path] | zeros[path] for path in ranked}
+        ranked = {path: s.masked_fill(~beyond[path], math.inf) for path, s in ranked.items()}
     if scope == "global":
         sizes = [score.numel() for score in ranked.values()]
-        flat = _lowest(torch.cat([score.flatten() for score in ranked.values()])[None], fraction)
-        parts = dict(zip(ranked, flat[0].split(sizes), strict=True))
+        flat = torch.cat([score.flatten() for score in ranked.values()])[None]
+        parts = dict(zip(ranked, _lowest(flat, fraction)[0].split(sizes), strict=True))
     elif scope == "layer":
         parts = {path: _lowest(score.reshape(1, -1), fraction) for path, score in ranked.items()}
     else:
         parts = {path: _lowest(score.flatten(1), fraction) for path, score in ranked.items()}
     found = {path: parts[path].reshape(score.shape) for path, score in ranked.items()}
     if goal.pattern is not None:
-        found = {path: lowest & outside[path] for path, lowest in found.items()}
-    return {path: lowest | zeros[path] for path, lowest in found.items()}
+        found = {path: some & beyond[path] for path, some in found.items()}
+    return {path: some | zeros[path] for path, some in found.items()}
 
 
 def most_kept(zeros: torch.Tensor, size: int) -> int:
@@ -154,9 +154,8 @@ def digest(zeros: Tensors) -> str:
     return sha.hexdigest()[:16]
 
 
-def _lowest(scores: torch.Tensor, fraction: float) -> torch.Tensor:
-    """Mark the lowest fraction of each row, `[rows, weights]`; of equal ones the first."""
-    count = round(fraction * scores.shape[1])
+def lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Mark the lowest of each row, `[rows, weights]`; of equal ones the first."""
     if count <= 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     threshold = scores.kthvalue(count, dim=1, keepdim=True).values
@@ -165,11 +164,11 @@ def _lowest(scores: torch.Tensor, fraction: float) -> torch.Tensor:
     return below | (equal & (equal.cumsum(1) <= short))
 
 
-def _outside(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+def outside(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:
     """Mark the M − N lowest of each group."""
     groups = _groups(scores, pattern.m, -math.inf)
-    lowest = groups.argsort(stable=True, dim=-1)[..., : pattern.m - pattern.n]
-    marked = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, lowest, True)
+    last = groups.argsort(stable=True, dim=-1)[..., : pattern.m - pattern.n]
+    marked = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, last, True)
     return marked.flatten(-2)[..., : scores.shape[1]].movedim(-1, 1)
 
 
@@ -178,3 +177,7 @@ def _groups(values: torch.Tensor, size: int, filling: float) -> torch.Tensor:
     values = values.movedim(1, -1)
     short = -values.shape[-1] % size
     return torch.nn.functional.pad(values, (0, short), value=filling).unflatten(-1, (-1, size))
+
+
+def _lowest(scores: torch.Tensor, fraction: float) -> torch.Tensor:
+    return lowest(scores, round(fraction * scores.shape[1]))

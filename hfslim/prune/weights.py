@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from hfslim.anatomy import find_units
 from hfslim.prune.weight_masks import most_kept
@@ -18,7 +19,7 @@ from hfslim.prune.weight_masks import most_kept
 logger = logging.getLogger(__name__)
 
 Names = str | Sequence[str] | None
-WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
 GROUP_SIZES = (2, 4, 8, 16)
 
 
@@ -79,6 +80,14 @@ def weight_of(module: nn.Module) -> nn.Parameter:
     return weight
 
 
+def outputs_first(module: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
+    """Turn a tensor in the shape of a module's weight to `[out, in, …]`, or back.
+
+    The `Conv1D` of GPT-2 is a linear layer whose weight is `[in, out]`.
+    """
+    return tensor.T if isinstance(module, Conv1D) else tensor
+
+
 @dataclass(frozen=True)
 class WeightSparsity:
     """Zeros of one kind of module, or of all.
@@ -127,7 +136,7 @@ def weight_sparsity(
     rows = []
     for kind in (*dict.fromkeys(kinds.values()), "all"):
         zeros = [
-            (weight_of(module) == 0).detach()
+            outputs_first(module, weight_of(module) == 0).detach()
             for path, module in weights.items()
             if kind in ("all", kinds[path])
         ]
@@ -154,7 +163,7 @@ def _kinds(model: PreTrainedModel, weights: Mapping[str, nn.Module]) -> dict[str
         for cut in site.cuts
     }
     return {
-        path: of_units.get(path) or ("other linear" if type(m) is nn.Linear else "convolution")
+        path: of_units.get(path) or ("other linear" if m.weight.ndim == 2 else "convolution")
         for path, m in weights.items()
     }
 
