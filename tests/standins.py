@@ -23,12 +23,12 @@ def labelled(family: str, names: dict[int, str], **overrides: object):
     return model
 
 
-def text_model(folder: Path, seed: int = 0) -> Path:
+def text_model(folder: Path, seed: int = 0, length: int = 32) -> Path:
     """A BERT of three layers with a tokenizer of eight words, for `negative` and `positive`."""
-    labelled("bert", LABELS, seed=seed).save_pretrained(folder)
+    labelled("bert", LABELS, seed=seed, max_position_embeddings=length + 8).save_pretrained(folder)
     specials = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
     vocabulary = {token: index for index, token in enumerate((*specials, *WORDS))}
-    BertTokenizer(vocab=vocabulary, model_max_length=32).save_pretrained(folder)
+    BertTokenizer(vocab=vocabulary, model_max_length=length).save_pretrained(folder)
     return folder
 
 

@@ -2,40 +2,44 @@
 
 A block that begins with ```bash run or ```python run is run as it stands, offline, in a folder
 where tiny models and data go by the names that the pages use (`stand_ins`). The blocks of a page
-run in order: its programs share their variables, its commands the folder. Other bash and python
-blocks are checked: verbs, options, recipes and their keys, make targets, files, extras, the names
-and arguments of hfslim.
+run in order: its programs share their variables, its commands the folder. ```yaml run writes a
+recipe, to the file that its first line names. Other bash, python and yaml blocks are checked:
+verbs, options, recipes and their keys, make targets, files, extras, the names and arguments of
+hfslim. `docs/hub.md` runs beside a Hub on this machine, where `you` are logged in.
 """
 
 import ast
 import importlib
 import inspect
 import io
+import os
 import re
-import shlex
+import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import typer
+from hub_server import serve
+from pages import ROOT, Block, blocks, commands, run_page
 from standins import (
     image_folder,
     image_model,
     speech_folder,
     speech_model,
     text_data,
+    text_file,
     text_model,
 )
+from test_push import environment
 
 import hfslim
-from hfslim.cli import app, main
+from hfslim.cli import app
 from hfslim.recipe import load_recipe
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
     *(ROOT / folder / "README.md" for folder in ("recipes", "benchmarks")),
@@ -56,38 +60,8 @@ ELSEWHERE = (
 VERBS = typer.main.get_command(app).commands
 
 
-class Block(NamedTuple):
-    """A fenced block of a page."""
-
-    page: Path
-    line: int
-    language: str
-    runs: bool
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.page.relative_to(ROOT)}:{self.line}"
-
-
-def blocks(page: Path) -> Iterator[Block]:
-    text = page.read_text(encoding="utf-8")
-    for found in re.finditer(r"^```(\w+)( run)?\n(.*?)^```$", text, flags=re.M | re.S):
-        line = text.count("\n", 0, found.start()) + 1
-        yield Block(page, line, found[1], bool(found[2]), found[3])
-
-
-BLOCKS = [block for page in PAGES for block in blocks(page) if block.language in ("bash", "python")]
-
-
-def commands(text: str) -> Iterator[list[str]]:
-    """Split a bash block into its commands, without comments and `NAME=value` in front."""
-    for line in re.sub(r"\\\n\s*", " ", text).splitlines():
-        for part in re.split(r"\s(?:&&|\||>)\s", line):
-            words = shlex.split(part, comments=True)
-            while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
-                words.pop(0)
-            if words:
-                yield words
+CHECKED = ("bash", "python", "yaml")
+BLOCKS = [block for page in PAGES for block in blocks(page) if block.language in CHECKED]
 
 
 def is_template(words: list[str]) -> bool:
@@ -95,14 +69,22 @@ def is_template(words: list[str]) -> bool:
     return any("…" in word or re.fullmatch(r"\[?[A-Z_/]{4,}(\.\w+)?\]?", word) for word in words)
 
 
-def check_command(words: list[str], folder: Path) -> None:
+def written(page: Path) -> list[str]:
+    """Return the names of the recipes that a page tells to write."""
+    made = (block for block in BLOCKS if block.page == page and block.language == "yaml")
+    return [block.text.splitlines()[0].removeprefix("# ") for block in made if block.runs]
+
+
+def check_command(words: list[str], folder: Path, page: Path) -> None:
     program, *rest = words
     if program == "hfslim":
         if rest and rest[0] in VERBS:
+            if rest[0] in ("card", "push"):
+                (folder / rest[1]).mkdir(exist_ok=True)
             VERBS[rest[0]].make_context(rest[0], rest[1:])
         else:
             assert rest in (["--help"], ["--version"], ["--install-completion"]), words
-        if rest[0] == "run":
+        if rest[0] == "run" and rest[1] not in written(page):
             check_recipe(rest[1:], folder)
     elif program == "accelerate":
         assert rest[0] == "launch", words
@@ -124,7 +106,7 @@ def check_command(words: list[str], folder: Path) -> None:
 
 def check_recipe(arguments: list[str], folder: Path) -> None:
     """Read a recipe as the command would, in a folder that has the files it names."""
-    path = ROOT / arguments[0]
+    path = ROOT / arguments[0]  # itself, where it is absolute
     assert path.is_file(), f"no recipe {arguments[0]}"
     read = r"(?:train|validation|test)_(?:file|dir):\s*([^\s,}]+)"
     for name in re.findall(read, path.read_text()):
@@ -175,15 +157,22 @@ def test_each_block_is_valid(block: Block, tmp_path: Path, monkeypatch: pytest.M
     if block.language == "python":
         check_program(block.text)
         return
+    if block.language == "yaml":
+        (tmp_path / "recipe.yaml").write_text(block.text)
+        check_recipe([str(tmp_path / "recipe.yaml")], tmp_path)
+        return
     for words in commands(block.text):
         if not is_template(words):
-            check_command(words, tmp_path)
+            check_command(words, tmp_path, block.page)
 
 
 def stand_ins(folder: Path) -> None:
     """Make tiny models and data under the names that the pages use."""
-    text_model(folder / "textattack" / "bert-base-uncased-SST-2")
+    text_model(folder / "textattack" / "bert-base-uncased-SST-2", length=128)
     text_data(folder / "nyu-mll" / "glue", "sst2")
+    for name, rows in (("train", 16), ("validation", 8)):
+        path = text_file(folder / "data" / "reviews" / f"{name}.csv", rows)
+        path.write_text(path.read_text().replace("text,label", "review,verdict"))
     image_model(folder / "digits-vit")
     speech_model(folder / "commands-wav2vec2")
     image_folder(folder / "data" / "images" / "train", tuple("0123456789"))
@@ -194,19 +183,6 @@ def stand_ins(folder: Path) -> None:
         (folder / name).symlink_to(ROOT / name)
 
 
-def run_block(block: Block, names: dict[str, Any]) -> None:
-    if block.language == "python":
-        exec(compile(block.text, str(block), "exec"), names)
-        return
-    for words in commands(block.text):
-        if words[0] == "hfslim":
-            with pytest.raises(SystemExit) as ended:
-                main(words[1:])
-            assert ended.value.code == 0, words
-        else:
-            raise AssertionError(f"{words}: only hfslim's own commands are marked `run`")
-
-
 @pytest.mark.parametrize(
     "page",
     [page for page in PAGES if any(block.runs for block in BLOCKS if block.page == page)],
@@ -214,17 +190,27 @@ def run_block(block: Block, names: dict[str, Any]) -> None:
 )
 def test_what_is_marked_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_ins(tmp_path)
+    if page.name == "hub.md":
+        run_beside_a_hub(page, tmp_path)
+        return
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {"__name__": "__main__"}
-    for block in BLOCKS:
-        if block.page == page and block.runs:
-            printed = io.StringIO()
-            try:
-                with redirect_stdout(printed), redirect_stderr(printed):
-                    run_block(block, names)
-            except BaseException as error:
-                print(printed.getvalue(), file=sys.stderr)
-                raise AssertionError(f"{block}: {error!r}") from error
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed), redirect_stderr(printed):
+            run_page(page)
+    except AssertionError:
+        print(printed.getvalue(), file=sys.stderr)
+        raise
+
+
+def run_beside_a_hub(page: Path, folder: Path) -> None:
+    """Run a page in a process of its own, since the Hub's address is read at import."""
+    with serve(you="hf_you") as hub:
+        env = environment(hub, folder / "home", "hf_you")
+        env |= {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
+        command = [sys.executable, str(ROOT / "tests" / "pages.py"), str(page)]
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -121,6 +121,8 @@ def check_empty(output: Path) -> None:
 def data_section(given: Sequence[str]) -> dict[str, Any]:
     """Read `--data` into the `data` section of a recipe, its keys not checked yet.
 
+    A folder with a README.md is a data set as it is on the Hub.
+
     Raises:
         RecipeError: A recipe does not exist, or a folder may be of two kinds.
     """
@@ -138,13 +140,13 @@ def data_section(given: Sequence[str]) -> dict[str, Any]:
                 raise RecipeError(f"--data: no recipe {one!r} in {Path.cwd()}")
             recipe = mapping_at(yaml.safe_load(path.read_text(encoding="utf-8")), one)
             values |= mapping_at(recipe.get("data"), f"{one} data")
-        elif path.is_dir():
+        elif path.is_dir() and not (path / "README.md").exists():
             raise RecipeError(
                 f"--data: {one!r} is a folder: say train_dir={one} where it has a subfolder for "
                 f"each class, dataset_name={one} where it is a data set"
             )
         else:
-            values["train_file" if path.suffix else "dataset_name"] = one
+            values["train_file" if path.suffix and not path.is_dir() else "dataset_name"] = one
     return values
 
 
