@@ -10,9 +10,9 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import TrainingArguments
 
 from hfslim.distill import DistillationConfig
-from hfslim.prune.criteria import Criteria, criteria_by_kind
+from hfslim.prune.criteria import Criteria, criteria_by_kind, learns
 from hfslim.prune.reconstruction import Reconstruction, check_reconstruction
-from hfslim.prune.schedules import Schedule
+from hfslim.prune.schedules import Pace, Schedule
 from hfslim.prune.target import Target
 from hfslim.structure import Kind
 
@@ -93,7 +93,10 @@ class Prune(Stage):
         if self.criterion is None:
             object.__setattr__(self, "criterion", "fisher" if self.gradual else "obs")
         assert self.criterion is not None
-        criteria_by_kind(self.criterion, self.units, when)
+        criteria = criteria_by_kind(self.criterion, self.units, when)
+        pace = Pace(self.schedule or "cubic", self.start, self.end, None)
+        if learns(criteria):
+            pace.check_learned()
         if self.reconstruction is None:
             object.__setattr__(self, "reconstruction", "none" if self.gradual else "weights")
         assert self.reconstruction is not None
@@ -107,8 +110,6 @@ class Prune(Stage):
             raise ValueError(f"max_examples must be at least 1, got {self.max_examples}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
-        if not 0 <= self.start < self.end <= 1:
-            raise ValueError(f"start {self.start} and end {self.end} must be 0 ≤ start < end ≤ 1")
         if self.training and not self.gradual:
             raise ValueError(
                 f"{sorted(self.training)} need training: add num_train_epochs for gradual pruning, "

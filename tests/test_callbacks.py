@@ -99,6 +99,62 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, stop):
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+FAMILIES = [
+    {"criterion": "taylor", "schedule": "linear"},
+    {"criterion": "kl_fisher", "schedule": "oneshot"},
+    {"criterion": "movement", "schedule": "iterative"},
+    {"criterion": "activation", "schedule": "iterative"},
+    {"criterion": "magnitude", "schedule": "cubic"},
+    {"criterion": "block_influence", "schedule": "linear", "units": ["layers"]},
+    {"criterion": "l0", "schedule": "linear"},
+    {"criterion": "l0", "schedule": "cubic", "units": ["heads", "neurons", "layers"]},
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f"{f['criterion']}-{f['schedule']}")
+def test_each_criterion_and_schedule_resumes_exactly(tmp_path, family):
+    def run(**arguments):
+        callback = PruningCallback({"macs": 0.6}, end=0.75, **family)
+        trainer = _trainer(tmp_path, callback, max_steps=12, logging_steps=6, **arguments)
+        return trainer, callback
+
+    whole, callback = run(save_strategy="steps", save_steps=5)
+    whole.train()
+    resumed, again = run()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert not callback.structure.is_full
+    assert again.structure == callback.structure
+    found = resumed.model.state_dict()
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, found[name])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "kept"),
+    [
+        ("iterative", {4: 63, 8: 54, 12: 45, 16: 36}),
+        ("oneshot", {16: 36}),
+        ("linear", {step: 72 - round(step * 36 / 16) for step in range(1, 17)}),
+    ],
+)
+def test_a_schedule_removes_at_its_levels_and_no_more(tmp_path, monkeypatch, schedule, kept):
+    """Half of 72 neurons in 16 steps, from scores of all steps since the level before."""
+    seen, examples = {}, []
+    model = tiny("bert", num_hidden_layers=1, intermediate_size=72)
+    callback = PruningCallback({"sparsity": 0.5}, ["neurons"], schedule=schedule, end=0.8)
+    decide = callback._decide
+
+    def spy(state, done, model):
+        examples.append(callback._collector.scores.count)
+        decide(state, done, model)
+        [(seen[state.global_step], _)] = callback.structure.counts().values()
+
+    monkeypatch.setattr(callback, "_decide", spy)
+    _trainer(tmp_path, callback, model, max_steps=20).train()
+    assert seen == kept
+    assert examples == [8 * 16 // len(kept)] * len(kept)
+
+
 def test_a_resume_with_other_settings_is_refused(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 4}
     _trainer(tmp_path, PruningCallback(target={"macs": 0.6}), **settings).train()

@@ -321,5 +321,5 @@ def test_kinds_go_by_criteria_of_their_own():
 
 def test_every_criterion_names_its_source():
     assert all(entry.paper for entry in CRITERIA.values())
-    sources = ("gradient", "activation", "weights", "removal", "eliminates")
+    sources = ("gradient", "activation", "weights", "removal", "eliminates", "learned")
     assert all(any(getattr(entry, s) for s in sources) for entry in CRITERIA.values())

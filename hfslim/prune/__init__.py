@@ -1,9 +1,10 @@
 """Remove heads, neurons, layers and weights: gates, importance, search under a budget, surgery."""
 
-from hfslim.prune.callbacks import LayerDropCallback, PruningCallback
+from hfslim.prune.callbacks import PruningCallback
 from hfslim.prune.criteria import CRITERIA, Criterion
 from hfslim.prune.gates import Gates, gated
 from hfslim.prune.importance import UnusableScoresError
+from hfslim.prune.layerdrop import LayerDropCallback
 from hfslim.prune.layers import spaced_layers
 from hfslim.prune.oneshot import PruneResult, prune
 from hfslim.prune.surgery import shrink

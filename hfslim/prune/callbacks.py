@@ -15,9 +15,11 @@ from transformers.trainer_callback import ExportableState
 
 from hfslim.anatomy import Stated, find_units
 from hfslim.prune.collect import Collector
-from hfslim.prune.criteria import Criteria, criteria_by_kind
+from hfslim.prune.criteria import Criteria, criteria_by_kind, learns
+from hfslim.prune.expected import ExpectedCost
 from hfslim.prune.gates import Gates, Key
 from hfslim.prune.importance import Scores
+from hfslim.prune.learned import WARM_UP, LearnedGates
 from hfslim.prune.schedules import Pace, Schedule
 from hfslim.prune.search import search
 from hfslim.prune.steps import agreed, check_reachable, price
@@ -49,12 +51,14 @@ class PruningCallback(TrainerCallback, ExportableState):
     Args:
         target: What to keep, as for `prune`.
         units: Kinds of units that may go.
-        criterion: How units are scored, as for `prune`.
-        schedule: `cubic`, `linear` or `oneshot`.
+        criterion: How units are scored, as for `prune`; or `l0`: the gates are learned beside the
+            weights, by hard-concrete noise and a Lagrangian whose target comes down along the
+            schedule, and at the end those likeliest to be open stay, as many as the target allows.
+        schedule: `cubic` (most of it early) or `linear`, in twenty decisions; `iterative`, in four,
+            with a quarter of the time from start to end between two of them; or `oneshot`.
         start: When pruning begins, as a fraction of the training steps.
         end: When the target is met, as a fraction of the training steps; the rest is recovery.
-        interval: Optimizer steps between decisions; a twentieth of the time from start to end if
-            not given.
+        interval: Optimizer steps between decisions; by default the schedule's.
         inputs: The input at which multiply-accumulates are counted, as for `prune`.
         seed: Seed of random scores.
 
@@ -84,6 +88,9 @@ class PruningCallback(TrainerCallback, ExportableState):
         self._pace = Pace(schedule, start, end, interval)
         self.goal = Target.parse(target, units)
         self.criteria = criteria_by_kind(criterion, units, "training")
+        self._learns = learns(self.criteria)
+        if self._learns:
+            self._pace.check_learned()
         self.structure: Structure | None = None
         self._arguments: dict[str, Any] = {
             "target": dict(target),
@@ -97,6 +104,7 @@ class PruningCallback(TrainerCallback, ExportableState):
             "seed": seed,
         }
         self._inputs, self._seed = inputs, seed
+        self._learned: LearnedGates | None = None
         self._collector: Collector = None  # type: ignore[assignment]  # made when training begins
 
     def on_train_begin(  # type: ignore[override]  # the Trainer always passes the model
@@ -119,18 +127,35 @@ class PruningCallback(TrainerCallback, ExportableState):
         self._collector = Collector(gates, self.criteria, mean_loss=True)
         self._decided = False
         self.structure = units.full()
+        self._learned = None
+        if self._learns and state.global_step < self._decisions.last:
+            cost = ExpectedCost(units, self.goal, self._costs)
+            self._learned = LearnedGates(gates, cost, self._seed, self._decisions.steps)
         if state.global_step:
             self._restore(state)
         gates.set(self.structure)
         gates.attach()
 
     def on_step_begin(self, args: Arguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        """Score while there is something left to decide."""
-        if self._decisions.first <= state.global_step < self._decisions.last:
-            if self._decided:
-                self._collector.renew()
-                self._decided = False
-            self._collector.start()
+        """Score, or draw gates, while there is something left to decide."""
+        if not self._decisions.first <= state.global_step < self._decisions.last:
+            return
+        if self._learned is not None:
+            self._learned.draw(state.global_step)
+            return
+        if self._decided:
+            self._collector.renew()
+            self._decided = False
+        self._collector.start()
+
+    def on_pre_optimizer_step(
+        self, args: Arguments, state: TrainerState, *_: Any, **__: Any
+    ) -> None:
+        """Let the gates learn from the gradients of the step."""
+        if self._learned is not None and self._learned.drawn:
+            self._learned.learn(
+                self.goal.at(self._decisions.progress(state.global_step + 1, WARM_UP))
+            )
 
     def on_step_end(
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -138,7 +163,9 @@ class PruningCallback(TrainerCallback, ExportableState):
         """Close more gates when a decision is due."""
         self._collector.stop()
         progress = self._decisions.after(state.global_step)
-        if progress is not None:
+        if self._learned is not None and state.global_step < self._decisions.last:
+            self._learned.rest()
+        elif progress is not None:
             self._decide(state, progress, kwargs["model"])
         self._before_save(control)
 
@@ -155,6 +182,8 @@ class PruningCallback(TrainerCallback, ExportableState):
         if self.structure is not None and "loss" in logs:
             counts = self.structure.counts()
             kept = {f"kept_{kind}": here / total for kind, (here, total) in counts.items()}
+            if self._learned is not None:
+                kept = {f"expected_{name}": part for name, part in self._learned.expected().items()}
             logs.update(kept)
             state.log_history[-1].update(kept)
 
@@ -183,6 +212,7 @@ class PruningCallback(TrainerCallback, ExportableState):
                 "decided": self._decided,
                 "count": scores.count,
                 "sums": {" ".join(key): _packed(value) for key, value in scores.sums.items()},
+                "learned": self._learned and self._learned.state(),
             }
         return {"args": self._arguments, "attributes": {"saved": saved}}
 
@@ -190,6 +220,9 @@ class PruningCallback(TrainerCallback, ExportableState):
         saved = saved_state(state, type(self).__name__, self._arguments)
         self.structure = Structure.from_dict(saved["structure"])
         self._decided = saved["decided"]
+        if self._learned is not None:
+            self._learned.restore(saved["learned"])
+            self._learned.rest()
         if _rank() == 0:
             sums = {_key(name): _unpacked(text) for name, text in saved["sums"].items()}
             self._collector.scores = Scores(sums, saved["count"])
@@ -204,7 +237,12 @@ class PruningCallback(TrainerCallback, ExportableState):
 
     def _decide(self, state: TrainerState, progress: float, model: PreTrainedModel) -> None:
         gates = self._collector.gates
-        scores = self._collector.result(model, self._seed)
+        if self._learned is not None:
+            scores = self._learned.scores()
+            logger.info("step %d: gates leave %s", state.global_step, self._learned.expected())
+            self._learned, gates.factors = None, {}
+        else:
+            scores = self._collector.result(model, self._seed)
         goal = self.goal.at(progress)
         new = agreed(search(gates.units, scores, goal, self._costs, self.structure))
         self._decided = True
@@ -215,7 +253,11 @@ class PruningCallback(TrainerCallback, ExportableState):
             logger.info("step %d: keeps %s (%s)", state.global_step, new, new.digest())
 
     def _decide_early(self, state: TrainerState, model: PreTrainedModel) -> None:
-        if self._collector.needs_data and not self._collector.scores.reduce().count:
+        if self._learned is not None:
+            blind = state.global_step <= self._decisions.first
+        else:
+            blind = self._collector.needs_data and not self._collector.scores.reduce().count
+        if blind:
             logger.warning(
                 "training stopped at step %d, before the first score at step %d: the model is not "
                 "pruned; train for longer, or prune it with `hfslim.prune`",
@@ -230,57 +272,6 @@ class PruningCallback(TrainerCallback, ExportableState):
             self._decisions.last,
         )
         self._decide(state, 1.0, model)
-
-
-class LayerDropCallback(TrainerCallback):
-    """Skips random layers in training, so that layers can be removed afterwards.
-
-    Each step draws, of the layers that may be removed, those to skip from (seed, step): every
-    process, every accumulation step and every resumed run skips the same ones. The residual stream
-    passes by a skipped layer, whose parameters stay in the graph. Evaluation runs all layers.
-
-    (Fan et al. 2019, arXiv 1909.11556, who train from the start with it; at fine-tuning pair it
-    with distillation.)
-
-    Args:
-        p: Probability that a layer is skipped; 0.5 prepares for halving the depth.
-        seed: Seed of the draw.
-
-    Raises:
-        ValueError: `p` is not in [0, 1).
-    """
-
-    def __init__(self, p: float = 0.2, seed: int = 0) -> None:
-        if not 0 <= p < 1:
-            raise ValueError(f"p is a probability in [0, 1), got {p}")
-        self.p, self.seed = p, seed
-        self._gates: Gates = None  # type: ignore[assignment]  # made when training begins
-
-    def on_train_begin(  # type: ignore[override]
-        self, args: Arguments, state: TrainerState, *_: Any, model: PreTrainedModel, **__: Any
-    ) -> None:
-        """Gate the layers."""
-        own = getattr(model.config, "layerdrop", 0.0)
-        if own:
-            logger.warning("the model drops layers itself (config.layerdrop=%g); both apply", own)
-        units = find_units(model).of(["layers"])
-        self._gates = Gates(model, units, owner=type(self).__name__).attach()
-
-    def on_step_begin(self, args: Arguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        """Draw the layers that this step skips."""
-        draw = np.random.default_rng([self.seed, state.global_step])
-        for site in self._gates.units:
-            skipped = np.flatnonzero(draw.random(site.size) < self.p)
-            self._gates.close_layers(site, frozenset(skipped.tolist()) - set(site.fixed))
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Run all layers again."""
-        for site in self._gates.units:
-            self._gates.close_layers(site, frozenset())
-
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Take the gates out."""
-        self._gates.detach()
 
 
 def _check_arguments(args: Arguments) -> None:

@@ -70,6 +70,8 @@ class Criterion:
         removal: From the model and batches, by removing units in turn, to `[units]` by site.
         eliminates: Whether units are scored by removing them in turn while the others make up, from
             second moments (`hfslim.prune.reconstruction.obs_scores`).
+        learned: Whether gates are learned in training, all under one budget
+            (`hfslim.prune.learned.LearnedGates`).
         labels: Whether the loss needs labels; where they are optional and missing, the model's own
             predictions stand in.
         kinds: The kinds of units that it is for.
@@ -91,6 +93,7 @@ class Criterion:
         | None
     ) = None
     eliminates: bool = False
+    learned: bool = False
     labels: Labels = "unused"
     kinds: tuple[Kind, ...] = KINDS
     per_layer: bool = False
@@ -142,6 +145,11 @@ CRITERIA: dict[str, Criterion] = {
         accumulates=True,
         when=("training",),
     ),
+    "l0": Criterion(
+        "Louizos et al. 2018, arXiv 1712.01312; CoFi, Xia et al. 2022, arXiv 2204.00408",
+        learned=True,
+        when=("training",),
+    ),
     "activation": Criterion("Minitron, arXiv 2407.14679", activation=_activation),
     "block_influence": Criterion(
         "ShortGPT, Men et al. 2024, arXiv 2403.03853",
@@ -181,8 +189,8 @@ def criteria_by_kind(
         when: `calibration` or `training`.
 
     Raises:
-        ValueError: A kind or a criterion is unknown, is not for that kind or not for then, or a
-            kind has none.
+        ValueError: A kind or a criterion is unknown, is not for that kind or not for then, a kind
+            has none, or learned gates are mixed with scored ones.
     """
     given = dict(criterion) if isinstance(criterion, Mapping) else None
     result: dict[Kind, str] = {}
@@ -208,7 +216,17 @@ def criteria_by_kind(
             }
             raise ValueError(f"{needs[when]} one of {valid}")
         result[kind] = name
+    if learns(result) and len(set(result.values())) > 1:
+        raise ValueError(
+            "l0 learns the gates of all kinds under one budget, so it cannot be mixed with other "
+            f"criteria: use criterion='l0'; got {result}"
+        )
     return result
+
+
+def learns(criteria: Mapping[Kind, str]) -> bool:
+    """Tell whether gates are learned, not scored."""
+    return any(CRITERIA[name].learned for name in criteria.values())
 
 
 def check_labels(criteria: Mapping[Kind, str]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,6 +54,7 @@ class Gates:
         padding: The attention mask of the current forward pass, `[examples, positions]`, if any.
         fired: How often the gates of each site have been reached since `attach`.
         structure: What the gates leave open, where `set` has told.
+        factors: What multiplies units besides, `[units]` by site; gradients pass to it.
     """
 
     def __init__(self, model: nn.Module, units: Units | None = None, owner: str = "") -> None:
@@ -68,6 +69,7 @@ class Gates:
         self.padding: torch.Tensor | None = None
         self.fired: Counter[Key] = Counter()
         self.structure: Structure | None = None
+        self.factors: Mapping[Key, torch.Tensor] = {}
         self._masks: dict[Key, torch.Tensor] = {}
         self._closed_layers: dict[Key, frozenset[int]] = {}
         self._partial: dict[Key, list[torch.Tensor]] = {}
@@ -215,6 +217,9 @@ class Gates:
                 if mask.device != value.device or mask.dtype != value.dtype:
                     mask = self._masks[key] = mask.to(value.device, value.dtype)
                 value = value * mask
+            if key in self.factors:
+                factor = self.factors[key].to(value.device).repeat_interleave(site.width)
+                value = (value * factor).to(value.dtype)
             return (value, *rest)
 
         return hook
@@ -239,6 +244,8 @@ class Gates:
             if index in self._closed_layers.get(key, ()):
                 # The layer stays in the graph, so that every parameter gets a gradient under DDP.
                 after = before + 0 * after if torch.is_grad_enabled() else before
+            if key in self.factors:
+                after = torch.lerp(before, after, self.factors[key][index].to(after))
             if isinstance(output, torch.Tensor):
                 return after
             return type(output)([after, *output[1:]])

@@ -7,9 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-Schedule = Literal["cubic", "linear", "oneshot"]
-DECISIONS = 20
-"""Steps towards the goal, if no interval is given."""
+Schedule = Literal["cubic", "linear", "oneshot", "iterative"]
 
 
 def cubic(progress: float) -> float:
@@ -38,7 +36,11 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "cubic": cubic,
     "linear": linear,
     "oneshot": oneshot,
+    "iterative": linear,
 }
+DECISIONS = {"cubic": 20, "linear": 20, "oneshot": 1, "iterative": 4}
+"""How often something goes, if no interval is given; in between the model recovers."""
+GRADUAL = ("cubic", "linear")
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,10 @@ class Pace:
     """When a callback decides, as fractions of a training.
 
     Attributes:
-        schedule: `cubic`, `linear` or `oneshot`.
+        schedule: A name of `SCHEDULES`.
         start: When pruning begins.
         end: When the goal is met.
-        interval: Optimizer steps between decisions; None for a twentieth of the time from start to
-            end.
+        interval: Optimizer steps between decisions; None for as many as `DECISIONS` says.
 
     Raises:
         ValueError: One of them is out of range.
@@ -71,11 +72,25 @@ class Pace:
         if self.interval is not None and self.interval < 1:
             raise ValueError(f"interval is a number of steps, at least 1; got {self.interval}")
 
+    def check_learned(self) -> None:
+        """Refuse what gates that learn at every step cannot do.
+
+        Raises:
+            ValueError: The schedule has levels, or there is an interval.
+        """
+        if self.schedule not in GRADUAL or self.interval is not None:
+            raise ValueError(
+                "learned gates close bit by bit, without decisions on the way: with criterion='l0' "
+                f"the schedule is one of {list(GRADUAL)} and there is no interval; got "
+                f"schedule={self.schedule!r}, interval={self.interval}"
+            )
+
     def over(self, steps: int) -> Decisions:
         """Return the decisions of a training of some optimizer steps."""
         first, last = math.ceil(self.start * steps), math.ceil(self.end * steps)
-        interval = self.interval or max(1, (last - first) // DECISIONS)
-        return Decisions(SCHEDULES[self.schedule], first, max(last, first + 1), interval)
+        last = max(last, first + 1)
+        interval = self.interval or max(1, (last - first) // DECISIONS[self.schedule])
+        return Decisions(SCHEDULES[self.schedule], first, last, interval)
 
 
 @dataclass(frozen=True)
@@ -94,6 +109,11 @@ class Decisions:
     last: int
     interval: int
 
+    @property
+    def steps(self) -> int:
+        """Number of steps from first to last."""
+        return self.last - self.first
+
     def after(self, step: int) -> float | None:
         """Return how far towards the goal to go after a step; None if nothing is decided then.
 
@@ -103,6 +123,13 @@ class Decisions:
             [None, None, None, None, 0.5, None, 1.0, None]
         """
         due = step == self.last or (step - self.first) % self.interval == 0
-        if not (self.first < step <= self.last and due):
-            return None
-        return self.schedule((step - self.first) / (self.last - self.first))
+        return self.progress(step) if self.first < step <= self.last and due else None
+
+    def progress(self, step: int, within: float = 1.0) -> float:
+        """Return how far towards the goal a step is.
+
+        Args:
+            step: Number of the step.
+            within: The part of the time from first to last after which the goal is reached.
+        """
+        return self.schedule(min(1.0, (step - self.first) / (within * self.steps)))

@@ -59,11 +59,10 @@ class WeightPruningCallback(TrainerCallback, ExportableState):
             the steps so far of −weight · gradient.
         scope: Whether weights compete within the whole model (`global`) or within each module
             (`layer`); at the end of a pattern it makes no difference.
-        schedule: `cubic`, `linear` or `oneshot`.
+        schedule: `cubic`, `linear`, `oneshot` or `iterative`, as for `PruningCallback`.
         start: When pruning begins, as a fraction of the training steps.
         end: When the goal is met, as a fraction of the training steps; the rest is recovery.
-        interval: Optimizer steps between decisions; a twentieth of the time from start to end if
-            not given.
+        interval: Optimizer steps between decisions; by default the schedule's.
         target_modules: The modules to prune, as for `find_weights`: names, or a regular expression.
         exclude_modules: Modules to leave out.
 

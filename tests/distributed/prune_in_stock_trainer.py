@@ -18,7 +18,7 @@ from transformers import (
 from hfslim import PruningCallback
 
 
-def main(output: Path) -> None:
+def main(output: Path, criterion: str) -> None:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     set_seed(0)
     model = BertForSequenceClassification(
@@ -49,7 +49,7 @@ def main(output: Path) -> None:
         model=model,
         args=args,
         train_dataset=data,
-        callbacks=[PruningCallback(target={"macs": 0.5})],
+        callbacks=[PruningCallback(target={"macs": 0.5}, criterion=criterion)],
     )
     trainer.train()
 
@@ -70,4 +70,4 @@ def main(output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -11,10 +11,10 @@ from transformers import TrainingArguments, set_seed
 from hfslim import PruningCallback, SlimTrainer
 
 
-def train(folder: Path, checkpoint: Path | None = None) -> dict:
+def train(folder: Path, criterion: str, checkpoint: Path | None = None) -> dict:
     set_seed(0)
     texts = torch.randint(64, (64, 12), generator=torch.Generator().manual_seed(0))
-    callback = PruningCallback({"macs": 0.6}, interval=3, end=0.75)
+    callback = PruningCallback({"macs": 0.6}, criterion=criterion, end=0.75)
     trainer = SlimTrainer(
         model=tiny("bert"),
         args=TrainingArguments(
@@ -40,8 +40,10 @@ def train(folder: Path, checkpoint: Path | None = None) -> dict:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     target = Path(sys.argv[1])
-    whole = train(target / "run")
-    resumed = train(target / "again", target / "run" / "checkpoint-4")
-    rank = torch.distributed.get_rank()
-    torch.save({"whole": whole, "resumed": resumed}, target / f"{rank}.pt")
+    found = {}
+    for criterion in sys.argv[2:]:
+        run = target / criterion
+        found[f"{criterion} whole"] = train(run, criterion)
+        found[f"{criterion} resumed"] = train(target / "again", criterion, run / "checkpoint-4")
+    torch.save(found, target / f"{torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()

@@ -12,12 +12,13 @@ SCRIPT = Path(__file__).with_name("prune_in_stock_trainer.py")
 
 
 @pytest.mark.distributed
-def test_two_processes_prune_like_one(tmp_path):
+@pytest.mark.parametrize("criterion", ["fisher", "l0"])
+def test_two_processes_prune_like_one(tmp_path, criterion):
     results = {}
     for processes in (1, 2):
         output = tmp_path / str(processes)
         output.mkdir()
-        launch(SCRIPT, output, processes=processes)
+        launch(SCRIPT, output, criterion, processes=processes)
         ranks = [json.loads((output / f"rank{r}.json").read_text()) for r in range(processes)]
         assert all(rank == ranks[0] for rank in ranks)
         results[processes] = ranks[0]
@@ -35,11 +36,13 @@ def test_two_processes_prune_like_one(tmp_path):
 @pytest.mark.distributed
 def test_two_processes_resume_exactly(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(SCRIPT.parents[1]), prepend=":")
-    launch(SCRIPT.with_name("resume_pruning.py"), tmp_path, processes=2)
+    launch(SCRIPT.with_name("resume_pruning.py"), tmp_path, "fisher", "l0", processes=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
-    expected = ranks[0]["whole"]
-    for found in (ranks[0]["resumed"], ranks[1]["whole"], ranks[1]["resumed"]):
-        assert found["structure"] == expected["structure"]
-        assert found["weights"].keys() == expected["weights"].keys()
-        for name, value in expected["weights"].items():
-            assert torch.equal(found["weights"][name], value)
+    for criterion in ("fisher", "l0"):
+        whole, resumed = f"{criterion} whole", f"{criterion} resumed"
+        expected = ranks[0][whole]
+        for found in (ranks[0][resumed], ranks[1][whole], ranks[1][resumed]):
+            assert found["structure"] == expected["structure"]
+            assert found["weights"].keys() == expected["weights"].keys()
+            for name, value in expected["weights"].items():
+                assert torch.equal(found["weights"][name], value)
