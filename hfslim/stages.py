@@ -10,7 +10,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import TrainingArguments
 
 from hfslim.distill import DistillationConfig
-from hfslim.prune.criteria import Criteria, criteria_by_kind, learns
+from hfslim.prune.criteria import Criteria, criteria_by_kind, learns, usual_criterion
 from hfslim.prune.reconstruction import Reconstruction, check_reconstruction
 from hfslim.prune.schedules import Pace, Schedule
 from hfslim.prune.target import Target
@@ -70,7 +70,8 @@ class Prune(Stage):
 
     It is gradual where a `schedule`, `num_train_epochs` or `max_steps` is given. The target's cost
     is that of a forward pass of `batch_size` examples. Where nothing is said, units are scored by
-    `obs` and weights reconstructed in one go, by `fisher` and not reconstructed if it is gradual.
+    `obs` and weights reconstructed in one go, by `fisher` and not reconstructed if it is gradual;
+    channels by `fisher` at any rate.
     """
 
     name = "prune"
@@ -91,7 +92,7 @@ class Prune(Stage):
         Target.parse(self.target, self.units)
         when = "training" if self.gradual else "calibration"
         if self.criterion is None:
-            object.__setattr__(self, "criterion", "fisher" if self.gradual else "obs")
+            object.__setattr__(self, "criterion", usual_criterion(self.units, when))
         assert self.criterion is not None
         criteria = criteria_by_kind(self.criterion, self.units, when)
         pace = Pace(self.schedule or "cubic", self.start, self.end, None)

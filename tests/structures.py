@@ -20,7 +20,7 @@ def uneven(
     """Cut every site to another size: one without heads, one without neurons, one layer gone."""
     draw = random.Random(seed)
     units = [site for site in find_units(model) if site.kind in kinds]
-    sites: dict = {"heads": {}, "neurons": {}, "layers": {}}
+    sites: dict = {kind: {} for kind in KINDS}
     dropped = set()
     for site in units:
         if site.kind == "layers" and drop_layer and site.size > 1:
@@ -32,7 +32,7 @@ def uneven(
         if site.kind == "layers":
             continue
         size = draw.randint(1, max(site.size - 1, 1))
-        if site.kind not in emptied and site.layer not in dropped:
+        if not site.needs_one and site.kind not in emptied and site.layer not in dropped:
             emptied.add(site.kind)
             size = 0
         kept = sorted({*draw.sample(range(site.size), size), *site.fixed})

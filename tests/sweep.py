@@ -22,7 +22,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -41,12 +41,11 @@ from hfslim.anatomy import Site, Units, example_inputs, find_units
 from hfslim.anatomy.coverage import measured, page
 from hfslim.prune.gates import gated
 from hfslim.prune.surgery import shrink
-from hfslim.structure import Kind, Structure
+from hfslim.structure import KINDS, Kind, Structure
 
 TOLERANCE = 1e-5
 EFFECT = 1e-6
 LENGTHS = {"input_ids": 16, "inputs": 16, "input_values": 4000, "input_features": 64}
-KINDS: tuple[Kind, ...] = ("heads", "neurons", "layers")
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,8 @@ class Wrong(AssertionError):
     """An output that is not what it has to be."""
 
 
-def sweep(case: str) -> Iterator[Row]:
-    """Yield the outcomes of one type."""
+def sweep(case: str, kinds: Sequence[Kind] = KINDS) -> Iterator[Row]:
+    """Yield the outcomes of one type, kind by kind and for all kinds at once."""
     for attention in ("eager", "sdpa"):
         try:
             model = zoo.tiny(case, attention)
@@ -83,8 +82,8 @@ def sweep(case: str) -> Iterator[Row]:
                 yield Row(case, attention, "build", "error", reason=_short(error))
             continue
         units = find_units(model)
-        found = [kind for kind in KINDS if any(site.kind == kind for site in units)]
-        for kind in KINDS:
+        found = [kind for kind in kinds if any(site.kind == kind for site in units)]
+        for kind in kinds:
             yield _outcome(case, attention, (kind,), units)
         if len(found) > 1:
             yield _outcome(case, attention, tuple(found), units)
@@ -228,14 +227,14 @@ def _short(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".strip().replace("\n", " ")[:300]
 
 
-def _work(case: str, send: Connection, verbose: bool) -> None:
+def _work(case: str, kinds: Sequence[Kind], send: Connection, verbose: bool) -> None:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.disable(logging.NOTSET if verbose else logging.CRITICAL)
     torch.set_num_threads(1)
     try:
-        for row in sweep(case):
+        for row in sweep(case, kinds):
             send.send(row)
     except Exception as error:
         traceback.print_exc()
@@ -243,7 +242,13 @@ def _work(case: str, send: Connection, verbose: bool) -> None:
     send.close()
 
 
-def run(cases: list[str], jobs: int, limit: float, verbose: bool = False) -> Iterator[Row]:
+def run(
+    cases: list[str],
+    jobs: int,
+    limit: float,
+    verbose: bool = False,
+    kinds: Sequence[Kind] = KINDS,
+) -> Iterator[Row]:
     """Run types in processes of their own, `jobs` at a time, for at most `limit` seconds each."""
     context = multiprocessing.get_context("fork")
     waiting = list(reversed(cases))
@@ -252,7 +257,7 @@ def run(cases: list[str], jobs: int, limit: float, verbose: bool = False) -> Ite
         while waiting and len(running) < jobs:
             receive, send = context.Pipe(duplex=False)
             case = waiting.pop()
-            process = context.Process(target=_work, args=(case, send, verbose), daemon=True)
+            process = context.Process(target=_work, args=(case, kinds, send, verbose), daemon=True)
             process.start()
             send.close()
             running[receive] = (case, process, time.monotonic())
@@ -281,17 +286,22 @@ def record(rows: list[Row]) -> None:
     for case in dict.fromkeys(row.case for row in rows if "/" in row.case):
         task, name = case.split("/")
         mine = [row for row in rows if row.case == case]
-        entry: dict[str, Any] = {}
-        for kind in ("heads", "neurons", "layers"):
+        entry: dict[str, Any] = types.get(task, {}).get(name, {})
+        reasons, plain = entry.pop("reasons", {}), set(entry.pop("plain", []))
+        swept = {row.kind for row in mine} & set(KINDS) or set(KINDS)
+        for kind in (kind for kind in KINDS if kind in swept):
             seen = {row.outcome: row for row in mine if row.kind == kind} or {
                 "error": next((row for row in mine if row.outcome == "error"), mine[0])
             }
             outcome = next(o for o in ("wrong", "error", "refused", "absent", "exact") if o in seen)
             entry[kind] = "failed" if outcome in ("wrong", "error") else outcome
+            reasons.pop(kind, None)
             if outcome != "exact" and seen[outcome].reason:
-                entry.setdefault("reasons", {})[kind] = seen[outcome].reason
-        plain = sorted({row.kind for row in mine if row.plain and "+" not in row.kind})
-        types.setdefault(task, {})[name] = entry | ({"plain": plain} if plain else {})
+                reasons[kind] = seen[outcome].reason
+        plain -= swept
+        plain |= {row.kind for row in mine if row.plain and "+" not in row.kind}
+        entry |= {"reasons": reasons} if reasons else {}
+        types.setdefault(task, {})[name] = entry | ({"plain": sorted(plain)} if plain else {})
     types = {task: dict(sorted(types[task].items())) for task in zoo.TASKS if task in types}
     table = {"transformers": transformers.__version__, "types": types}
     path.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n")
@@ -309,6 +319,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("types", nargs="*", help="types as transformers names them, all if none")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="kinds of units")
     parser.add_argument("--jobs", type=int, default=1, help="types at a time")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds for one type")
     parser.add_argument("--json", type=Path, help="where the outcomes go")
@@ -332,7 +343,7 @@ def main() -> int:
         logging.basicConfig(level=logging.WARNING)
         logging.getLogger("sweep").setLevel(logging.DEBUG)
     rows = []
-    for row in run(cases, arguments.jobs, arguments.limit, arguments.verbose):
+    for row in run(cases, arguments.jobs, arguments.limit, arguments.verbose, arguments.kinds):
         rows.append(row)
         print(
             f"{row.case:32} {row.attention:6} {row.kind:22} {row.outcome:8} {row.units:4} "

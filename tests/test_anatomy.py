@@ -32,7 +32,7 @@ def test_every_unit_of_the_encoder_is_found(family):
     assert _sizes(units, "layers") == [3]
     assert _sizes(units, "heads") == [heads] * 3
     assert _sizes(units, "neurons") == [neurons] * 3
-    assert not units.refusals
+    assert {refusal.kind for refusal in units.refusals} <= {"channels"}
 
 
 def test_stages_of_unequal_width_are_lists_of_their_own():
@@ -72,7 +72,9 @@ def test_the_last_layer_of_a_list_is_not_offered():
 def test_layers_that_the_classifier_weighs_are_refused_with_the_reason():
     units = find_units(tiny("wav2vec2", use_weighted_layer_sum=True))
     assert _sizes(units, "heads") == [4, 4, 4]
-    with pytest.raises(ValueError, match=r"no layers .*use_weighted_layer_sum.* it has \['heads'"):
+    with pytest.raises(
+        ValueError, match=r"no layers .*use_weighted_layer_sum.* it has \['channels', 'heads'"
+    ):
         units.of(["layers"])
 
 
@@ -91,12 +93,12 @@ def test_heads_under_a_norm_across_them_are_refused_with_the_reason():
         units.of(["heads"])
 
 
-def test_a_model_with_nothing_to_prune_is_refused():
+def test_a_model_without_the_units_asked_for_is_refused():
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_labels=3)
     model = ResNetForImageClassification(config)
-    assert len(find_units(model)) == 0
+    assert {site.kind for site in find_units(model)} == {"channels"}
     with pytest.raises(
-        ValueError, match=r"no heads that can be removed \(found no .*; it has nothing to prune"
+        ValueError, match=r"no heads that can be removed \(found no .*; it has \['channels'\]"
     ):
         hfslim.prune(model, [{"pixel_values": torch.zeros(1, 3, 32, 32)}], target={"macs": 0.5})
 
@@ -113,7 +115,7 @@ def test_unknown_kinds_are_refused(kinds, message):
 def test_a_module_list_without_units_is_no_list_of_layers():
     model = nn.Module()
     model.blocks = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
-    assert len(find_units(model)) == 0
+    assert {site.kind for site in find_units(model)} == {"channels"}
 
 
 def test_looking_changes_nothing():

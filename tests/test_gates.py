@@ -40,9 +40,11 @@ def _explicit(model, inputs):
     units = find_units(model)
     gates = {(s.kind, s.path): torch.ones(s.size, requires_grad=True) for s in units}
 
-    def narrow(site):
-        def hook(_, args):
-            gate = gates[site.kind, site.path].repeat_interleave(site.width)
+    def narrow(site, width):
+        def hook(module, args):
+            gate = gates[site.kind, site.path].repeat_interleave(width)
+            if isinstance(module, torch.nn.Conv1d):
+                gate = gate[:, None]
             return (args[0] * gate, *args[1:])
 
         return hook
@@ -61,9 +63,9 @@ def _explicit(model, inputs):
         if site.kind == "layers":
             for i, module in enumerate(model.get_submodule(site.path)):
                 handles.append(module.register_forward_hook(layer(site, i), with_kwargs=True))
-        else:
-            module = model.get_submodule(site.gate)
-            handles.append(module.register_forward_pre_hook(narrow(site)))
+        for feed in site.feeds:
+            module = model.get_submodule(feed.module)
+            handles.append(module.register_forward_pre_hook(narrow(site, feed.width)))
     rows = []
     for example, label in enumerate(LABELS):
         one = {name: value[example : example + 1] for name, value in inputs.items()}

@@ -35,13 +35,13 @@ def refusal(folder: Path, **changes: Any) -> str:
     return str(error.value)
 
 
-def test_a_model_with_nothing_to_prune(tmp_path: Path) -> None:
+def test_a_model_without_the_units_asked_for(tmp_path: Path) -> None:
     vit = tmp_path / "vit"
     tiny("vit", image_size=8).save_pretrained(vit)
     (vit / "preprocessor_config.json").write_text('{"image_processor_type": "ViTImageProcessor"}')
     message = refusal(tmp_path, model_config=RESNET, processor=str(vit))
     assert "has no heads that can be removed (found no module with projections" in message
-    assert "it has nothing to prune" in message
+    assert "it has ['channels']" in message
 
 
 def test_a_model_whose_config_does_not_tell_the_size_of_an_image(tmp_path: Path) -> None:

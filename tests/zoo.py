@@ -10,6 +10,8 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from hfslim.anatomy import example_inputs
+
 TASKS = {
     "text": ("AutoModelForSequenceClassification", "SEQUENCE"),
     "image": ("AutoModelForImageClassification", "IMAGE"),
@@ -286,7 +288,20 @@ def tiny(case: str, attention: str = "eager", seed: int = 0) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.eval()
+    _settle_batch_norms(model.eval())
+    return model
+
+
+@torch.no_grad()
+def _settle_batch_norms(model: PreTrainedModel) -> None:
+    """Give batch norms statistics that they could have, so that no signal dies on the way."""
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    if norms and model.main_input_name == "pixel_values":
+        for norm in norms:
+            norm.train().momentum = 1.0
+        model(**example_inputs(model, 4, seed=9))
+        for norm in norms:
+            norm.eval().momentum = 0.1
 
 
 def _own(case: str, attention: str) -> PreTrainedModel:

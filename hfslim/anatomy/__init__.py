@@ -3,11 +3,12 @@
 from hfslim.anatomy.coverage import Coverage, coverage
 from hfslim.anatomy.discovery import find_units
 from hfslim.anatomy.inputs import Stated, example_inputs, stated_inputs
-from hfslim.anatomy.units import Cut, Refusal, Site, Units
+from hfslim.anatomy.units import Cut, Feed, Refusal, Site, Units
 
 __all__ = [
     "Coverage",
     "Cut",
+    "Feed",
     "Refusal",
     "Site",
     "Stated",

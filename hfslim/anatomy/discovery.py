@@ -14,16 +14,18 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hfslim.anatomy import families
 from hfslim.anatomy.attention import find_heads
+from hfslim.anatomy.channels import find_channels
 from hfslim.anatomy.projections import Projection
 from hfslim.anatomy.units import Cut, Refusal, Site, Units
 from hfslim.structure import KINDS
 
 
 def find_units(model: nn.Module) -> Units:
-    """List what can be removed from a classifier: attention heads, FFN neurons, layers.
+    """List what can be removed from a classifier: heads, FFN neurons, channels, layers.
 
-    Heads that share keys and values are one unit. Sites that already lost every unit are left
-    out. Nothing is changed, and nothing is run.
+    Heads that share keys and values are one unit, and so are channels that are added to each
+    other. Sites that already lost every unit are left out. Nothing is changed; of a model with
+    convolutions the forward pass is followed, without weights and without computing anything.
 
     Args:
         model: A transformers model, pruned before or not.
@@ -48,6 +50,11 @@ def find_units(model: nn.Module) -> Units:
     around = {f"{site.path}.{i}" for site in layers for i in range(site.size)}
     order = {path: i for i, path in enumerate(finder.modules)}
     sites = [finder.used(_place(site, around)) for site in narrow if site.size] + layers
+    for found in find_channels(model, narrow):
+        if isinstance(found, Refusal):
+            finder.refusals.append(found)
+        elif found.path in order:
+            sites.append(_place(found, around))
     sites.sort(key=lambda site: (order[site.path], site.kind))
     return Units(tuple(sites), tuple(finder.refusals))
 
@@ -92,6 +99,10 @@ class _Finder:
                 for name in middle:
                     tensors = _tensors(self.modules[name])
                     rows.append([Cut(name, tensor, 0) for tensor, t in tensors.items() if t.ndim])
+                if names.across and f"{path}.{names.across}" in self.modules:
+                    reason = f"{names.across!r} runs across all of them, so none can go exactly"
+                    self.refusals.append(Refusal("neurons", path, reason))
+                    break
                 size = output.inputs
                 if all(i.outputs == size * names.blocks for i in inputs if i):
                     counts = [n for n in families.NEURON_COUNTS if vars(module).get(n) == size]
@@ -191,7 +202,11 @@ class _Finder:
 def _place(site: Site, layers: set[str]) -> Site:
     parts = site.path.split(".")
     above = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
-    return replace(site, layer=_first(path for path in above if path in layers) or "")
+    layer = _first(path for path in above if path in layers) or ""
+    # Channels may be added to those of other layers.
+    if site.kind == "channels" and not all(c.module.startswith(f"{layer}.") for c in site.cuts):
+        layer = ""
+    return replace(site, layer=layer)
 
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -241,6 +241,7 @@ class FeedForward:
         blocks: Blocks of the rows of a fused input projection.
         between: A depthwise convolution in the middle, which needs one neuron or more.
         norm: A batch norm in the middle.
+        across: A norm in the middle that runs across all neurons, which therefore have to stay.
     """
 
     inputs: tuple[str, ...]
@@ -248,6 +249,7 @@ class FeedForward:
     blocks: int = 1
     between: str = ""
     norm: str = ""
+    across: str = ""
 
 
 FEED_FORWARDS = [
@@ -267,6 +269,7 @@ FEED_FORWARDS = [
     FeedForward(("linear_up.linear",), "linear_down.linear", norm="linear_up.batch_norm"),
     FeedForward(("linear_fc1",), "linear_fc2"),
     FeedForward(("layer_1",), "layer_2"),
+    FeedForward(("pwconv1",), "pwconv2", across="grn"),
     FeedForward(("dense1",), "dense2", between="dwconv.dwconv"),
     FeedForward(("dense1",), "dense2"),
     FeedForward(("dense_h_to_4h",), "dense_4h_to_h"),

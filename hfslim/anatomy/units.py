@@ -15,6 +15,7 @@ from hfslim.structure import KINDS, Entry, Kind, Structure
 SOUGHT: dict[Kind, str] = {
     "heads": "module with projections like 'q_proj', 'k_proj', 'v_proj' and 'out_proj'",
     "neurons": "module with projections like 'fc1' and 'fc2' or 'up_proj' and 'down_proj'",
+    "channels": "convolution whose outputs go to convolutions or linear maps, channel by channel",
     "layers": "ModuleList of layers that hold heads or neurons",
 }
 """What a model lacks where a kind of unit is not found."""
@@ -25,19 +26,21 @@ class Cut:
     """One dimension of one tensor along which the units of a site lie.
 
     The dimension is a row of blocks, each of `units × width` entries: a fused `[q; k; v]`
-    projection has three blocks, a gated FFN's fused input two. What lies behind the blocks stays.
+    projection has three blocks, a gated FFN's fused input two. What lies around the blocks stays.
 
     Attributes:
         module: Path of the module that owns the tensor.
         tensor: Name of the parameter or buffer on that module.
         dim: The dimension.
         widths: Consecutive entries per unit, block by block.
+        start: Entries before the first block.
     """
 
     module: str
     tensor: str
     dim: int
     widths: tuple[int, ...] = (1,)
+    start: int = 0
 
     def indices(self, kept: Sequence[int], total: int, length: int) -> torch.Tensor:
         """Return the entries to keep along the dimension.
@@ -48,7 +51,7 @@ class Cut:
             length: Size of the dimension.
         """
         unit = torch.as_tensor(kept, dtype=torch.long)
-        parts, start = [], 0
+        parts, start = [torch.arange(self.start)], self.start
         for width in self.widths:
             parts.append(start + (unit[:, None] * width + torch.arange(width)).flatten())
             start += total * width
@@ -57,9 +60,37 @@ class Cut:
     def by_unit(self, tensor: torch.Tensor, total: int) -> torch.Tensor:
         """Return what each unit has of the tensor, `[total, entries]`."""
         sizes = [total * width for width in self.widths]
-        rest = tensor.shape[self.dim] - sum(sizes)
-        blocks = tensor.movedim(self.dim, 0).split([*sizes, rest])
-        return torch.cat([block.reshape(total, -1) for block in blocks[:-1]], dim=1)
+        rest = tensor.shape[self.dim] - self.start - sum(sizes)
+        blocks = tensor.movedim(self.dim, 0).split([self.start, *sizes, rest])
+        return torch.cat([block.reshape(total, -1) for block in blocks[1:-1]], dim=1)
+
+
+@dataclass(frozen=True)
+class Feed:
+    """An input in which the units of a site lie side by side, and where they are gated.
+
+    Attributes:
+        module: Path of the module that takes it.
+        dim: The dimension.
+        start: Entries before the first unit.
+        width: Consecutive entries per unit.
+    """
+
+    module: str
+    dim: int = -1
+    start: int = 0
+    width: int = 1
+
+    def of(self, value: torch.Tensor, units: int) -> torch.Tensor:
+        """Return what an input has of the units, `[..., units · width]`."""
+        return value.movedim(self.dim, -1).narrow(-1, self.start, units * self.width)
+
+    def mask(self, kept: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Spread one number per unit, `[units]`, so that an input can be multiplied by it."""
+        mask = torch.ones(value.shape[self.dim])
+        mask[self.start : self.start + len(kept) * self.width] = kept.repeat_interleave(self.width)
+        dims = value.ndim - 1 - self.dim % value.ndim
+        return mask.reshape(-1, *[1] * dims).to(value.device, value.dtype)
 
 
 @dataclass(frozen=True)
@@ -72,7 +103,8 @@ class Site:
             FFN projections, or the list of layers.
         size: Number of units.
         gate: Path of the module whose input carries the units side by side: the attention output
-            projection or the second FFN projection. Empty for layers, which are gated themselves.
+            projection or the second FFN projection; of channels the first that takes them. Empty
+            for layers, which are gated themselves.
         width: Features per unit in that input.
         cuts: The tensors to slice. Empty for layers.
         attributes: Integer attributes of the module at `path` that count units, with the amount
@@ -87,6 +119,7 @@ class Site:
         uses: How often one forward pass of the model runs the module.
         layer: Path of the removable layer around the site; empty outside of any.
         fixed: Units that cannot be removed.
+        inputs: Of channels, all inputs that carry them.
     """
 
     kind: Kind
@@ -104,10 +137,22 @@ class Site:
     uses: int = 1
     layer: str = ""
     fixed: tuple[int, ...] = ()
+    inputs: tuple[Feed, ...] = ()
+
+    @property
+    def feeds(self) -> tuple[Feed, ...]:
+        """The inputs in which the units are gated; none for layers."""
+        one = (Feed(self.gate, width=self.width),) if self.gate else ()
+        return self.inputs or one
+
+    @property
+    def needs_one(self) -> bool:
+        """Whether at least one unit must stay."""
+        return self.kind in ("layers", "channels")
 
     @property
     def removable(self) -> tuple[int, ...]:
-        """Units that may be removed, one by one; of a list of layers at least one must stay."""
+        """Units that may be removed, one by one; where one must stay, not all at once."""
         return tuple(i for i in range(self.size) if i not in self.fixed)
 
 
@@ -207,8 +252,8 @@ class Units:
             lost = sorted(set(site.fixed) - set(entry.kept))
             if lost:
                 raise ValueError(f"{kind} {lost} at {path!r} cannot be removed")
-            if kind == "layers" and not entry.kept:
-                raise ValueError(f"at least one layer of {path!r} must stay")
+            if site.needs_one and not entry.kept:
+                raise ValueError(f"at least one of the {kind} of {path!r} must stay")
         return Structure(
             tuple(
                 given.get((s.kind, s.path), Entry(s.kind, s.path, tuple(range(s.size)), s.size))

@@ -340,9 +340,15 @@ def tell_sizes(module: nn.Module) -> None:
         module.num_embeddings, module.embedding_dim = module.weight.shape
     elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
         module.num_features = module.weight.shape[0]
-    elif isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups == module.in_channels:
-        channels = module.weight.shape[0]
-        module.in_channels = module.out_channels = module.groups = channels
+    elif isinstance(module, nn.GroupNorm):
+        # Of the groups that channels may leave each has one.
+        module.num_channels = module.num_groups = module.weight.shape[0]
+    elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        per_group = module.out_channels // module.groups
+        outputs, inputs = module.weight.shape[:2]
+        if module.groups > 1:
+            module.groups = outputs // per_group
+        module.out_channels, module.in_channels = outputs, inputs * module.groups
 
 
 def _check_form(blueprint: Any) -> None:

@@ -153,7 +153,9 @@ class Collector:
         if weight is None or weight.shape != after.shape[:2]:
             weight = torch.ones(after.shape[:2], device=after.device)
         seen = Seen(site, before, after, weight, self._projection(site))
-        self.scores.add(site, index, criterion.activation(seen))
+        # What several modules take is seen several times.
+        score = criterion.activation(seen) / max(len(site.feeds), 1)
+        self.scores.add(site, index, score)
 
     def _on_output(self, output: Any) -> None:
         self.scores.count += self.gates.examples

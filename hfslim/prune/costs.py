@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +19,34 @@ Resource = Literal["macs", "parameters"]
 
 
 @dataclass(frozen=True)
+class Product:
+    """What one tensor costs: as much as its dimensions multiplied, several of which hold channels.
+
+    Attributes:
+        module: Path of its module.
+        cost: Cost of the whole.
+        dims: Of each dimension with channels its length, and the entries per unit of each site.
+    """
+
+    module: str
+    cost: int
+    dims: tuple[tuple[int, tuple[tuple[Key, int], ...]], ...]
+
+    def at(self, gone: Mapping[Key, int]) -> int:
+        """Return the cost once so many units of each site are gone."""
+        left = [
+            length - sum(gone.get(key, 0) * width for key, width in sites)
+            for length, sites in self.dims
+        ]
+        return self.cost * math.prod(left) // math.prod(length for length, _ in self.dims)
+
+    @property
+    def sites(self) -> set[Key]:
+        """The sites that it depends on."""
+        return {key for _, sites in self.dims for key, _ in sites}
+
+
+@dataclass(frozen=True)
 class Costs:
     """The cost of a model, split by what could be removed.
 
@@ -26,12 +55,19 @@ class Costs:
         total: Cost of the whole model.
         unit: Cost of one unit at each site of heads or neurons.
         layer: Cost of each layer of each list, everything inside it included.
+        products: What holds channels, tensor by tensor; what one costs depends on the others.
     """
 
     resource: Resource
     total: int
     unit: Mapping[Key, int]
     layer: Mapping[Key, tuple[int, ...]]
+    products: tuple[Product, ...] = ()
+
+    def left_in(self, dropped: Set[str]) -> list[Product]:
+        """Return the products outside of dropped layers."""
+        gone = tuple(f"{path}." for path in dropped)
+        return [one for one in self.products if not one.module.startswith(gone)]
 
     def of(self, units: Units, structure: Structure) -> int:
         """Return the cost of the model once it is cut to a structure."""
@@ -42,11 +78,14 @@ class Costs:
                 layers = set(range(site.size)) - set(structure.kept("layers", site.path))
                 left -= sum(self.layer["layers", site.path][i] for i in layers)
                 dropped |= {f"{site.path}.{i}" for i in layers}
-        for site in units:
-            if site.kind != "layers" and site.layer not in dropped:
-                gone = site.size - len(structure.kept(site.kind, site.path))
-                left -= gone * self.unit[site.kind, site.path]
-        return left
+        gone: dict[Key, int] = {
+            (site.kind, site.path): site.size - len(structure.kept(site.kind, site.path))
+            for site in units
+            if site.kind != "layers" and site.layer not in dropped
+        }
+        for key, number in gone.items():
+            left -= number * self.unit.get(key, 0)
+        return left - sum(one.cost - one.at(gone) for one in self.left_in(dropped))
 
 
 def count(
@@ -70,24 +109,50 @@ def count(
         return Costs(
             resource,
             count_parameters(model),
-            {(s.kind, s.path): _unit_parameters(model, s) for s in units if s.cuts},
+            {(s.kind, s.path): _unit_parameters(model, s) for s in _narrow(units)},
             {
                 (s.kind, s.path): tuple(count_parameters(layer) for layer in _layers(model, s))
                 for s in units
                 if s.kind == "layers"
             },
+            tuple(_products(model, units, None)),
         )
     macs = macs_by_module(model, inputs)
     return Costs(
         resource,
         macs[""],
-        {(s.kind, s.path): _unit_macs(model, s, macs) for s in units if s.cuts},
+        {(s.kind, s.path): _unit_macs(model, s, macs) for s in _narrow(units)},
         {
             (s.kind, s.path): tuple(macs.get(f"{s.path}.{i}", 0) for i in range(s.size))
             for s in units
             if s.kind == "layers"
         },
+        tuple(_products(model, units, macs)),
     )
+
+
+def _narrow(units: Units) -> list[Site]:
+    return [site for site in units if site.kind in ("heads", "neurons")]
+
+
+def _products(model: nn.Module, units: Units, macs: Mapping[str, int] | None) -> Iterator[Product]:
+    """Yield what each tensor with channels costs: multiply-accumulates if given, or entries."""
+    dims: dict[tuple[str, str], dict[int, dict[Key, int]]] = {}
+    for site in units:
+        for cut in site.cuts if site.kind == "channels" else ():
+            by_site = dims.setdefault((cut.module, cut.tensor), {}).setdefault(cut.dim, {})
+            key = (site.kind, site.path)
+            by_site[key] = by_site.get(key, 0) + sum(cut.widths)
+    for (path, name), by_dim in dims.items():
+        tensor = getattr(model.get_submodule(path), name)
+        if macs is None:
+            cost = tensor.numel() if isinstance(tensor, nn.Parameter) else 0
+        else:
+            cost = macs.get(path, 0) if name == "weight" else 0
+        if cost:
+            lengths = {dim: tensor.shape[dim] for dim in by_dim}
+            every = ((lengths[d], tuple(sites.items())) for d, sites in by_dim.items())
+            yield Product(path, cost, tuple(every))
 
 
 def _layers(model: nn.Module, site: Site) -> list[nn.Module]:

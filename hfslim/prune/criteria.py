@@ -119,6 +119,7 @@ CRITERIA: dict[str, Criterion] = {
     "obs": Criterion(
         "ZipLM, Kurtic et al. 2023, arXiv 2302.04089; LLM Surgeon, arXiv 2312.17244",
         eliminates=True,
+        kinds=("heads", "neurons", "layers"),
         when=("calibration",),
     ),
     "fisher": Criterion(
@@ -148,6 +149,7 @@ CRITERIA: dict[str, Criterion] = {
     "l0": Criterion(
         "Louizos et al. 2018, arXiv 1712.01312; CoFi, Xia et al. 2022, arXiv 2204.00408",
         learned=True,
+        kinds=("heads", "neurons", "layers"),
         when=("training",),
     ),
     "activation": Criterion("Minitron, arXiv 2407.14679", activation=_activation),
@@ -176,6 +178,12 @@ CRITERIA: dict[str, Criterion] = {
         "control", weights=lambda model, units, seed: importance.random_scores(units, seed)
     ),
 }
+
+
+def usual_criterion(kinds: Iterable[Kind], when: str = "calibration") -> str:
+    """Return the criterion to use where none is asked for: `obs` where it fits, else `fisher`."""
+    obs = CRITERIA["obs"]
+    return "obs" if when in obs.when and set(kinds) <= set(obs.kinds) else "fisher"
 
 
 def criteria_by_kind(

@@ -1,9 +1,9 @@
 """Reversible multipliers on the units of a live model.
 
-A gate on a head or a neuron multiplies its slice of the input of the projection that follows; a
-gate on a layer scales what the layer adds to the residual stream. Nothing is registered on the
-model: parameters, buffers and `state_dict` keys stay as they are, and the model may be wrapped,
-checkpointed or trained meanwhile.
+A gate on a head or a neuron multiplies its slice of the input of the projection that follows, a
+gate on a channel its slice of the input of everything that takes it; a gate on a layer scales what
+the layer adds to the residual stream. Nothing is registered on the model: parameters, buffers and
+`state_dict` keys stay as they are, and the model may be wrapped, checkpointed or trained meanwhile.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from hfslim.anatomy import Site, Units, find_units
+from hfslim.anatomy import Feed, Site, Units, find_units
 from hfslim.hub import modeling_hfslim
 from hfslim.structure import Kind, Structure
 
@@ -29,7 +29,7 @@ OnGradient = Callable[[Site, int, torch.Tensor], None]
 """Called with a site, the index of a layer (0 for other kinds) and `[examples, units]`."""
 OnActivation = Callable[[Site, int, torch.Tensor, torch.Tensor], None]
 """Called with a site, the index of a layer, its input and its output, `[rows, ..., features]`; for
-heads and neurons both are what the gate multiplies."""
+other kinds both are what the gate multiplies."""
 OnOutput = Callable[[Any], None]
 """Called with what the model returns."""
 
@@ -71,6 +71,7 @@ class Gates:
         self.structure: Structure | None = None
         self.factors: Mapping[Key, torch.Tensor] = {}
         self._masks: dict[Key, torch.Tensor] = {}
+        self._spread: dict[tuple[Key, Feed], torch.Tensor] = {}
         self._closed_layers: dict[Key, frozenset[int]] = {}
         self._partial: dict[Key, list[torch.Tensor]] = {}
         self._handles: list[RemovableHandle] = []
@@ -80,6 +81,7 @@ class Gates:
         """Close the gates of the units that a structure removes, and open all others."""
         structure = self.structure = self.units.complete(structure)
         self._masks.clear()
+        self._spread.clear()
         self._closed_layers.clear()
         for site in self.units:
             kept = structure.kept(site.kind, site.path)
@@ -90,7 +92,7 @@ class Gates:
             else:
                 mask = torch.zeros(site.size)
                 mask[list(kept)] = 1.0
-                self._masks[site.kind, site.path] = mask.repeat_interleave(site.width)
+                self._masks[site.kind, site.path] = mask
 
     def close_layers(self, site: Site, closed: frozenset[int]) -> None:
         """Let the residual stream pass by some layers of a list, until told otherwise."""
@@ -115,9 +117,10 @@ class Gates:
                 for index, layer in enumerate(module.children()):
                     hook = self._layer_hook(site, index)
                     self._handles.append(layer.register_forward_hook(hook, with_kwargs=True))
-            else:
-                gate = self.model.get_submodule(site.gate)
-                self._handles.append(gate.register_forward_pre_hook(self._unit_hook(site)))
+            for feed in site.feeds:
+                hook = self._unit_hook(site, feed)
+                module = self.model.get_submodule(feed.module)
+                self._handles.append(module.register_forward_pre_hook(hook))
         return self
 
     def detach(self) -> None:
@@ -150,7 +153,7 @@ class Gates:
                 "can be neither scored nor removed; leave their kind out of `units`"
             )
         for site in self.units:
-            uses = self.fired[site.kind, site.path] / (site.size if site.kind == "layers" else 1)
+            uses = self.fired[site.kind, site.path] / (len(site.feeds) or site.size)
             if uses != site.uses:
                 raise RuntimeError(
                     f"{type(self.model).__name__} runs {site.path!r} {uses:g} times in one forward "
@@ -183,39 +186,41 @@ class Gates:
         return self.anchors[-1]
 
     def _sum_uses(self, site: Site, send: OnGradient) -> OnGradient:
-        """Send one gradient for all uses of a module: that of the gate they share."""
-        if site.uses == 1:
+        """Send one gradient for all uses of a site: that of the gate they share."""
+        uses = site.uses * len(site.feeds)
+        if uses == 1:
             return send
         key = (site.kind, site.path)
 
         def collect(site: Site, index: int, gradient: torch.Tensor) -> None:
             parts = self._partial.setdefault(key, [])
             parts.append(gradient)
-            if len(parts) == site.uses:
+            if len(parts) == uses:
                 send(site, index, torch.stack(self._partial.pop(key)).sum(0))
 
         return collect
 
-    def _unit_hook(self, site: Site) -> Callable[[nn.Module, tuple], tuple | None]:
+    def _unit_hook(self, site: Site, feed: Feed) -> Callable[[nn.Module, tuple], tuple | None]:
         key = (site.kind, site.path)
 
         def hook(_: nn.Module, args: tuple) -> tuple | None:
             self.fired[key] += 1
             value, *rest = args
             if self.on_activation is not None:
-                self.on_activation(site, 0, value.detach(), value.detach())
+                part = feed.of(value.detach(), site.size)
+                self.on_activation(site, 0, part, part)
             if self.on_gradient is not None and torch.is_grad_enabled():
                 examples, send = self.examples, self._sum_uses(site, self.on_gradient)
                 value = _Tap.apply(
                     value,
                     None,
                     self._anchor(value),
-                    lambda grad, x: send(site, 0, _by_unit(grad * x, examples, site)),
+                    lambda grad, x: send(site, 0, _by_unit(grad * x, examples, site, feed)),
                 )
-            mask = self._masks.get(key)
-            if mask is not None:
-                if mask.device != value.device or mask.dtype != value.dtype:
-                    mask = self._masks[key] = mask.to(value.device, value.dtype)
+            if key in self._masks:
+                mask = self._spread.get((key, feed))
+                if mask is None or mask.device != value.device or mask.dtype != value.dtype:
+                    mask = self._spread[key, feed] = feed.mask(self._masks[key], value)
                 value = value * mask
             if key in self.factors:
                 factor = self.factors[key].to(value.device).repeat_interleave(site.width)
@@ -322,14 +327,15 @@ class _Tap(torch.autograd.Function):
         return grad, None, None, None
 
 
-def _by_unit(product: torch.Tensor, examples: int, site: Site) -> torch.Tensor:
-    """Sum `[rows, ..., units · width]` to `[examples, units]`; rows are example-major."""
+def _by_unit(product: torch.Tensor, examples: int, site: Site, feed: Feed) -> torch.Tensor:
+    """Sum what is along an input to `[examples, units]`; its rows are example-major."""
     if product.shape[0] % examples:
         raise RuntimeError(
-            f"{site.gate} gets {product.shape[0]} rows for {examples} examples, so their gradients "
-            "cannot be told apart"
+            f"{feed.module} gets {product.shape[0]} rows for {examples} examples, so their "
+            "gradients cannot be told apart"
         )
-    return product.reshape(examples, -1, site.size, site.width).sum((1, 3), dtype=torch.float32)
+    product = feed.of(product, site.size).reshape(examples, -1, site.size, feed.width)
+    return product.sum((1, 3), dtype=torch.float32)
 
 
 def _by_layer(product: torch.Tensor, examples: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hfslim.anatomy import Stated, find_units, stated_inputs
 from hfslim.prune.batches import Batches
-from hfslim.prune.criteria import Criteria, criteria_by_kind
+from hfslim.prune.criteria import Criteria, criteria_by_kind, usual_criterion
 from hfslim.prune.family import Member, PruneFamily, point
 from hfslim.prune.gates import Key
 from hfslim.prune.measured import LatencyTry
@@ -51,7 +51,7 @@ def prune(
     data: Iterable[Mapping[str, Any]],
     target: Mapping[str, Any] | None = None,
     units: Sequence[Kind] = ...,
-    criterion: Criteria = ...,
+    criterion: Criteria | None = ...,
     inputs: Stated | None = None,
     max_examples: int = ...,
     seed: int = ...,
@@ -72,7 +72,7 @@ def prune(
     data: Iterable[Mapping[str, Any]],
     target: None = None,
     units: Sequence[Kind] = ...,
-    criterion: Criteria = ...,
+    criterion: Criteria | None = ...,
     inputs: Stated | None = None,
     max_examples: int = ...,
     seed: int = ...,
@@ -92,7 +92,7 @@ def prune(
     data: Iterable[Mapping[str, Any]],
     target: Mapping[str, Any] | None = None,
     units: Sequence[Kind] = ("heads", "neurons"),
-    criterion: Criteria = "obs",
+    criterion: Criteria | None = None,
     inputs: Stated | None = None,
     max_examples: int = 512,
     seed: int = 0,
@@ -118,9 +118,10 @@ def prune(
         target: `{"macs": f}`, `{"parameters": f}` or `{"latency": f}`, the fraction of the whole
             model's figure to keep, latency as measured on the model's device at `inputs`; or
             `{"sparsity": f}` or `{"sparsity": {kind: f}}`, the fraction of units to remove.
-        units: Kinds of units that may go: `heads`, `neurons`, `layers`.
+        units: Kinds of units that may go: `heads`, `neurons`, `channels`, `layers`.
         criterion: A name of `hfslim.prune.CRITERIA`, which tells its source, the kinds of units
-            that it is for and whether it needs labels; a dict gives each kind its own.
+            that it is for and whether it needs labels; a dict gives each kind its own. `obs` if
+            not given, `fisher` where channels may go.
         inputs: The input at which multiply-accumulates are counted and latency is measured, as
             tensors or as shapes such as `{"input_ids": [1, 128]}`; one example of `example_inputs`
             if not given.
@@ -157,7 +158,7 @@ def prune(
     sites = find_units(model).of(units)
     if uniform:
         check_plain(model, sites)
-    criteria = criteria_by_kind(criterion, units)
+    criteria = criteria_by_kind(criterion or usual_criterion(units), units)
     costs = price(model, sites, goal.targets[0], inputs, progress)
     for one in goal.targets:
         check_reachable(sites, one, costs, uniform)

@@ -65,7 +65,8 @@ def obs_scores(
     for site in units:
         if site.kind == "layers":
             inside = [[s for s in units if s.layer == f"{site.path}.{i}"] for i in range(site.size)]
-            sums = [sum(scores[s.kind, s.path].sum() for s in sites) for sites in inside]
+            keys = [[(s.kind, s.path) for s in sites] for sites in inside]
+            sums = [sum(scores[key].sum() for key in some if key in scores) for some in keys]
             scores[site.kind, site.path] = torch.tensor(sums, dtype=torch.float64)
     return scores
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 
 from hfslim.anatomy import Site, Units
 from hfslim.prune.costs import Costs
+from hfslim.prune.coupled import numbers_to_lose
 from hfslim.prune.gates import Key
 from hfslim.prune.latency import LatencyTable
 from hfslim.prune.target import Target, UnreachableTargetError, unreachable
@@ -34,8 +35,9 @@ def search(
     none included, the heads of greatest importance per cost stay, and what is left of the budget
     is spent on neurons in the same way. The combination that loses the least importance wins
     (Kwon et al. 2022, arXiv 2204.09656, section 4.1, with layers, and heads of unequal cost).
-    At least one head or neuron stays, where there are any. For a latency, which is not linear in
-    the units, see `widths_within`.
+    At least one head or neuron stays, where there are any. With channels among the units, whose
+    costs depend on each other, see `numbers_to_lose`; for a latency, which is not linear in the
+    units, `widths_within`.
     Ties go to the lower index, so that the same scores give the same structure everywhere.
 
     Args:
@@ -95,16 +97,19 @@ class _Pool:
 
     def of(self, kind: Kind, dropped: frozenset[str], costs: Costs | None = None) -> list[_Unit]:
         """List the units of a kind outside of dropped layers, the most worthwhile first."""
+        unit = costs.unit if costs else {}
         result = [
-            _Unit(site, i, self.score(site, i), costs.unit[kind, site.path] if costs else 1)
+            _Unit(site, i, self.score(site, i), unit.get((kind, site.path), 0) if costs else 1)
             for site in self.units
             if site.kind == kind and site.layer not in dropped
             for i in sorted(self.present[kind, site.path])
         ]
-        return sorted(result, key=lambda unit: -unit.density)
+        # Of what must not go whole, the best comes first.
+        best = {u.site: u for u in sorted(result, key=lambda u: u.score) if u.site.needs_one}
+        return sorted(result, key=lambda unit: (best.get(unit.site) != unit, -unit.density))
 
-    def structure(self, kept: list[_Unit], dropped: frozenset[str]) -> Structure:
-        """Keep some heads and neurons, and all layers but those dropped."""
+    def structure(self, kept: Iterable[_Unit], dropped: frozenset[str]) -> Structure:
+        """Keep some units, and all layers but those dropped."""
         chosen: dict[Key, set[int]] = {key: set() for key in self.present}
         for unit in kept:
             chosen[unit.site.kind, unit.site.path].add(unit.index)
@@ -141,6 +146,8 @@ def layers_to_go(
 def _by_budget(pool: _Pool, costs: Costs, target: Target) -> Structure:
     # A budget that is met exactly is met, even where the product falls short by rounding.
     budget = math.floor(target.kept * costs.total + 1e-9 * costs.total)
+    if any(site.kind == "channels" for site in pool.units):
+        return _by_coupled_budget(pool, costs, target, budget)
     best: tuple[float, Structure] | None = None
     least = costs.total
     lost_layers, dropped = 0.0, pool.layers_gone
@@ -164,6 +171,41 @@ def _by_budget(pool: _Pool, costs: Costs, target: Target) -> Structure:
             lost -= kept[0].score
         if best is None or lost + lost_layers < best[0]:
             best = lost + lost_layers, pool.structure(kept, dropped)
+    if best is None:
+        raise unreachable(target, pool.units, least / costs.total)
+    return best[1]
+
+
+def _by_coupled_budget(pool: _Pool, costs: Costs, target: Target, budget: int) -> Structure:
+    best: tuple[float, Structure] | None = None
+    least = costs.total
+    lost_layers, dropped = 0.0, pool.layers_gone
+    for number in range(len(pool.layers_to_go) + 1):
+        if number:
+            path, score = pool.layers_to_go[number - 1]
+            lost_layers += score
+            dropped |= {path}
+        kinds: tuple[Kind, ...] = ("heads", "neurons", "channels")
+        units = [unit for kind in kinds for unit in pool.of(kind, dropped, costs)]
+        cost = costs.of(pool.units, pool.structure(units, dropped))
+        going: dict[Key, list[_Unit]] = {}
+        gone = {(u.site.kind, u.site.path): u.site.size for u in units}
+        for unit in sorted(units, key=lambda unit: (unit.score, -unit.index)):
+            key = (unit.site.kind, unit.site.path)
+            going.setdefault(key, []).append(unit)
+            gone[key] -= 1
+        for among in going.values():
+            if among[0].site.needs_one:
+                among.pop()
+        scores = {key: [unit.score for unit in among] for key, among in going.items()}
+        numbers, saved = numbers_to_lose(costs, scores, gone, dropped, cost - budget)
+        least = min(least, cost - saved)
+        if cost - saved > budget:
+            continue
+        lost = {unit for key, among in going.items() for unit in among[: numbers[key]]}
+        total = lost_layers + sum(unit.score for unit in lost)
+        if best is None or total < best[0]:
+            best = total, pool.structure([u for u in units if u not in lost], dropped)
     if best is None:
         raise unreachable(target, pool.units, least / costs.total)
     return best[1]
@@ -214,9 +256,16 @@ def _by_sparsity(pool: _Pool, target: Target) -> Structure:
         )
     going = frozenset(path for path, _ in pool.layers_to_go[: max(number - gone, 0)])
     dropped = pool.layers_gone | going
-    for kind in ("heads", "neurons"):
+    kinds: tuple[Kind, ...] = ("heads", "neurons", "channels")
+    for kind in kinds:
         there = pool.of(kind, dropped)
         total = sum(site.size for site in pool.units if site.kind == kind)
         keep = total - round(target.sparsity.get(kind, 0.0) * total)
+        needed = len({unit.site for unit in there if unit.site.needs_one})
+        if keep < needed:
+            raise UnreachableTargetError(
+                f"target sparsity of {kind} {target.sparsity[kind]:g} cannot be reached: of "
+                f"{total} {kind} one must stay in each of {needed} places"
+            )
         kept += there[:keep]
     return pool.structure(kept, dropped)

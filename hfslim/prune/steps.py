@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hfslim.anatomy import Stated, Units, find_units, stated_inputs
 from hfslim.prune import costs as pricing
+from hfslim.prune.batch_norms import renew_batch_norms
 from hfslim.prune.batches import Batches
 from hfslim.prune.collect import collect, same_total
 from hfslim.prune.criteria import CRITERIA
@@ -108,7 +109,7 @@ def _projected(model: PreTrainedModel, units: Units, needed: bool) -> Units:
     """
     sites = []
     for site in units:
-        if site.kind == "layers":
+        if site.kind not in ("heads", "neurons"):
             continue
         try:
             projection(model, site)
@@ -161,6 +162,8 @@ def decide(
 def cut(model: PreTrainedModel, structure: Structure, calibration: Calibration) -> None:
     """Remove what a structure does not keep from the model that was calibrated, or a copy of it.
 
+    Where channels go, batch norms take their statistics anew from the calibration data.
+
     Raises:
         RuntimeError: The cut model would not equal the gated one. The model is unchanged.
     """
@@ -168,6 +171,8 @@ def cut(model: PreTrainedModel, structure: Structure, calibration: Calibration) 
     how = calibration.reconstruction
     with reconstructed(model, calibration.units, structure, calibration.moments, how):
         shrink(model, structure)
+    if any(e.kind == "channels" and len(e.kept) < e.total for e in structure):
+        renew_batch_norms(model, calibration.batches)
 
 
 def price(
@@ -185,6 +190,11 @@ def price(
         return None
     stated = stated_inputs(model, inputs)
     if target.resource == "latency":
+        if any(site.kind == "channels" for site in units):
+            raise ValueError(
+                "what a channel takes depends on all that it meets, so there is no latency table "
+                'for channels: cut to a target of "macs" and measure'
+            )
         return latency_table(model, units, stated, progress)
     return pricing.count(model, units, target.resource, stated)
 

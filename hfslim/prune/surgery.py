@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hfslim.anatomy import Site, Units, example_inputs, families, find_units
 from hfslim.hub import blueprint, modeling_hfslim, reload
-from hfslim.prune.gates import Gates, gated
+from hfslim.prune.gates import Gates
 from hfslim.structure import Structure
 from hfslim.timing import evaluating
 
@@ -132,11 +132,15 @@ class _Surgery:
             for site in lists
             for index in set(range(site.size)) - set(structure.kept("layers", site.path))
         }
-        for site in units:
-            kept = structure.kept(site.kind, site.path)
-            if site.kind == "layers" or len(kept) == site.size or site.layer in dropped:
-                continue
-            self._slice(site, kept)
+        narrowed = {
+            site: kept
+            for site in units
+            if site.kind != "layers" and site.layer not in dropped
+            if len(kept := structure.kept(site.kind, site.path)) < site.size
+        }
+        self._slice(narrowed)
+        for site, kept in narrowed.items():
+            self._tell(site, kept)
             if site.kind == "heads":
                 self._replace(site, kept, returns[site.path])
         # Last, because the paths of the sites count the layers as they were.
@@ -165,18 +169,29 @@ class _Surgery:
     def _remember(self, *mappings: dict[str, Any]) -> None:
         self.before.extend((mapping, dict(mapping)) for mapping in mappings)
 
-    def _slice(self, site: Site, kept: tuple[int, ...]) -> None:
-        for cut in site.cuts:
-            module = self.model.get_submodule(cut.module)
+    def _slice(self, narrowed: Mapping[Site, tuple[int, ...]]) -> None:
+        """Cut tensors once along each dimension, where several sites may have units."""
+        indices: dict[tuple[str, str, int], torch.Tensor] = {}
+        for site, kept in narrowed.items():
+            for cut in site.cuts:
+                where = cut.module, cut.tensor, cut.dim
+                size = getattr(self.model.get_submodule(cut.module), cut.tensor).shape[cut.dim]
+                index = cut.indices(kept, site.size, size)
+                others = indices.get(where, index)
+                indices[where] = index[torch.isin(index, others)]
+        for (path, name, dim), index in indices.items():
+            module = self.model.get_submodule(path)
             self._remember(vars(module), module._parameters, module._buffers)
-            old = getattr(module, cut.tensor)
-            index = cut.indices(kept, site.size, old.shape[cut.dim]).to(old.device)
-            new = old.detach().index_select(cut.dim, index)
-            if cut.tensor in module._buffers:
-                module._buffers[cut.tensor] = new
+            old = getattr(module, name)
+            new = old.detach().index_select(dim, index.to(old.device))
+            if name in module._buffers:
+                module._buffers[name] = new
             else:
-                module._parameters[cut.tensor] = nn.Parameter(new, requires_grad=old.requires_grad)
+                module._parameters[name] = nn.Parameter(new, requires_grad=old.requires_grad)
             modeling_hfslim.tell_sizes(module)
+
+    def _tell(self, site: Site, kept: tuple[int, ...]) -> None:
+        """Bring what modules tell of their units up to date."""
         gate = self.model.get_submodule(site.gate)
         if isinstance(gate, Conv1D) and not kept:
             self._become(gate, "Inputless")
@@ -238,7 +253,11 @@ def _probe(
     attentions = [site.path for site in units if site.kind == "heads"]
     handles = [model.get_submodule(p).register_forward_hook(note(p)) for p in attentions]
     try:
-        with gated(model, structure) as gates:
+        # Sites that stay whole need not be reached by gates.
+        cut = [e for e in structure if len(e.kept) < e.total]
+        gates = Gates(model, Units(tuple(units.site(e.kind, e.path) for e in cut)))
+        gates.set(Structure(tuple(cut)))
+        with gates:
             logits = _logits(model, inputs)
             gates.check_fired()
     finally:

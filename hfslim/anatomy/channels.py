@@ -1,0 +1,131 @@
+"""Find the channels of a model's convolutions: which can go together, exactly."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from hfslim.anatomy.axes import Axes
+from hfslim.anatomy.inputs import example_inputs
+from hfslim.anatomy.tracing import Trace, trace
+from hfslim.anatomy.units import Cut, Feed, Refusal, Site
+
+logger = logging.getLogger(__name__)
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+SENSES = ("pixel_values", "input_values", "input_features")
+"""Inputs that convolutions see channel by channel; of texts they see hidden states."""
+
+_Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+_seen: weakref.WeakKeyDictionary[nn.Module, tuple[_Shapes, list[Site | Refusal]]]
+_seen = weakref.WeakKeyDictionary()
+
+
+def find_channels(model: nn.Module, others: Sequence[Site]) -> list[Site | Refusal]:
+    """Find the channels that can go: those whose every maker and taker is known.
+
+    A unit is what can only go at once: output `i` of a convolution, with its norm, its depthwise
+    filter, output `i` of every convolution that is added to it, input `i` of all that take it. It
+    is gated where it is taken, so that biases and norms on the way add nothing.
+
+    Args:
+        model: The model.
+        others: Its heads and neurons, which are not offered again.
+
+    Returns:
+        Sites and refusals in the order in which the model computes them.
+    """
+    if not isinstance(model, PreTrainedModel) or model.main_input_name not in SENSES:
+        return []
+    if not any(isinstance(module, CONVOLUTIONS) for module in model.modules()):
+        return []
+    shapes = tuple((name, tuple(tensor.shape)) for name, tensor in model.state_dict().items())
+    if model not in _seen or _seen[model][0] != shapes:
+        _seen[model] = shapes, list(_channels(model))
+    known = {(cut.module, cut.tensor, cut.dim) for site in others for cut in site.cuts}
+    weights = {(module, tensor) for module, tensor, _ in known}
+    result: list[Site | Refusal] = []
+    for found in _seen[model][1]:
+        cuts = found.cuts if isinstance(found, Site) else ()
+        if not any((cut.module, cut.tensor) in weights for cut in cuts):
+            result.append(found)
+        elif not any((cut.module, cut.tensor, cut.dim) in known for cut in cuts):
+            reason = "they are the hidden width of attention or feed-forward layers"
+            result.append(Refusal("channels", found.path, reason))
+    return result
+
+
+def _channels(model: PreTrainedModel) -> Iterator[Site | Refusal]:
+    try:
+        seen = trace(model, example_inputs(model, 2))
+    except Exception as error:
+        logger.debug("no channels", exc_info=error)
+        reason = f"the model cannot be traced: {type(error).__name__}: {error}"
+        yield Refusal("channels", "", reason[:200])
+        return
+    places = _places(seen)
+    done = set()
+    for name in seen.makers:
+        for maker in seen.axes.resolve(seen.labels[name][0]) or ():
+            group, _ = seen.axes.units(maker.axis)
+            if group not in done:
+                done.add(group)
+                found = _site(model, seen, name, group, places[group])
+                if found is not None:
+                    yield found
+
+
+def _places(seen: Trace) -> dict[int, list[Cut]]:
+    """Return where the units of each group of axes lie."""
+    places: dict[int, list[Cut]] = {}
+    for name, labels in seen.labels.items():
+        module, _, tensor = name.rpartition(".")
+        for dim, label in enumerate(labels):
+            start = 0
+            for one in seen.axes.resolve(label) or ():
+                group, entries = seen.axes.units(one.axis)
+                cut = Cut(module, tensor, dim, (entries * one.inner,), start)
+                places.setdefault(group, []).append(cut)
+                start += seen.axes.size(one.axis) * one.inner
+    return places
+
+
+def _site(
+    model: PreTrainedModel, seen: Trace, name: str, group: int, cuts: list[Cut]
+) -> Site | Refusal | None:
+    axes: Axes = seen.axes
+    feeds = [
+        Feed(cut.module, dim, cut.start, cut.widths[0])
+        for taker, dim in seen.takers
+        for cut in cuts
+        if f"{cut.module}.{cut.tensor}" == taker and cut.dim == 1
+    ]
+    modules = {cut.module: model.get_submodule(cut.module) for cut in cuts}
+    reason = axes.reason(group)
+    convolved = any(isinstance(module, CONVOLUTIONS) for module in modules.values())
+    if not convolved or not (feeds or reason):
+        return None
+    path = name.rpartition(".")[0]
+    if axes.size(group) < 2:
+        reason = reason or "all of them are bound together"
+    for cut in cuts:
+        if cut.tensor in modules[cut.module]._non_persistent_buffers_set:
+            reason = reason or f"{cut.module}.{cut.tensor} depends on them and is not saved"
+    for feed in feeds:
+        if not isinstance(modules[feed.module], (*CONVOLUTIONS, nn.Linear)):
+            reason = reason or f"{feed.module!r} takes them and is no known module"
+    if reason:
+        return Refusal("channels", path, reason)
+    return Site(
+        kind="channels",
+        path=path,
+        size=axes.size(group),
+        gate=feeds[0].module,
+        width=feeds[0].width,
+        cuts=tuple(cuts),
+        inputs=tuple(feeds),
+    )
