@@ -5,30 +5,26 @@
 
 The recipe tells the data and the metric, its training examples calibrate, its evaluation examples
 judge; further keys override it, as in `--data.max_eval_samples 1000`. Units are scored once, each
-budget of multiply-accumulates is cut from a copy.
+budget of multiply-accumulates is cut from a copy. Seconds and CPU seconds are those of scoring,
+search and cut, as if for that budget alone; reading data and judging is not in them.
 """
 
 import argparse
 import copy
-import logging
 import resource
 import time
 
 import torch
-from transformers import TrainingArguments
-from transformers.utils import logging as transformers_logging
 
 import hfslim
+from benchmarks.workbenches import opened
 from hfslim.measure import macs
 from hfslim.prune.batches import Batches
 from hfslim.prune.criteria import criteria_by_kind
 from hfslim.prune.reconstruction import RECONSTRUCTIONS
 from hfslim.prune.steps import calibrate, cut, decide, price
 from hfslim.prune.target import Target
-from hfslim.recipe import load_recipe
 from hfslim.structure import KINDS
-from hfslim.tasks import TASKS
-from hfslim.workbench import Workbench, uses_cpu
 
 
 def main() -> None:
@@ -41,53 +37,44 @@ def main() -> None:
     parser.add_argument("--reconstruction", choices=RECONSTRUCTIONS, default="weights")
     parser.add_argument("--max_examples", type=int, default=512)
     options, overrides = parser.parse_known_args()
-    logging.getLogger("hfslim").setLevel(logging.ERROR)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-
-    recipe = load_recipe(options.recipe, overrides)
-    arguments = TrainingArguments(
-        use_cpu=uses_cpu(),
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=not TASKS[recipe.task].lazy,
-        per_device_train_batch_size=32,
-        per_device_eval_batch_size=64,
-    )
-    bench = Workbench.prepare(
-        recipe.task, recipe.data, recipe.metric, recipe.seed, arguments, model=options.model
-    )
-    teacher = bench.load_model(options.model).eval()
+    bench, teacher = opened(options.recipe, options.model, overrides)
     inputs = bench.inputs(teacher)
     units = hfslim.find_units(teacher).of(options.units)
     criteria = criteria_by_kind(options.criterion, options.units)
     batches = Batches(list(bench.calibration(teacher, options.max_examples)), options.max_examples)
     whole, before = macs(teacher, inputs), bench.evaluate(teacher)[bench.metric]
-    start, memory = time.perf_counter(), _peak()
+    start, memory = _clocks(), _peak()
     calibration = calibrate(
-        teacher, units, batches, criteria, recipe.seed, False, options.reconstruction
+        teacher, units, batches, criteria, bench.seed, False, options.reconstruction
     )
-    scoring = time.perf_counter() - start
+    scoring = _clocks() - start
     print(f"{torch.get_num_threads()} threads, {len(bench.eval):,} evaluation examples")
-    print(f"scored on {options.max_examples} examples in {scoring:.1f} s; peak of memory", end=" ")
+    print(
+        f"scored on {options.max_examples} examples in {scoring[0]:.1f} s; peak of memory", end=" "
+    )
     print(f"{_peak() / 2**30:.2f} GiB, {memory / 2**30:.2f} GiB before")
-    print(f"| MACs kept | {bench.metric} | of the model's {before:.4f} | seconds | kept |")
-    print("|---|---|---|---|---|")
+    print(f"| MACs kept | {bench.metric} | of the model's {before:.4f} | seconds | CPU | kept |")
+    print("|---|---|---|---|---|---|")
     for budget in options.budgets:
-        start = time.perf_counter()
+        start = _clocks()
         target = Target.parse({"macs": budget}, options.units)
         structure, _ = decide(
             teacher, calibration, target, price(teacher, units, target, inputs), inputs
         )
         model = copy.deepcopy(teacher)
         cut(model, structure, calibration)
-        seconds = scoring + time.perf_counter() - start
+        seconds, cpu = scoring + _clocks() - start
         after = bench.evaluate(model)[bench.metric]
         print(
             f"| {macs(model, inputs) / whole:.3f} | {after:.4f} | {after / before:.1%} | "
-            f"{seconds:.1f} | {structure} |",
+            f"{seconds:.1f} | {cpu:.1f} | {structure} |",
             flush=True,
         )
+
+
+def _clocks() -> torch.Tensor:
+    """Return the seconds on the wall clock, and those of this process on all processors."""
+    return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
 
 
 def _peak() -> int:

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -323,3 +324,13 @@ def test_every_criterion_names_its_source():
     assert all(entry.paper for entry in CRITERIA.values())
     sources = ("gradient", "activation", "weights", "removal", "eliminates", "learned")
     assert all(any(getattr(entry, s) for s in sources) for entry in CRITERIA.values())
+
+
+def test_the_documentation_has_the_table_of_criteria():
+    page = (Path(__file__).parent.parent / "docs" / "pruning.md").read_text(encoding="utf-8")
+    section = page.partition("\n## Criteria\n")[2].partition("\n## ")[0]
+    rows = [
+        f"| `{name}` | {', '.join(c.kinds)} | {', '.join(c.when)} | {c.labels} | {c.paper} |"
+        for name, c in CRITERIA.items()
+    ]
+    assert [line for line in section.splitlines() if line.startswith("| `")] == rows

@@ -39,8 +39,7 @@ def eliminate(
         ([0, 2, 1], [0.02, 1.0, 4.0])
     """
     size = len(second) // width
-    a = torch.linalg.inv(second)
-    a, b = (a + a.T) / 2, metric.clone()
+    a, b = torch.cholesky_inverse(torch.linalg.cholesky(second)), metric
     blocks_a, blocks_b = _diagonal_blocks(a, width), _diagonal_blocks(b, width)
     units = torch.arange(size, device=a.device)
     gone = torch.zeros(size, dtype=torch.bool, device=a.device)
@@ -68,13 +67,12 @@ def eliminate(
         blocks_b = blocks_b - twice - twice.mT
         blocks_a[gone] = torch.eye(width, dtype=a.dtype, device=a.device)
         if filled == pending.shape[2]:
-            change, of_a, of_b = pending
-            a = a - change @ of_a.T
-            both = change @ of_b.T
-            b = b - both - both.T
             left = ~gone
-            columns = left.repeat_interleave(width)
-            a, b = a[columns][:, columns], b[columns][:, columns]
+            columns = left.repeat_interleave(width).nonzero().flatten()
+            a, b = (m.index_select(0, columns).index_select(1, columns) for m in (a, b))
+            change, of_a, of_b = pending.index_select(1, columns)
+            a.addmm_(change, of_a.T, alpha=-1)
+            b.addmm_(torch.cat([change, of_b], 1), torch.cat([of_b, change], 1).T, alpha=-1)
             blocks_a, blocks_b = blocks_a[left], blocks_b[left]
             units, gone = units[left], gone[left]
             pending = pending[:, : len(a)].clone()
