@@ -20,6 +20,7 @@ _HOMES = {
     "find_units": "hfslim.anatomy",
     "gated": "hfslim.prune",
     "measure": "hfslim.measure",
+    "merge_adapters": "hfslim.adapters",
     "prune": "hfslim.prune",
     "shrink": "hfslim.prune",
     "sparsify": "hfslim.prune",

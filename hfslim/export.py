@@ -23,6 +23,7 @@ from typing import Any, Literal, get_args
 import torch
 from transformers import PreTrainedModel
 
+from hfslim.adapters import check_merged
 from hfslim.anatomy import example_inputs
 from hfslim.timing import PairedLatency, evaluating, in_turn, paired, summarise, wall_seconds
 
@@ -123,6 +124,7 @@ def export(
         ValueError: An argument is wrong, or the folder holds something.
     """
     folder = Path(folder)
+    check_merged(model)
     _check(model, folder, format, int8)
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))

@@ -13,7 +13,7 @@ from transformers import TrainingArguments, set_seed
 
 from hfslim.checkpoint import SlimTrainer
 from hfslim.distill import DistillationConfig, DistillationTrainer
-from hfslim.distill.teacher import split_revision
+from hfslim.distill.teacher import load_teacher
 from hfslim.hub.card import RECIPE
 from hfslim.hub.push import check_login, push
 from hfslim.manifest import Entry, Manifest
@@ -181,10 +181,9 @@ def _prune(work: Work, stage: Prune, entry: Entry, args: Any) -> None:
 def _measure(work: Work, stage: Measure, entry: Entry, args: Any) -> None:
     task, folder = TASKS[work.recipe.task], work.manifest.folder / entry.folder
     origin = str(work.whole or _first_teacher(work.recipe))
-    source, revision = split_revision(origin)
     own = None if work.whole else work.own_processor(origin)
-    before = task.auto_model.from_pretrained(source, revision=revision)
     after = task.auto_model.from_pretrained(work.source)
+    before: Any = load_teacher(origin, after, allow_untrained=True)
     teacher = known_metrics(work, origin) or work.evaluate(before, own)
     now = known_metrics(work, work.source) or work.evaluate(after)
     if not PartialState().is_main_process:

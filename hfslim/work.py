@@ -11,7 +11,6 @@ from typing import Self
 import torch
 from accelerate import PartialState
 from transformers import (
-    AutoConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Trainer,
@@ -20,6 +19,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from hfslim.anatomy import find_units
+from hfslim.distill.adapted import saved_config
 from hfslim.distill.labels import align_labels
 from hfslim.distill.teacher import split_revision
 from hfslim.manifest import Entry, Manifest
@@ -87,7 +87,7 @@ class Work(Workbench):
                 for teacher in listed(stage.teacher or self.recipe.teacher):
                     source, revision = split_revision(teacher)
                     with explained(f"teacher {teacher!r}"):
-                        config = AutoConfig.from_pretrained(source, revision=revision)
+                        config = saved_config(source, revision, labels=own)
                         align_labels(own, config, stage.training.get("teacher_subset", False))
 
     def teachers(self, stage: Distil | Recover | Prune) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 from hfslim.anatomy import example_inputs
 from hfslim.checkpoint import SlimTrainer
+from hfslim.distill.adapted import base_source
 from hfslim.distill.teacher import accepted_inputs, split_revision
 from hfslim.pairing import same_processing
 from hfslim.schema import RecipeError
@@ -176,10 +177,12 @@ class Workbench:
 
     def own_processor(self, teacher: str) -> Any:
         """Return a teacher's processor, or None where it has none or the same as the model's."""
-        source, revision = split_revision(teacher)
-        try:
-            processor = self.task.load_processor(source, PreTrainedConfig(), revision)
-        except (OSError, ValueError):
+        own = split_revision(teacher)
+        processor = None
+        for source, revision in dict.fromkeys([base_source(*own), own]):
+            with suppress(OSError, ValueError):
+                processor = self.task.load_processor(source, PreTrainedConfig(), revision)
+        if processor is None:
             logger.info("teacher %s has no processor: it reads the model's inputs", teacher)
             return None
         if same_processing(self.processor, processor):

@@ -185,11 +185,13 @@ def test_the_trainers_own_way_of_restoring_callbacks_resumes_too(tmp_path):
     ],
 )
 def test_how_a_step_is_computed_does_not_change_the_structure(tmp_path, arguments):
-    expected, model = _structure(tmp_path / "plain")
-    found, other = _structure(tmp_path / "other", **arguments)
+    # Adam divides a gradient by its own size: below epsilon, rounding alone would set the sign.
+    calm = {"adam_epsilon": 1e-3}
+    expected, model = _structure(tmp_path / "plain", **calm)
+    found, other = _structure(tmp_path / "other", **calm, **arguments)
     assert found == expected
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-3, atol=2e-4)
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
 
 
 def test_units_of_frozen_layers_are_scored(tmp_path):

@@ -12,7 +12,9 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
-__all__ = ["auto_class", "base_of"]
+from hfslim.adapters import base_of
+
+__all__ = ["auto_class"]
 
 _TASKS: tuple[tuple[Any, dict[str, Any]], ...] = (
     (
@@ -28,11 +30,6 @@ _TASKS: tuple[tuple[Any, dict[str, Any]], ...] = (
         modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
     ),
 )
-
-
-def base_of(model: Any) -> Any:
-    """Return the transformers model inside a PEFT model, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def auto_class(student: nn.Module) -> Any:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
+from hfslim.adapters import base_of, plain_twin
 from hfslim.anatomy import find_units
-from hfslim.distill.auto import base_of
 
 __all__ = ["Capture", "Seen", "layer_modules", "position_mask"]
 
@@ -133,7 +133,7 @@ def layer_modules(model: nn.Module) -> list[nn.Module]:
     """Return a model's layers, in the order in which they run, stages and towers one by one."""
     modules = dict(model.named_modules())
     lists: dict[str, None] = {}
-    for site in find_units(model):
+    for site in find_units(plain_twin(model)):
         if site.kind == "layers":
             lists[site.path] = None
             continue
@@ -182,7 +182,7 @@ def _states(output: Any) -> Tensor:
 
 
 def _last_projections(model: nn.Module) -> tuple[list[nn.Module], int]:
-    sites = [site for site in find_units(model) if site.kind == "heads"]
+    sites = [site for site in find_units(plain_twin(model)) if site.kind == "heads"]
     if not sites:
         raise ValueError(
             f"{type(model).__name__} has no attention whose projections hfslim finds; minilm and "

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from hfslim.distill.auto import auto_class, base_of
+from hfslim.adapters import base_of
+from hfslim.distill.adapted import base_source, find_adapter, load_adapted
+from hfslim.distill.auto import auto_class
 from hfslim.distill.skill import OVERRIDE, UntrainedTeacherError
 from hfslim.pairing import has_words, same_processing, settings_of
 
@@ -38,8 +40,8 @@ def load_teacher(
 
     Args:
         teacher: A model, which is frozen in place; or a Hub id, with its revision as `id@revision`
-            where that matters; or a folder.
-        student: Its class tells the task.
+            where that matters; or a folder. Either may hold a PEFT adapter.
+        student: Its class tells the task. An adapter of the same frozen base is put on it.
         allow_untrained: Whether a fresh head is accepted.
         dtype: Of the teacher's weights; by default a model keeps its own, and what is loaded gets
             the student's.
@@ -60,15 +62,19 @@ def load_teacher(
         auto = auto_class(student)
         dtype = dtype or next(student.parameters()).dtype
         try:
-            model, info = auto.from_pretrained(
-                source, revision=revision, dtype=dtype, output_loading_info=True
-            )
+            adapter = find_adapter(source, revision)
+            if adapter is not None:
+                model, missing = load_adapted(source, revision, adapter, student, auto, dtype)
+            else:
+                model, info = auto.from_pretrained(
+                    source, revision=revision, dtype=dtype, output_loading_info=True
+                )
+                missing = sorted(info["missing_keys"])
         except OSError as error:
             raise FileNotFoundError(
                 f"The teacher {name!r} is no folder of a model, nor a Hub id that can be read: "
                 + " ".join(str(error).split())
             ) from error
-        missing = sorted(info["missing_keys"])
     elif isinstance(teacher, nn.Module) and hasattr(teacher, "config"):
         name, model = type(teacher).__name__, teacher
         if teacher is student:
@@ -125,13 +131,11 @@ def check_vocabulary(teacher: str, tokenizer: Any, whose: str = "student") -> No
     Raises:
         ValueError: The two tokenizers give ids to other tokens.
     """
-    source, revision = split_revision(teacher)
-    try:
-        other = AutoTokenizer.from_pretrained(source, revision=revision)
-    except (OSError, ValueError):
+    other = saved_processor(teacher, AutoTokenizer)
+    if other is None:
         return
     ours, theirs = tokenizer.get_vocab(), other.get_vocab()
-    if not has_words(other) or ours == theirs:
+    if ours == theirs:
         return
     differing = sorted(token for token in ours if theirs.get(token) != ours[token])
     fix = (
@@ -155,17 +159,34 @@ def check_processor(teacher: str, processor: Any) -> None:
         teacher: Hub id or folder; without a processor there, nothing is known.
         processor: Image processor or feature extractor of what the teacher is going to read.
     """
-    source, revision = split_revision(teacher)
-    try:
-        saved = type(processor).from_pretrained(source, revision=revision)
-    except (OSError, ValueError):
-        return
-    if not same_processing(saved, processor):
+    saved = saved_processor(teacher, type(processor))
+    if saved is not None and not same_processing(saved, processor):
         logger.warning(
             f"The teacher {teacher} was saved with other processing ({settings_of(saved)}) than "
             f"it is going to read ({settings_of(processor)}); if that is not meant, process each "
             "example for the teacher too and pass teacher_processor."
         )
+
+
+def saved_processor(teacher: str, kind: Any) -> Any | None:
+    """Load the processor that is saved with a teacher, or with the base of an adapter.
+
+    Args:
+        teacher: Hub id or folder.
+        kind: Its class, or an auto class.
+
+    Returns:
+        The processor, or None where there is none.
+    """
+    own = split_revision(teacher)
+    for source, revision in dict.fromkeys([own, base_source(*own)]):
+        try:
+            found = kind.from_pretrained(source, revision=revision)
+        except (OSError, ValueError):
+            continue
+        if not hasattr(found, "get_vocab") or has_words(found):
+            return found
+    return None
 
 
 def _fresh_head(model: Any) -> str | None:

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from hfslim.adapters import base_of
 from hfslim.anatomy.inputs import example_inputs
 from hfslim.distill import features
-from hfslim.distill.auto import base_of
 from hfslim.distill.capture import Capture, Seen, position_mask
 from hfslim.distill.layers import Pairs, dynamic_pairs, static_pairs
 from hfslim.prune.gates import closed_layers

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers import TrainingArguments as Arguments
 from transformers.trainer_callback import ExportableState
 
+from hfslim.adapters import check_merged
 from hfslim.anatomy import Stated, find_units
 from hfslim.prune.collect import Collector
 from hfslim.prune.criteria import Criteria, criteria_by_kind, learns
@@ -118,6 +119,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         """Gate the model, and take up a saved state where training resumes."""
         _check_arguments(args)
         average_over_processes(args)
+        check_merged(model)
         units = find_units(model).of(self._arguments["units"])
         self._costs = price(model, units, self.goal, self._inputs)
         check_reachable(units, self.goal, self._costs)

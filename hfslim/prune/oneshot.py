@@ -11,6 +11,7 @@ from typing import Any, overload
 import torch
 from transformers import PreTrainedModel
 
+from hfslim.adapters import check_merged
 from hfslim.anatomy import Stated, find_units, stated_inputs
 from hfslim.prune.batches import Batches
 from hfslim.prune.criteria import Criteria, criteria_by_kind, usual_criterion
@@ -155,6 +156,7 @@ def prune(
     """
     goal = Goal.parse(target, max_metric_drop, family, resource, evaluate is not None, units)
     batches = Batches(data, max_examples)
+    check_merged(model)
     sites = find_units(model).of(units)
     if uniform:
         check_plain(model, sites)

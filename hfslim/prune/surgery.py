@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hfslim.adapters import check_merged
 from hfslim.anatomy import Site, Units, example_inputs, families, find_units
 from hfslim.hub import blueprint, modeling_hfslim, reload
 from hfslim.prune.gates import Gates
@@ -54,6 +55,7 @@ def shrink(
         ValueError: It counts other numbers of units, or removes one that cannot go.
         RuntimeError: The cut model does not equal the gated one; the model is as before.
     """
+    check_merged(model)
     units = find_units(model)
     structure = units.complete(structure)
     if structure.is_full:

@@ -1,0 +1,93 @@
+"""Models with PEFT adapters: the model inside, and the plain model that computes the same."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+__all__ = ["base_of", "check_merged", "merge_adapters", "plain_twin"]
+
+logger = logging.get_logger(__name__)
+
+
+def base_of(model: Any) -> Any:
+    """Return the transformers model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def merge_adapters(model: Any) -> Any:
+    """Fold a model's adapters into its weights, so that it can be pruned and exported.
+
+    Args:
+        model: A `peft.PeftModel`, which is used up; a model without adapters is returned as it is.
+
+    Returns:
+        The transformers model inside, without adapters, all of its parameters trainable. In float32
+        its logits are those of the adapted model but for rounding.
+
+    Raises:
+        ValueError: The adapters cannot be folded in: prompts and prefixes, quantized weights, or
+            adapters that transformers itself has put into the model.
+    """
+    layers = _adapted_layers(model)
+    kinds = getattr(model, "peft_config", {}) if hasattr(model, "get_base_model") else {}
+    if not layers and not kinds:
+        return model
+    prompts = [c for c in kinds.values() if getattr(c, "is_prompt_learning", False)]
+    if not kinds or prompts:
+        what = f"{prompts[0].peft_type.value} adapters" if prompts else "these adapters"
+        raise ValueError(
+            f"{what} of {type(base_of(model)).__name__} cannot be folded into weights: train with "
+            "peft.get_peft_model and LoRA or its kin."
+        )
+    weights = [layer.get_base_layer().weight for layer in layers]
+    if not all(weight.is_floating_point() for weight in weights):
+        raise ValueError(
+            "the adapters lie on quantized weights, which cannot take them up exactly: load the "
+            "base in float32 or bfloat16, the adapter onto it, and merge that."
+        )
+    plain = model.merge_and_unload(safe_merge=True).requires_grad_(True)
+    rounded = {str(w.dtype) for w in weights if w.dtype != torch.float32}
+    logger.info(
+        f"{len(layers)} adapted layers of {type(plain).__name__} are folded into their weights"
+        + (f", rounded to {', '.join(sorted(rounded))}" if rounded else "")
+    )
+    return plain
+
+
+def check_merged(model: nn.Module) -> None:
+    """Refuse a model whose adapters would be cut apart from its weights.
+
+    Raises:
+        ValueError: It has adapters.
+    """
+    layers = _adapted_layers(model)
+    if layers:
+        raise ValueError(
+            f"{type(base_of(model)).__name__} has adapters on {len(layers)} layers: fold them into "
+            "the weights first, by model = hfslim.merge_adapters(model)."
+        )
+
+
+def plain_twin(model: Any) -> Any:
+    """Return a model with the same modules less the adapters, without weights, to look at.
+
+    Args:
+        model: A transformers model with adapters inside; without any it is returned itself.
+    """
+    if not _adapted_layers(model):
+        return model
+    with torch.device("meta"):
+        return type(model)(model.config)
+
+
+def _adapted_layers(model: nn.Module) -> list[Any]:
+    if "peft" not in sys.modules:
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
