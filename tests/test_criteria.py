@@ -280,16 +280,28 @@ def test_data_without_labels_is_refused_where_they_are_needed(criterion):
 
 
 @pytest.mark.parametrize("criterion", sorted(set(CALIBRATED) - {"spaced", "random"}))
-def test_a_model_that_is_not_finite_is_refused_and_unchanged(criterion):
+def test_a_model_that_is_not_finite_is_refused_by_module_and_unchanged(criterion):
     model = tiny("bert")
     weight = model.bert.encoder.layer[1].output.dense.weight
     weight.data[0, 0] = float("nan")
     kinds = [kind for kind in CRITERIA[criterion].kinds if kind in BERT]
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(UnusableScoresError, match=r"not finite: check the model's weights"):
-        hfslim.prune(model, [_batch(model)], {"macs": 0.7}, kinds, criterion, progress=False)
+    how = {"reconstruction": "weights" if criterion == "obs" else "none", "progress": False}
+    data, where = [_batch(model)], r"output of 'bert\.encoder\.layer\.1\.output\.dense' is"
+    if CRITERIA[criterion].weights:
+        where = r"layers at 'bert\.encoder\.layer' are"
+    with pytest.raises(UnusableScoresError, match=f"{where} not finite: check the model's"):
+        hfslim.prune(model, data, {"macs": 0.7}, kinds, criterion, **how)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, before[name], equal_nan=True, rtol=0, atol=0)
+
+
+def test_an_input_that_is_not_finite_is_refused_by_name():
+    model = tiny("vit")
+    batch = _inputs(model, 3) | {"labels": torch.arange(3)}
+    batch["pixel_values"][1, 0, 0, 0] = float("inf")
+    with Unchanged(model), pytest.raises(UnusableScoresError, match="the input 'pixel_values' is"):
+        _collect(model, [batch], "fisher", ("heads",))
 
 
 @pytest.mark.parametrize(

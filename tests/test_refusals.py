@@ -97,5 +97,5 @@ def test_the_launcher_tells_of_weights_that_are_not_finite_without_a_traceback(
         timeout=120,
     )
     assert done.returncode == 1
-    assert "not finite: check the model's weights" in done.stderr.splitlines()[-1]
+    assert "'vit.layers.1.mlp.fc1' is not finite: check" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr

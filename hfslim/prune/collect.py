@@ -15,6 +15,7 @@ from hfslim.anatomy import Site, Units
 from hfslim.objective import IGNORED_LABEL, ProblemType, hard_loss, logits_of, problem_type
 from hfslim.prune import importance
 from hfslim.prune.criteria import CRITERIA, Criterion, Seen, check_labels
+from hfslim.prune.finite import check_finite
 from hfslim.prune.gates import Gates, Key
 from hfslim.prune.importance import Scores
 from hfslim.structure import Kind
@@ -245,6 +246,7 @@ def _score(model: PreTrainedModel, collector: Collector, batch: Mapping[str, Any
     with torch.set_grad_enabled(collector.needs_gradients):
         logits = model(**inputs).logits
         collector.gates.check_fired()
+        check_finite(model, inputs, logits)
         if labels is not None:
             _check_labels(labels, logits.shape[-1], problem)
         if collector.needs_loss:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from hfslim.anatomy import Units, find_units
 from hfslim.objective import hard_loss, labelled, problem_type
+from hfslim.prune.finite import check_finite
 from hfslim.prune.gates import Gates, Key
 from hfslim.prune.importance import Scores, UnusableScoresError
 from hfslim.prune.search import search
@@ -177,6 +178,7 @@ def _summed_loss(
         gates.fired.clear()
         logits = model(**inputs).logits
         gates.check_fired()
+        check_finite(model, inputs, logits)
         losses = hard_loss(logits, labels, problem_type(model.config, labels))
         total += losses.double().sum().item()
         count += int(labelled(labels))

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from hfslim.objective import ProblemType, logits_of, problem_type
 from hfslim.prune.collect import frozen
-from hfslim.prune.importance import UnusableScoresError, divergence_roots
+from hfslim.prune.finite import check_finite
+from hfslim.prune.importance import divergence_roots
 from hfslim.timing import evaluating, placed
 
 Heard = Callable[[str, torch.Tensor, torch.Tensor], None]
@@ -44,7 +45,7 @@ def listen(
         The number of examples, on this rank.
 
     Raises:
-        UnusableScoresError: An activation is not finite; the message names the module.
+        UnusableScoresError: Logits are not finite; the message names the module that is to blame.
     """
     examples = 0
     with _hooks(modules, heard), evaluating(model), frozen(model), torch.enable_grad():
@@ -52,6 +53,7 @@ def listen(
             inputs = {k: v for k, v in placed(model, batch).items() if k not in ("labels", "label")}
             logits = logits_of(model(**inputs))
             ran()
+            check_finite(model, inputs, logits)
             examples += len(logits)
             roots = decision_roots(logits, problem_type(model.config)).sum(0)
             for number, root in enumerate(roots, 1):
@@ -96,11 +98,6 @@ def _hooks(modules: Mapping[str, nn.Module], heard: Heard) -> Iterator[None]:
     def hook(path: str) -> Callable[..., torch.Tensor]:
         def show(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
             x = args[0].detach()
-            if not torch.isfinite(x).all():
-                raise UnusableScoresError(
-                    f"the input of {path!r} is not finite: check the model's weights and the "
-                    "calibration data for NaN and overflow"
-                )
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
             output.register_hook(lambda g: heard(path, x, g))

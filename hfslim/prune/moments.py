@@ -144,7 +144,10 @@ def gather(
         if not moments.examples:
             raise UnusableScoresError("no examples were scored: the calibration data is empty")
         if not torch.isfinite(moments.outer).all() or not torch.isfinite(moments.second).all():
-            raise UnusableScoresError(f"gradients at the {kind} of {path!r} are not finite")
+            raise UnusableScoresError(
+                f"inputs or gradients at the {kind} of {path!r} are not finite: check the model's "
+                "weights and the calibration data for NaN and overflow"
+            )
     return found
 
 
