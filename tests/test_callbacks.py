@@ -9,7 +9,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from hfslim import LayerDropCallback, PruningCallback
 from hfslim.anatomy import example_inputs
 from hfslim.measure import macs
-from hfslim.prune import UnreachableTargetError
+from hfslim.prune import UnreachableTargetError, gated, shrink, spaced_layers
 
 
 class _GradientSpy(TrainerCallback):
@@ -232,6 +232,27 @@ def test_layerdrop_leaves_no_parameter_without_gradient(tmp_path):
     trainer.add_callback(spy)
     trainer.train()
     assert spy.without == []
+
+
+def test_a_model_trained_with_layerdrop_runs_at_any_depth(tmp_path):
+    trainer = _trainer(tmp_path, LayerDropCallback(p=0.5))
+    trainer.train()
+    model, losses = trainer.model, {}
+    for keep in (3, 2, 1):
+        with gated(model, spaced_layers(model, keep)):
+            losses[keep] = trainer.evaluate()["eval_loss"]
+    assert trainer.evaluate()["eval_loss"] == losses[3]
+    assert len(set(losses.values())) == 3
+    shrink(model, spaced_layers(model, 2))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[2], abs=1e-6)
+
+
+def test_a_kind_that_the_model_lacks_is_refused_before_training(tmp_path):
+    model = tiny("bert", num_hidden_layers=1)
+    trainer = _trainer(tmp_path, PruningCallback({"macs": 0.5}, ("heads", "layers")), model)
+    with pytest.raises(ValueError, match=r"has no layers that can be removed \(.*; it has"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def test_evaluation_in_training_runs_every_layer(tmp_path):

@@ -168,6 +168,39 @@ def test_pruning_with_feature_losses_shrinks_and_a_pruned_student_learns_on(
     assert trainer.state.log_history[0]["loss_minilm_v2"] > 0
 
 
+@pytest.mark.parametrize(
+    "how",
+    [{"criterion": "l0", "schedule": "linear"}, {"criterion": "fisher", "schedule": "iterative"}],
+    ids=lambda how: how["criterion"],
+)
+def test_pruning_resumes_exactly_while_logits_and_features_are_distilled(
+    tmp_path: Path, how: dict[str, str]
+) -> None:
+    runs = []
+    for resume in (None, str(tmp_path / "checkpoint-3")):
+        set_seed(0)
+        student = tiny("bert")
+        callback = PruningCallback({"macs": 0.6}, ("heads", "neurons", "layers"), end=0.7, **how)
+        trainer = trained(
+            student,
+            tiny("bert", seed=1),
+            tmp_path,
+            feature_losses={"hidden_mse": 1.0, "minilm_v2": 1.0},
+            layer_map="dynamic",
+            callbacks=[callback],
+            max_steps=8,
+            save_steps=3,
+            logging_steps=1,
+            resume=resume,
+        )
+        runs.append((callback.structure, student.state_dict()))
+    for entry in trainer.state.log_history[:-1]:
+        assert {"loss_distillation", "loss_hidden_mse", "loss_minilm_v2"} <= set(entry)
+    (structure, states), (again, resumed) = runs
+    assert structure == again and not structure.is_full
+    assert all(torch.equal(value, resumed[name]) for name, value in states.items())
+
+
 def test_distilling_only_the_first_part_leaves_the_labels_alone(tmp_path: Path) -> None:
     trainer = trained(
         tiny("bert"), tiny("bert", seed=1), tmp_path, distil_until=0.5, logging_steps=1

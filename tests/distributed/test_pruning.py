@@ -34,7 +34,7 @@ def test_two_processes_prune_like_one(tmp_path, criterion):
 
 
 @pytest.mark.distributed
-def test_two_processes_resume_exactly(tmp_path, monkeypatch):
+def test_two_processes_resume_exactly_and_skip_the_same_layers(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(SCRIPT.parents[1]), prepend=":")
     launch(SCRIPT.with_name("resume_pruning.py"), tmp_path, "fisher", "l0", processes=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
@@ -46,3 +46,7 @@ def test_two_processes_resume_exactly(tmp_path, monkeypatch):
             assert found["weights"].keys() == expected["weights"].keys()
             for name, value in expected["weights"].items():
                 assert torch.equal(found["weights"][name], value)
+    skipped = ranks[0]["layerdrop"]
+    assert len(skipped) == 12
+    assert ranks[1]["layerdrop"] == skipped
+    assert len({tuple(layers) for layers in skipped}) > 3
