@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
 LOCAL = {
     "tweets_minilm": ["tweets/train.csv", "tweets/validation.csv"],
+    "tweets_minilm_gradual": ["tweets/train.csv", "tweets/validation.csv"],
+    "tweets_minilm_l0": ["tweets/train.csv", "tweets/validation.csv"],
     "tweets_three_layers": ["tweets/train.csv", "tweets/validation.csv"],
     "fashion_mnist_vit": ["fashion-mnist/train.parquet", "fashion-mnist/validation.parquet"],
     "prompts_whisper": ["prompts/train/en/a.wav", "prompts/validation/en/b.wav"],
