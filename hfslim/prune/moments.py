@@ -40,7 +40,9 @@ class InputMoments:
 
     def add_inputs(self, x: torch.Tensor, weight: torch.Tensor) -> None:
         """Add positions: inputs `[positions, inputs]`, what each counts `[positions]`."""
-        x = x.float()
+        # Padding, and in the last layer all positions but those that are classified, count nothing.
+        there = weight.nonzero().flatten()
+        x, weight = x[there].float(), weight[there]
         weighted = x * weight.unsqueeze(-1)
         self.weight += weight.sum(dtype=torch.float64)
         self.first += weighted.sum(0, dtype=torch.float64)
