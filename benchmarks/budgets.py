@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("latency", "drop"))
     options, overrides = parser.parse_known_args()
     bench, whole = opened(options.recipe, options.model, overrides)
+    logging.basicConfig(format="%(message)s")
     logging.getLogger("hfslim.prune").setLevel(logging.INFO)
     print(f"{type(whole).__name__}, {torch.get_num_threads()} threads, {bench.evaluation.device}\n")
     if options.only != "drop":
@@ -73,7 +74,7 @@ def latencies(bench: Workbench, whole: PreTrainedModel, asked: float, sizes: lis
         print(
             f"| {size} | {asked:g} | {ratio:.3f} ({interval}) | {ratio / asked - 1:+.1%} | "
             f"{times.before.p50_ms:.1f} ms | {len(tries)} | {seconds:.0f} | "
-            f"{bench.evaluate(small)[bench.metric]:.4f} |",
+            f"{bench.predict(small).value:.4f} |",
             flush=True,
         )
 
@@ -88,7 +89,7 @@ def drop(bench: Workbench, whole: PreTrainedModel, allowed: float) -> None:
         small,
         bench.calibration(whole, 512),
         max_metric_drop=allowed,
-        evaluate=lambda model: seen.evaluate(model)[bench.metric],
+        evaluate=lambda model: seen.predict(model).value,
         inputs=inputs,
         progress=False,
     )
@@ -96,7 +97,7 @@ def drop(bench: Workbench, whole: PreTrainedModel, allowed: float) -> None:
     print(f"\nmax_metric_drop={allowed:g}: keeps {kept:.3f} of the macs, {result.structure}\n")
     print(f"| examples | whole {bench.metric} | cut | drop |\n|---|---|---|---|")
     for name, part in (("seen by evaluate", seen), ("not seen", unseen)):
-        before, after = (part.evaluate(model)[bench.metric] for model in (whole, small))
+        before, after = (part.predict(model).value for model in (whole, small))
         print(f"| {len(part.eval):,} {name} | {before:.4f} | {after:.4f} | {before - after:+.4f} |")
 
 

@@ -42,7 +42,7 @@ def main() -> None:
     units = hfslim.find_units(teacher).of(options.units)
     criteria = criteria_by_kind(options.criterion, options.units)
     batches = Batches(list(bench.calibration(teacher, options.max_examples)), options.max_examples)
-    whole, before = macs(teacher, inputs), bench.evaluate(teacher)[bench.metric]
+    whole, before = macs(teacher, inputs), bench.predict(teacher).value
     start, memory = _clocks(), _peak()
     calibration = calibrate(
         teacher, units, batches, criteria, bench.seed, False, options.reconstruction
@@ -64,7 +64,7 @@ def main() -> None:
         model = copy.deepcopy(teacher)
         cut(model, structure, calibration)
         seconds, cpu = scoring + _clocks() - start
-        after = bench.evaluate(model)[bench.metric]
+        after = bench.predict(model).value
         print(
             f"| {macs(model, inputs) / whole:.3f} | {after:.4f} | {after / before:.1%} | "
             f"{seconds:.1f} | {cpu:.1f} | {structure} |",
