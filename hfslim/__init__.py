@@ -22,6 +22,7 @@ _HOMES = {
     "measure": "hfslim.measure",
     "merge_adapters": "hfslim.adapters",
     "prune": "hfslim.prune",
+    "semi_structured": "hfslim.prune",
     "shrink": "hfslim.prune",
     "sparsify": "hfslim.prune",
     "weight_sparsity": "hfslim.prune",

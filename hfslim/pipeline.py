@@ -18,10 +18,21 @@ from hfslim.hub.card import RECIPE
 from hfslim.hub.push import check_login, push
 from hfslim.manifest import Entry, Manifest
 from hfslim.measure import compare
-from hfslim.prune import PruningCallback, prune
+from hfslim.prune import PruningCallback, prune, sparsify
 from hfslim.recipe import Recipe, RecipeError, recipe_yaml
 from hfslim.results import final_report, known_metrics, run_report
-from hfslim.stages import Distil, Measure, Prune, Push, Recover, Stage, Transfer, listed
+from hfslim.stages import (
+    Cut,
+    Distil,
+    Measure,
+    Prune,
+    Push,
+    Recover,
+    Sparsify,
+    Stage,
+    Transfer,
+    listed,
+)
 from hfslim.tasks import TASKS
 from hfslim.work import Work
 from hfslim.workbench import uses_cpu
@@ -83,7 +94,7 @@ def run(recipe: Recipe) -> Path:
             if entry.metrics:
                 figures = ", ".join(f"{k} {v:.4f}" for k, v in entry.metrics.items())
                 logger.info("%s: %s, saved in %s", label, figures, folder / name)
-        if isinstance(stage, Prune) and work.whole is None:
+        if isinstance(stage, Cut) and work.whole is None:
             work.whole = work.source
         if not isinstance(stage, Measure | Push):
             work.source, work.latest = str(folder / name), entry
@@ -97,7 +108,7 @@ def _will_push(manifest: Manifest, plan: list[tuple[Stage, str]]) -> bool:
 
 def _trains(stage: Stage) -> bool:
     return isinstance(stage, Transfer | Distil | Recover) or (
-        isinstance(stage, Prune) and stage.gradual
+        isinstance(stage, Cut) and stage.gradual
     )
 
 
@@ -157,25 +168,42 @@ def _prune(work: Work, stage: Prune, entry: Entry, args: Any) -> None:
         entry.structure = structure.table()
         return
     torch.nn.Module.to(model, work.evaluation.device)
-    process = PartialState()
-    data = work.calibration(model, stage.max_examples)
     result = prune(
         model,
-        data,
+        work.calibration(model, stage.max_examples),
         target,
         reconstruction=stage.reconstruction or "weights",
         max_examples=stage.max_examples,
         seed=seed,
-        progress=process.is_main_process,
+        progress=PartialState().is_main_process,
         **shared,
     )
     entry.structure = result.structure.table()
-    if process.is_main_process:
-        target_folder = work.manifest.folder / entry.folder
-        result.model.save_pretrained(target_folder)
-        work.processor.save_pretrained(target_folder)
-    process.wait_for_everyone()
-    entry.metrics = work.evaluate(result.model)
+    work.save_cut(model, entry)
+
+
+def _sparsify(work: Work, stage: Sparsify, entry: Entry, args: Any) -> None:
+    model = work.load()
+    if stage.gradual:
+        parts = work.taught_parts(work.teachers(stage))
+        callbacks = [stage.callback()]
+        trainer = DistillationTrainer(model=model, args=args, callbacks=callbacks, **parts)
+        work.train_and_save(trainer, entry)
+        return
+    torch.nn.Module.to(model, work.evaluation.device)
+    sparsify(
+        model,
+        work.calibration(model, stage.max_examples),
+        stage.sparsity,
+        stage.pattern,
+        method=stage.method,  # type: ignore[arg-type]  # which the stage has checked
+        scope=stage.scope,
+        max_examples=stage.max_examples,
+        target_modules=stage.target_modules,
+        exclude_modules=stage.exclude_modules,
+        progress=PartialState().is_main_process,
+    )
+    work.save_cut(model, entry)
 
 
 def _measure(work: Work, stage: Measure, entry: Entry, args: Any) -> None:
@@ -197,7 +225,7 @@ def _measure(work: Work, stage: Measure, entry: Entry, args: Any) -> None:
         inputs = work.inputs(after, size, stage.length)
         theirs = inputs if own is None else work.inputs(before, size, stage.length)
         comparisons.append(compare(before, after, inputs, before_inputs=theirs))
-    report = run_report(work, comparisons, now, teacher)
+    report = run_report(work, after, comparisons, now, teacher)
     report.print()
     report.write(folder)
     logger.info("report in %s", folder)
@@ -216,7 +244,7 @@ def _push(work: Work, stage: Push, entry: Entry, args: Any) -> None:
     model = TASKS[work.recipe.task].auto_model.from_pretrained(work.source)
     for part in (model, work.processor):
         part.save_pretrained(folder)
-    final_report(work).write(folder)
+    final_report(work, model).write(folder)
     (folder / RECIPE).write_text(recipe_yaml(work.recipe), encoding="utf-8")
     commit = push(
         folder, stage.hub_model_id, private=stage.hub_private_repo, revision=stage.hub_revision
@@ -228,6 +256,7 @@ RUNNERS: dict[type[Stage], Callable[[Work, Any, Entry, Any], None]] = {
     Transfer: _transfer,
     Distil: _distil,
     Prune: _prune,
+    Sparsify: _sparsify,
     Recover: _distil,
     Measure: _measure,
     Push: _push,

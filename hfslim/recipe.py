@@ -20,11 +20,12 @@ from hfslim.schema import (
     nearest,
     types_of,
 )
-from hfslim.stages import STAGES, Stage, listed
+from hfslim.stages import STAGES, Cut, Stage, listed
 from hfslim.tasks import METRICS, TASKS, DataConfig, make_config
 
 __all__ = ["Recipe", "RecipeError", "Stage", "load_recipe", "parse_recipe", "recipe_yaml"]
 
+CUTS = "a `prune` or `sparsify` stage"
 ELSEWHERE = {
     "output_dir": "set output_dir at the top of the recipe",
     "seed": "set seed at the top of the recipe",
@@ -106,14 +107,13 @@ class Recipe:
             if needs and not (named or self.teacher):
                 raise RecipeError(
                     f"{place}: no teacher; set `teacher`"
-                    + (", or put a `prune` stage before it" if stage.name == "recover" else "")
+                    + (f", or put {CUTS} before it" if stage.name == "recover" else "")
                 )
-            cut = cut or stage.name == "prune"
+            cut = cut or isinstance(stage, Cut)
             taught = taught or bool(named)
             if stage.name == "measure" and not (cut or taught):
                 raise RecipeError(
-                    f"{place}: nothing to compare with; put a `prune` stage before it, or set "
-                    "`teacher`"
+                    f"{place}: nothing to compare with; put {CUTS} before it, or set `teacher`"
                 )
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from hfslim import zeros
 from hfslim.measure import Comparison, Measurement
 from hfslim.picture import natural
 from hfslim.provenance import Provenance
@@ -78,6 +79,8 @@ class Report:
         structure: A row `{"kind", "path", "kept", "total"}` for each place where units can be
             removed, as `Structure.table` gives them.
         stages: The path taken, as in a recipe: each stage's name to its settings.
+        weight_sparsity: Zeros of each kind of module, the last row of all, as of
+            `WeightSparsity.to_dict`; none if the weights are dense.
         provenance: What the model was made from, and on which machine.
     """
 
@@ -86,6 +89,7 @@ class Report:
     quality: Sequence[Quality] = ()
     structure: Sequence[Mapping[str, Any]] = ()
     stages: Sequence[Mapping[str, Mapping[str, Any]]] = field(default=())
+    weight_sparsity: Sequence[Mapping[str, Any]] = ()
     provenance: Provenance = field(default_factory=Provenance)
 
     @classmethod
@@ -117,6 +121,7 @@ class Report:
             quality=quality,
             structure=values.get("structure", ()),
             stages=values.get("stages", ()),
+            weight_sparsity=values.get("weight_sparsity", ()),
             provenance=Provenance.from_dict(values.get("provenance", {})),
         )
 
@@ -131,6 +136,7 @@ class Report:
             "quality": [_finite({**vars(q), "difference": q.difference}) for q in self.quality],
             "structure": [dict(row) for row in self.structure],
             "stages": [{name: dict(made) for name, made in s.items()} for s in self.stages],
+            "weight_sparsity": [dict(row) for row in self.weight_sparsity],
             "provenance": asdict(self.provenance),
         }
         return json.loads(json.dumps(values, allow_nan=False))
@@ -158,6 +164,12 @@ class Report:
             for path, kind, bar, count in self.kept():
                 kept.add_row(path, kind, bar, count)
             console.print(kept)
+        if self.weight_sparsity:
+            found = Table(*zeros.HEADINGS, title="Zeros among the weights", title_justify="left")
+            for cells in zeros.cells(self.weight_sparsity):
+                found.add_row(*cells)
+            console.print(found)
+            console.print(zeros.use(self.weight_sparsity), markup=False)
         for line in self.path():
             console.print(line, markup=False)
 
@@ -172,6 +184,9 @@ class Report:
             rows = [(f"`{path}`", kind, f"`{bar}`", n) for path, kind, bar, n in self.kept()]
             table = markdown_table(("layer", "units", "kept", ""), rows)
             blocks += ["## Kept in each layer", table]
+        if self.weight_sparsity:
+            table = markdown_table(zeros.HEADINGS, zeros.cells(self.weight_sparsity))
+            blocks += ["## Zeros among the weights", table, zeros.use(self.weight_sparsity)]
         if self.stages:
             blocks += ["## How it was made", "\n".join(self.path())]
         return "\n\n".join(blocks) + "\n"

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from transformers import PreTrainedModel
 
 from hfslim.distill import DistillationConfig
 from hfslim.manifest import Manifest
 from hfslim.measure import Comparison
 from hfslim.provenance import Machine, Origin, Provenance
+from hfslim.prune.weights import zeros_of
 from hfslim.report import REPORT, Quality, Report
-from hfslim.stages import Distil, Measure, Prune, Recover, listed
+from hfslim.stages import Cut, Distil, Measure, Recover, listed
 from hfslim.tasks import DataConfig
 from hfslim.tasks.data import DIGITS
 from hfslim.work import Work
@@ -31,6 +33,7 @@ def known_metrics(work: Work, source: str | None) -> Metrics:
 
 def run_report(
     work: Work,
+    model: PreTrainedModel,
     comparisons: Sequence[Comparison] = (),
     now: Metrics | None = None,
     before: Metrics | None = None,
@@ -39,6 +42,7 @@ def run_report(
 
     Args:
         work: The run.
+        model: The current model, loaded.
         comparisons: The model before its first cut and now, measured.
         now: Metrics of the current model; by default those that its stage left.
         before: Metrics of the model before its first cut; likewise.
@@ -63,6 +67,7 @@ def run_report(
         quality=quality,
         structure=_structure(work.manifest),
         stages=[{one.name: _flat(one.settings)} for one in recipe.stages],
+        weight_sparsity=zeros_of(model),
         provenance=Provenance(
             task=recipe.task,
             base=base,
@@ -76,14 +81,14 @@ def run_report(
     )
 
 
-def final_report(work: Work) -> Report:
+def final_report(work: Work, model: PreTrainedModel) -> Report:
     """Return the report of the last `measure` stage, if the model is still the one it measured."""
     for entry in reversed(work.manifest.stages):
         if entry is work.latest:
             break
         if entry.name == Measure.name and (work.manifest.folder / entry.folder / REPORT).exists():
             return Report.load(work.manifest.folder / entry.folder)
-    return run_report(work)
+    return run_report(work, model)
 
 
 def _base(work: Work) -> Origin:
@@ -96,7 +101,7 @@ def _teacher(work: Work) -> Origin | None:
     """Return the teacher of the last stage that had one."""
     run = {str(work.manifest.folder / e.folder): e for e in work.manifest.stages}
     for stage in reversed(work.recipe.stages):
-        if isinstance(stage, Distil | Recover) or (isinstance(stage, Prune) and stage.gradual):
+        if isinstance(stage, Distil | Recover) or (isinstance(stage, Cut) and stage.gradual):
             sources = listed(stage.teacher or work.recipe.teacher or work.whole)
             if len(sources) > 1:
                 return Origin(f"the mean of {', '.join(sources)}")

@@ -14,6 +14,9 @@ from hfslim.prune.criteria import Criteria, criteria_by_kind, learns, usual_crit
 from hfslim.prune.reconstruction import Reconstruction, check_reconstruction
 from hfslim.prune.schedules import Pace, Schedule
 from hfslim.prune.target import Target
+from hfslim.prune.weight_callback import TrainingMethod, WeightPruningCallback
+from hfslim.prune.weight_masks import Goal, Scope
+from hfslim.prune.weight_oneshot import Method, check_scope
 from hfslim.structure import Kind
 
 
@@ -64,18 +67,48 @@ class Recover(Stage):
     training: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Prune(Stage):
-    """Cut the model: at once from calibration data, or little by little while it is distilled.
+class Cut(Stage):
+    """Take something away: at once from calibration data, or little by little in training.
 
-    It is gradual where a `schedule`, `num_train_epochs` or `max_steps` is given. The target's cost
-    is that of a forward pass of `batch_size` examples. Where nothing is said, units are scored by
-    `obs` and weights reconstructed in one go, by `fisher` and not reconstructed if it is gradual;
-    channels by `fisher` at any rate.
+    It is gradual where a `schedule`, `num_train_epochs` or `max_steps` is given.
+    """
+
+    arguments = DistillationConfig
+    max_examples: int
+    schedule: Schedule | None
+    start: float
+    end: float
+    teacher: str | tuple[str, ...] | None
+    training: Mapping[str, Any]
+
+    @property
+    def gradual(self) -> bool:
+        """Whether the model trains while it is cut."""
+        trains = {"num_train_epochs", "max_steps"} & set(self.training)
+        return self.schedule is not None or bool(trains)
+
+    def _check(self) -> Pace:
+        """Check what all cuts have, and return when something goes if it is gradual."""
+        if self.max_examples < 1:
+            raise ValueError(f"max_examples must be at least 1, got {self.max_examples}")
+        if self.training and not self.gradual:
+            raise ValueError(
+                f"{sorted(self.training)} need training: add num_train_epochs for gradual pruning, "
+                "or move them to a `recover` stage"
+            )
+        return Pace(self.schedule or "cubic", self.start, self.end, None)
+
+
+@dataclass(frozen=True)
+class Prune(Cut):
+    """Remove units of the model.
+
+    The target's cost is that of a forward pass of `batch_size` examples. Where nothing is said,
+    units are scored by `obs` and weights reconstructed in one go, by `fisher` and not reconstructed
+    if it is gradual; channels by `fisher` at any rate.
     """
 
     name = "prune"
-    arguments = DistillationConfig
     target: Mapping[str, Any]
     units: tuple[Kind, ...] = ("heads", "neurons")
     criterion: Criteria | None = None
@@ -95,7 +128,7 @@ class Prune(Stage):
             object.__setattr__(self, "criterion", usual_criterion(self.units, when))
         assert self.criterion is not None
         criteria = criteria_by_kind(self.criterion, self.units, when)
-        pace = Pace(self.schedule or "cubic", self.start, self.end, None)
+        pace = self._check()
         if learns(criteria):
             pace.check_learned()
         if self.reconstruction is None:
@@ -107,15 +140,8 @@ class Prune(Stage):
                 f"reconstruction {self.reconstruction!r} is for a cut in one go: training mends "
                 "the weights of a gradual one"
             )
-        if self.max_examples < 1:
-            raise ValueError(f"max_examples must be at least 1, got {self.max_examples}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
-        if self.training and not self.gradual:
-            raise ValueError(
-                f"{sorted(self.training)} need training: add num_train_epochs for gradual pruning, "
-                "or move them to a `recover` stage"
-            )
 
     def __str__(self) -> str:
         if self.gradual:
@@ -127,11 +153,52 @@ class Prune(Stage):
             )
         return f"pruning to {dict(self.target)} by criterion {self.criterion}, {how}"
 
-    @property
-    def gradual(self) -> bool:
-        """Whether the model trains while it is cut."""
-        trains = {"num_train_epochs", "max_steps"} & set(self.training)
-        return self.schedule is not None or bool(trains)
+
+@dataclass(frozen=True)
+class Sparsify(Cut):
+    """Set single weights of the model to zero.
+
+    Where nothing is said, `sparsegpt` chooses them in one go, `magnitude` if it is gradual.
+    """
+
+    name = "sparsify"
+    sparsity: float | None = None
+    pattern: str | None = None
+    method: Method | TrainingMethod | None = None
+    scope: Scope | None = None
+    target_modules: tuple[str, ...] | str | None = None
+    exclude_modules: tuple[str, ...] | str | None = None
+    max_examples: int = 512
+    schedule: Schedule | None = None
+    start: float = 0.0
+    end: float = 0.5
+    teacher: str | tuple[str, ...] | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.method is None:
+            object.__setattr__(self, "method", "magnitude" if self.gradual else "sparsegpt")
+        if self.gradual:
+            self.callback()
+        else:
+            Goal.parse(self.sparsity, self.pattern)
+            object.__setattr__(self, "scope", check_scope(str(self.method), self.scope))
+        self._check()
+
+    def callback(self) -> WeightPruningCallback:
+        """Return what prunes while a Trainer trains."""
+        Goal.parse(self.sparsity, self.pattern)
+        return WeightPruningCallback(
+            self.sparsity,
+            self.pattern,
+            method=self.method,  # type: ignore[arg-type]  # which the callback checks
+            scope=self.scope or "global",
+            schedule=self.schedule or "cubic",
+            start=self.start,
+            end=self.end,
+            target_modules=self.target_modules,
+            exclude_modules=self.exclude_modules,
+        )
 
 
 @dataclass(frozen=True)
@@ -163,7 +230,7 @@ class Push(Stage):
 
 
 STAGES: dict[str, type[Stage]] = {
-    stage.name: stage for stage in (Transfer, Distil, Prune, Recover, Measure, Push)
+    stage.name: stage for stage in (Transfer, Distil, Prune, Sparsify, Recover, Measure, Push)
 }
 
 

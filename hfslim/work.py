@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from accelerate import PartialState
@@ -25,8 +25,10 @@ from hfslim.distill.teacher import split_revision
 from hfslim.manifest import Entry, Manifest
 from hfslim.prune.steps import check_reachable, price
 from hfslim.prune.target import Target
+from hfslim.prune.weight_callback import WeightPruningCallback
+from hfslim.prune.weights import find_weights, sparse_modules
 from hfslim.recipe import Recipe
-from hfslim.stages import Distil, Prune, Recover, listed
+from hfslim.stages import Cut, Distil, Prune, Recover, Sparsify, listed
 from hfslim.tasks import build_model
 from hfslim.workbench import Workbench, explained
 
@@ -83,23 +85,26 @@ class Work(Workbench):
         """Refuse a teacher of other labels before any stage has run."""
         own = PreTrainedConfig(**self.examples.labels.config)
         for stage in self.recipe.stages:
-            if isinstance(stage, Distil | Recover) or (isinstance(stage, Prune) and stage.gradual):
+            if isinstance(stage, Distil | Recover) or (isinstance(stage, Cut) and stage.gradual):
                 for teacher in listed(stage.teacher or self.recipe.teacher):
                     source, revision = split_revision(teacher)
                     with explained(f"teacher {teacher!r}"):
                         config = saved_config(source, revision, labels=own)
                         align_labels(own, config, stage.training.get("teacher_subset", False))
 
-    def teachers(self, stage: Distil | Recover | Prune) -> tuple[str, ...]:
+    def teachers(self, stage: Distil | Recover | Cut) -> tuple[str, ...]:
         """Return the sources of a stage's teachers, as things stand."""
         given = stage.teacher or self.recipe.teacher or self.whole
-        return listed(given or (self.source if isinstance(stage, Prune) else None))
+        return listed(given or (self.source if isinstance(stage, Cut) else None))
 
     def check_target(self) -> None:
-        """Refuse a target of the first cut that the model cannot reach, before it is trained.
+        """Refuse what the model cannot lose, before it is trained: modules, the first cut's target.
 
         Every process calls this: a latency is measured by the first for all.
         """
+        for stage in self.recipe.stages:
+            if isinstance(stage, Sparsify):
+                find_weights(self.load(new_head=True), stage.target_modules, stage.exclude_modules)
         cut = next((stage for stage in self.recipe.stages if isinstance(stage, Prune)), None)
         if cut is not None:
             model = self.load(new_head=True)
@@ -121,11 +126,45 @@ class Work(Workbench):
         return self.load_model(self.source, new_head)
 
     def train_and_save(self, trainer: Trainer, entry: Entry) -> None:
-        """Train, going on from an interrupted run's last checkpoint, evaluate and save."""
+        """Train, going on from an interrupted run's last checkpoint, evaluate and save.
+
+        Zeros of sparse weights are held.
+        """
         own = Path(str(trainer.args.output_dir))
         checkpoint = get_last_checkpoint(str(own)) if own.is_dir() else None
         if checkpoint:
             logger.info("resuming from %s", checkpoint)
+        self._hold_zeros(trainer)
         trainer.train(resume_from_checkpoint=checkpoint)
         entry.metrics = self.metrics(trainer)
         trainer.save_model(str(self.manifest.folder / entry.folder))
+
+    def save_cut(self, model: PreTrainedModel, entry: Entry) -> None:
+        """Save a model that was cut in one go, on the first process, and evaluate it."""
+        process, folder = PartialState(), self.manifest.folder / entry.folder
+        if process.is_main_process:
+            for part in (model, self.processor):
+                part.save_pretrained(folder)
+        process.wait_for_everyone()
+        entry.metrics = self.evaluate(model)
+
+    @staticmethod
+    def _hold_zeros(trainer: Trainer) -> None:
+        """Hold the zeros of sparse weights, all of them or those that a callback does not.
+
+        Raises:
+            ValueError: A callback prunes some sparse weights and would lose the zeros of others.
+        """
+        model: Any = trainer.model
+        sparse = sparse_modules(model)
+        callbacks = trainer.callback_handler.callbacks
+        own = next((c for c in callbacks if isinstance(c, WeightPruningCallback)), None)
+        if own is not None:
+            lost = [path for path in sparse if path not in own.find(model)]
+            if lost:
+                raise ValueError(
+                    f"{len(lost)} sparse weights, such as {lost[0]!r}, are not among those that "
+                    "this stage prunes, so their zeros would be lost: add them to target_modules"
+                )
+        elif sparse:
+            trainer.add_callback(WeightPruningCallback(target_modules=sparse))

@@ -69,6 +69,16 @@ def test_the_weights_that_stay_equal_exact_least_squares():
     assert not new[:, [1, 3, 4, 6]].any()
 
 
+def test_weights_that_are_zero_stay_zero_and_the_others_of_the_row_make_up():
+    weight, x, _ = _case(7, 1)
+    weight[0, 2] = weight[1, 0] = weight[1, 5] = 0
+    new = refit(weight, x @ x.T / x.shape[1], torch.tensor([0, 2, 5, 6]))
+    for row, kept in enumerate(([0, 5, 6], [2, 6], [0, 2, 5, 6], [0, 2, 5, 6])):
+        expected = torch.linalg.lstsq(x[kept].T, (weight[row] @ x).unsqueeze(1)).solution
+        torch.testing.assert_close(new[row, kept], expected.flatten())
+        assert new[row].count_nonzero() == len(kept)
+
+
 def test_scales_equal_exact_least_squares_over_the_outputs_of_units():
     weight, x, _ = _case(4, 2)
     kept = torch.tensor([1, 3])

@@ -21,6 +21,7 @@ LOCAL = {
     "tweets_minilm": ["tweets/train.csv", "tweets/validation.csv"],
     "tweets_minilm_gradual": ["tweets/train.csv", "tweets/validation.csv"],
     "tweets_minilm_l0": ["tweets/train.csv", "tweets/validation.csv"],
+    "tweets_minilm_sparse": ["tweets/train.csv", "tweets/validation.csv"],
     "tweets_three_layers": ["tweets/train.csv", "tweets/validation.csv"],
     "fashion_mnist_vit": ["fashion-mnist/train.parquet", "fashion-mnist/validation.parquet"],
     "prompts_whisper": ["prompts/train/en/a.wav", "prompts/validation/en/b.wav"],

@@ -167,3 +167,16 @@ def test_what_is_no_report_is_refused_with_its_path(tmp_path) -> None:
     (tmp_path / "report.json").write_text('{"model": "m", "comparisons": [1]}')
     with pytest.raises(ValueError, match=r"report\.json is not a report of hfslim"):
         Report.load(tmp_path)
+
+
+def test_zeros_are_told_with_what_they_are_not_good_for(report: Report) -> None:
+    row = {"kind": "all", "weights": 2000, "nonzero": 1000, "sparsity": 0.5, "pattern": ""}
+    sparse = dataclasses.replace(report, weight_sparsity=[row])
+    assert Report.from_dict(sparse.to_dict()).weight_sparsity == [row]
+    assert "| all | 2,000 | 50.0% | unstructured |" in sparse.to_markdown()
+    console = Console(record=True, width=200)
+    sparse.print(console)
+    for text in (sparse.to_markdown(), console.export_text()):
+        assert "they bring no speed" in text
+        assert "2:4" not in text
+    assert "Zeros" not in report.to_markdown()

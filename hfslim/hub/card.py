@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 
+from hfslim import zeros
 from hfslim.picture import draw_structure
 from hfslim.provenance import Origin, Provenance
 from hfslim.report import NOT_MEASURED, REPORT, Report, markdown_table
@@ -178,7 +179,7 @@ def _render(
     if report.structure:
         rows = [(f"`{path}`", kind, f"`{bar}`", count) for path, kind, bar, count in report.kept()]
         structure = markdown_table(("layer", "units", "kept", ""), rows)
-    made = report.provenance
+    made, sparse = report.provenance, report.weight_sparsity
     command = f"hfslim run {RECIPE}"
     if made.processes > 1:
         launch = f"accelerate launch --num_processes {made.processes}"
@@ -201,6 +202,8 @@ def _render(
         recipe=RECIPE if (folder / RECIPE).exists() else None,
         command=command,
         structure=structure,
+        zeros=markdown_table(zeros.HEADINGS, zeros.cells(sparse)) if sparse else None,
+        use_of_zeros=zeros.use(sparse),
         limits=_limits(report),
     )
     card.text = re.sub(r"\n{3,}", "\n\n", card.text)
@@ -215,7 +218,7 @@ def _metadata(saved: Saved, report: Report, name: str) -> ModelCardData:
     task = made.task or saved.task
     stages = {stage for one in report.stages for stage in one}
     tags = ["hfslim"]
-    if saved.pruned or report.structure or "prune" in stages:
+    if saved.pruned or report.structure or report.weight_sparsity or "prune" in stages:
         tags.append("pruned")
     if made.teacher:
         tags.append("distilled")
@@ -259,7 +262,9 @@ def _summary(saved: Saved, report: Report) -> str:
         share = first.after.macs / first.before.macs if first.before.macs else 1
         done = f"cut to {share:.1%} of its multiply-accumulates"
     taught = ", and taught by the model named as its teacher" if made.teacher else ""
-    return f"A model for {kind}: {base}, {done} with hfslim{taught}. Its layers are dense."
+    sparse = report.weight_sparsity
+    layers = zeros.summary(sparse) if sparse else "Its layers are dense."
+    return f"A model for {kind}: {base}, {done} with hfslim{taught}. {layers}"
 
 
 def _quality(report: Report) -> str:

@@ -20,6 +20,7 @@ from transformers.utils.hub import PushInProgress, hf_api
 from hfslim.hub.card import write_card
 from hfslim.hub.push import LEFT_OUT, PushError, push, told
 from hfslim.provenance import Machine, Origin, Provenance
+from hfslim.prune.weights import zeros_of
 from hfslim.report import REPORT, Quality, Report
 from hfslim.structure import Structure
 
@@ -203,6 +204,7 @@ class HubMixin(_Base):
         """Report what a Trainer knows: origins, losses, evaluation, pruning by a callback."""
         args: Any = self.args
         model, teacher = self._unwrapped(), getattr(self, "teacher", None)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         base = Origin(finetuned_from, on_hub=True) if finetuned_from else None
         structure: list[dict[str, Any]] = []
         stages: list[dict[str, dict[str, Any]]] = []
@@ -226,6 +228,7 @@ class HubMixin(_Base):
             quality=self._quality(),
             structure=structure,
             stages=stages,
+            weight_sparsity=[] if sharded else zeros_of(model),
             provenance=Provenance(
                 task=tasks[0] if tasks else None,
                 base=base or _origin(model),

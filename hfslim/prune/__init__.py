@@ -4,6 +4,7 @@ from hfslim.prune.callbacks import PruningCallback
 from hfslim.prune.criteria import CRITERIA, Criterion
 from hfslim.prune.gates import Gates, gated
 from hfslim.prune.importance import UnusableScoresError
+from hfslim.prune.kernels import semi_structured
 from hfslim.prune.layerdrop import LayerDropCallback
 from hfslim.prune.layers import spaced_layers
 from hfslim.prune.oneshot import PruneResult, prune
@@ -27,6 +28,7 @@ __all__ = [
     "WeightSparsity",
     "gated",
     "prune",
+    "semi_structured",
     "shrink",
     "spaced_layers",
     "sparsify",

@@ -84,6 +84,7 @@ def refit(weight: torch.Tensor, second: torch.Tensor, kept: torch.Tensor) -> tor
     """Solve for the weights that keep a projection's output best when some inputs are gone.
 
     The least squares solution `W H_{:,K} (H_KK)⁻¹`, which equals the sum of all OBS updates.
+    Weights that are zero stay zero, and a row with some is solved for by itself.
 
     Args:
         weight: `W`, `[outputs, inputs]`.
@@ -91,7 +92,7 @@ def refit(weight: torch.Tensor, second: torch.Tensor, kept: torch.Tensor) -> tor
         kept: Numbers of the inputs that stay, `[kept]`.
 
     Returns:
-        The weights, 0 where the input is gone, `[outputs, inputs]`.
+        The weights, 0 where they were and where the input is gone, `[outputs, inputs]`.
 
     Examples:
         >>> second = torch.tensor([[1.0, 1.0], [1.0, 2.0]])
@@ -99,9 +100,15 @@ def refit(weight: torch.Tensor, second: torch.Tensor, kept: torch.Tensor) -> tor
         tensor([[4., 0.]])
     """
     result = torch.zeros_like(weight)
-    if len(kept):
-        target = (weight @ second)[:, kept]
-        result[:, kept] = torch.linalg.solve(second[kept][:, kept], target.T).T
+    target = weight @ second
+    sparse = (weight[:, kept] == 0).any(1)
+    whole = (~sparse).nonzero()
+    if len(kept) and len(whole):
+        solved = torch.linalg.solve(second[kept][:, kept], target[whole, kept].T).T
+        result[whole, kept] = solved
+    for row in sparse.nonzero().flatten():
+        own = kept[weight[row, kept] != 0]
+        result[row, own] = torch.linalg.solve(second[own][:, own], target[row, own])
     return result
 
 

@@ -114,6 +114,11 @@ class WeightPruningCallback(TrainerCallback, ExportableState):
         }
         self._method, self._scope = method, scope
 
+    def find(self, model: PreTrainedModel) -> dict[str, nn.Module]:
+        """Return the modules of a model whose weights this prunes or holds."""
+        names = (self._arguments["target_modules"], self._arguments["exclude_modules"])
+        return find_weights(model, *names)
+
     def on_train_begin(  # type: ignore[override]  # the Trainer always passes the model
         self,
         args: Arguments,
@@ -129,8 +134,7 @@ class WeightPruningCallback(TrainerCallback, ExportableState):
         if self._scores_gradients:
             check_unscaled(args, ", or use method='magnitude'")
         average_over_processes(args)
-        names = (self._arguments["target_modules"], self._arguments["exclude_modules"])
-        self._held = HeldZeros(model, find_weights(model, *names))
+        self._held = HeldZeros(model, self.find(model))
         self._initial, self._steps_scored = self._held.fraction, 0
         self._movement: dict[str, torch.Tensor] = {}
         if self._scores_gradients:

@@ -105,7 +105,7 @@ def sparsify(
         RuntimeError: The processes found different zeros.
     """
     goal = Goal.parse(sparsity, pattern)
-    scope = _check_scope(method, scope)
+    scope = check_scope(method, scope)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"expected a transformers model, got {type(model).__name__}: pass the model inside a "
@@ -155,7 +155,12 @@ def sparsify(
     return SparsifyResult(model, weight_sparsity(model, target_modules, exclude_modules), errors)
 
 
-def _check_scope(method: str, scope: str | None) -> Scope:
+def check_scope(method: str, scope: str | None) -> Scope:
+    """Return the scope within which weights compete by a method.
+
+    Raises:
+        ValueError: There is no such method, or it has no such scope.
+    """
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {list(get_args(Method))}, got {method!r}")
     scopes = SCOPES[method]

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 Names = str | Sequence[str] | None
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
 GROUP_SIZES = (2, 4, 8, 16)
+SPARSE = 0.1
+"""Fraction of zeros from which on a weight is taken for a sparse one; dense ones have none."""
 
 
 def find_weights(
@@ -145,6 +147,21 @@ def weight_sparsity(
         pattern = _common_pattern(zeros, gone / total)
         rows.append(WeightSparsity(kind, total, total - gone, pattern))
     return rows
+
+
+def sparse_modules(model: PreTrainedModel) -> list[str]:
+    """Return the paths of all modules whose weights are sparse, but not empty."""
+    try:
+        weights = find_weights(model, ".*")
+    except ValueError:
+        return []
+    zeros = {path: (weight_of(m) == 0).float().mean().item() for path, m in weights.items()}
+    return [path for path, fraction in zeros.items() if SPARSE <= fraction < 1]
+
+
+def zeros_of(model: PreTrainedModel) -> list[dict[str, Any]]:
+    """Return the rows of `weight_sparsity` for a report; none where no weight is sparse."""
+    return [row.to_dict() for row in weight_sparsity(model)] if sparse_modules(model) else []
 
 
 def _common_pattern(zeros: Sequence[torch.Tensor], sparsity: float) -> str:
