@@ -10,6 +10,8 @@ from hfslim import hub
 _HOMES = {
     "DistillationConfig": "hfslim.distill",
     "DistillationTrainer": "hfslim.distill",
+    "GradualUnfreezing": "hfslim.transfer",
+    "L2SP": "hfslim.transfer",
     "LayerDropCallback": "hfslim.prune",
     "PruningCallback": "hfslim.prune",
     "Report": "hfslim.report",
@@ -25,6 +27,7 @@ _HOMES = {
     "semi_structured": "hfslim.prune",
     "shrink": "hfslim.prune",
     "sparsify": "hfslim.prune",
+    "train_head_only": "hfslim.transfer",
     "weight_sparsity": "hfslim.prune",
 }
 __all__ = list(_HOMES)

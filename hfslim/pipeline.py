@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from hfslim.checkpoint import SlimTrainer
 from hfslim.distill import DistillationConfig, DistillationTrainer
@@ -34,6 +34,7 @@ from hfslim.stages import (
     listed,
 )
 from hfslim.tasks import TASKS
+from hfslim.transfer import L2SP, GradualUnfreezing, train_head_only, with_lora
 from hfslim.work import Work
 from hfslim.workbench import uses_cpu
 
@@ -130,8 +131,18 @@ def _base(recipe: Recipe) -> dict[str, Any]:
 
 
 def _transfer(work: Work, stage: Transfer, entry: Entry, args: Any) -> None:
-    model = work.load(new_head=True)
-    work.train_and_save(SlimTrainer(model=model, args=args, **work.trainer_parts()), entry)
+    model: Any = work.load(new_head=True)
+    callbacks: list[TrainerCallback] = []
+    if stage.method == "head":
+        model = train_head_only(model)
+    elif stage.method == "lora":
+        model = with_lora(model, stage.lora_rank)
+    elif stage.method == "gradual":
+        callbacks.append(GradualUnfreezing(stage.unfrozen_at))
+    if stage.l2_sp:
+        callbacks.append(L2SP(stage.l2_sp))
+    trainer = SlimTrainer(model=model, args=args, callbacks=callbacks, **work.trainer_parts())
+    work.train_and_save(trainer, entry)
 
 
 def _distil(work: Work, stage: Distil | Recover, entry: Entry, args: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.utils import validate_repo_id
 from transformers import TrainingArguments
@@ -18,6 +18,8 @@ from hfslim.prune.weight_callback import TrainingMethod, WeightPruningCallback
 from hfslim.prune.weight_masks import Goal, Scope
 from hfslim.prune.weight_oneshot import Method, check_scope
 from hfslim.structure import Kind
+
+Way = Literal["full", "head", "gradual", "lora"]
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,33 @@ class Stage:
 
 @dataclass(frozen=True)
 class Transfer(Stage):
-    """Fine-tune the model on the labels."""
+    """Fine-tune the model on the labels.
+
+    `full` trains all of it; `head` its head alone; `gradual` the head first, then one layer after
+    another, in `unfrozen_at` of the steps; `lora` adapters of `lora_rank` and the head, folded into
+    the weights at the end. `l2_sp` is the strength of the pull back to the pretrained weights.
+    """
 
     name = "transfer"
     arguments = TrainingArguments
+    method: Way = "full"
+    unfrozen_at: float = 0.5
+    lora_rank: int = 8
+    l2_sp: float = 0.0
     training: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.unfrozen_at <= 1:
+            raise ValueError(f"unfrozen_at {self.unfrozen_at} must be above 0 and up to 1")
+        if self.lora_rank < 1:
+            raise ValueError(f"lora_rank must be at least 1, got {self.lora_rank}")
+        if self.l2_sp < 0:
+            raise ValueError(f"l2_sp must be 0 or more, got {self.l2_sp}")
+        if self.l2_sp and self.method in ("head", "lora"):
+            raise ValueError(
+                f"l2_sp pulls back pretrained weights, and method {self.method!r} does not train "
+                "them: use 'full' or 'gradual', or leave l2_sp out"
+            )
 
 
 @dataclass(frozen=True)

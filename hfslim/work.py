@@ -18,7 +18,9 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from hfslim.adapters import merge_adapters
 from hfslim.anatomy import find_units
+from hfslim.checkpoint import SlimTrainer
 from hfslim.distill.adapted import saved_config
 from hfslim.distill.labels import align_labels
 from hfslim.distill.teacher import split_revision
@@ -128,7 +130,7 @@ class Work(Workbench):
     def train_and_save(self, trainer: Trainer, entry: Entry) -> None:
         """Train, going on from an interrupted run's last checkpoint, evaluate and save.
 
-        Zeros of sparse weights are held.
+        Zeros of sparse weights are held; adapters are folded into the weights that are saved.
         """
         own = Path(str(trainer.args.output_dir))
         checkpoint = get_last_checkpoint(str(own)) if own.is_dir() else None
@@ -136,6 +138,9 @@ class Work(Workbench):
             logger.info("resuming from %s", checkpoint)
         self._hold_zeros(trainer)
         trainer.train(resume_from_checkpoint=checkpoint)
+        plain = merge_adapters(trainer.model)
+        if plain is not trainer.model:
+            trainer = SlimTrainer(model=plain, args=trainer.args, **self.trainer_parts())
         entry.metrics = self.metrics(trainer)
         trainer.save_model(str(self.manifest.folder / entry.folder))
 
