@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import io
 import json
 import logging
@@ -24,8 +23,16 @@ import torch
 from transformers import PreTrainedModel
 
 from hfslim.adapters import check_merged
-from hfslim.anatomy import example_inputs
-from hfslim.timing import PairedLatency, evaluating, in_turn, paired, summarise, wall_seconds
+from hfslim.probes import input_names, inputs_of, probes, sample_inputs
+from hfslim.timing import (
+    PairedLatency,
+    describe_inputs,
+    evaluating,
+    in_turn,
+    paired,
+    summarise,
+    wall_seconds,
+)
 
 __all__ = ["FORMATS", "Export", "ExportError", "Format", "check_format", "export", "open_exported"]
 
@@ -107,8 +114,8 @@ def export(
             or `model.pt2`; `export.json`, which `transformers.exporters.ExportedModel` reads; the
             config; the processor; and `export_report.json`.
         format: `onnx` or `torch-export`.
-        int8: Whether to quantize, by ONNX Runtime and dynamically: weights once, activations at
-            each call. Only for `onnx`.
+        int8: Whether to quantize, by ONNX Runtime and dynamically: weights once and channel by
+            channel, activations at each call. Only for `onnx`.
         processor: Tokenizer, image processor or feature extractor. It decides which inputs the
             file takes, such as `token_type_ids`, and is saved beside the file.
         batches: Real inputs to compare on as well.
@@ -130,10 +137,10 @@ def export(
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         with evaluating(model):
-            names = _names(model, processor)
+            names = input_names(model, processor)
             axes = _trace(model, names, work, format, int8)
             exported = open_exported(work)
-            inputs = [*_probes(model, names), *batches]
+            inputs = [*probes(model, names), *batches]
             difference, scale = _compare(model, exported, inputs)
             tolerance = TOLERANCE[int8]
             if not difference <= tolerance * scale:
@@ -142,11 +149,11 @@ def export(
                     f"than {tolerance:g} of their size ({scale:.3g}): it was removed"
                 )
             times = tuple(
-                _time(model, exported, _inputs(model, names, size), int8, calls)
+                _time(model, exported, inputs_of(model, names, size), int8, calls)
                 for size in batch_sizes
             )
         size = sum(path.stat().st_size for path in work.glob("model.*"))
-        checked = tuple(dict.fromkeys(_shapes(one) for one in inputs))
+        checked = tuple(dict.fromkeys(describe_inputs(one) for one in inputs))
         result = Export(
             folder, format, int8, axes, difference, scale, tolerance, checked, size, times
         )
@@ -232,12 +239,14 @@ def _trace(
     model: PreTrainedModel, names: Sequence[str], folder: Path, format: Format, int8: bool
 ) -> dict[str, tuple[int | str, ...]]:
     exporters = _exporters()
-    sample, free = _sample(model, names)
+    sample, free = sample_inputs(model, names)
     auto = torch.export.Dim.AUTO
     shapes = {name: dict.fromkeys(dims, auto) for name, dims in free.items()}
     if format == "onnx":
         quantizer = (
-            exporters.OnnxRuntimeQuantizer(exporters.OnnxRuntimeDynamicConfig()) if int8 else None
+            exporters.OnnxRuntimeQuantizer(exporters.OnnxRuntimeDynamicConfig(per_channel=True))
+            if int8
+            else None
         )
         exporter = exporters.OnnxExporter
         config = exporters.OnnxConfig(dynamic_shapes=shapes, quantizer=quantizer)
@@ -267,60 +276,6 @@ def _trace(
     }
 
 
-def _sample(
-    model: PreTrainedModel, names: Sequence[str]
-) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
-    """Return inputs to trace with, and the axes of each that are free."""
-    sample = _inputs(model, names, 2)
-    other = _inputs(model, names, 3, length=_shorter(sample))
-    return sample, {
-        name: [dim for dim in range(tensor.dim()) if tensor.shape[dim] != other[name].shape[dim]]
-        for name, tensor in sample.items()
-    }
-
-
-def _probes(model: PreTrainedModel, names: Sequence[str]) -> list[dict[str, torch.Tensor]]:
-    """Return inputs of several sizes; where there is a mask the last of an example is padding."""
-    whole = _inputs(model, names, 1, seed=1)
-    short = _inputs(model, names, 3, seed=2, length=_shorter(whole))
-    if "attention_mask" in short:
-        length = short["attention_mask"].shape[1]
-        short["attention_mask"][0, max(length // 2, 1) :] = 0
-    return [whole, short, _inputs(model, names, 4, seed=3)]
-
-
-def _inputs(
-    model: PreTrainedModel,
-    names: Sequence[str],
-    batch_size: int,
-    seed: int = 0,
-    length: int | None = None,
-) -> dict[str, torch.Tensor]:
-    """Return random inputs of a size, with those of `names` that the model takes."""
-    inputs = example_inputs(model, batch_size, seed, length)
-    shape = next(iter(inputs.values())).shape[:2]
-    for name in names:
-        if name == "attention_mask" and name not in inputs:
-            inputs[name] = torch.ones(shape, dtype=torch.long)
-        elif name == "token_type_ids":
-            generator = torch.Generator().manual_seed(seed)
-            inputs[name] = torch.randint(model.config.type_vocab_size, shape, generator=generator)
-    return inputs
-
-
-def _shorter(sample: Mapping[str, torch.Tensor]) -> int:
-    return max(next(iter(sample.values())).shape[1] * 3 // 4, 1)
-
-
-def _names(model: PreTrainedModel, processor: Any) -> tuple[str, ...]:
-    """Return the inputs that a processor gives and a model takes."""
-    taken = inspect.signature(model.forward).parameters
-    names = [name for name in getattr(processor, "model_input_names", ()) if name in taken]
-    if getattr(processor, "return_attention_mask", True) is False:
-        names = [name for name in names if name != "attention_mask"]
-    return tuple(names)
-
-
 def _compare(
     model: PreTrainedModel, exported: Any, inputs: Sequence[Mapping[str, torch.Tensor]]
 ) -> tuple[float, float]:
@@ -331,7 +286,8 @@ def _compare(
             found = exported(**batch).logits
         except Exception as error:
             raise ExportError(
-                f"the exported file does not run on {_shapes(batch)}: {error}: it was removed"
+                f"the exported file does not run on {describe_inputs(batch)}: {error}: it was "
+                "removed"
             ) from error
         if found.shape != expected.shape or not torch.isfinite(found).all():
             raise ExportError(
@@ -358,10 +314,6 @@ def _time(
     dtype = "int8" if int8 else "float32"
     before = summarise(first, batch_size, "float32", "cpu")
     return paired(first, second, before, summarise(second, batch_size, dtype, f"cpu, {runtime}"))
-
-
-def _shapes(inputs: Mapping[str, torch.Tensor]) -> str:
-    return ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
 
 
 @contextlib.contextmanager

@@ -9,7 +9,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from test_report import comparison
 
-from hfslim.hub.card import MARKER, CardError, merge, write_card
+from hfslim.hub.card import write_card
+from hfslim.hub.edits import MARKER, CardError, merge
 from hfslim.provenance import Machine, Origin, Provenance
 from hfslim.report import Quality, Report
 

@@ -14,7 +14,7 @@ from models import tiny
 from structures import uneven
 
 import hfslim
-from hfslim.hub.card import MARKER
+from hfslim.hub.edits import MARKER
 
 CLIENT = Path(__file__).with_name("hub_client.py")
 FILES = {"README.md", "config.json", "model.safetensors", "modeling_hfslim.py"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -17,6 +16,7 @@ from hfslim.anatomy import families
 from hfslim.anatomy.discovery import find_units
 from hfslim.anatomy.units import Units
 from hfslim.hub import modeling_hfslim
+from hfslim.hub.depth import Depth, set_depth
 from hfslim.hub.modeling_hfslim import stock_class
 from hfslim.structure import Structure
 
@@ -24,9 +24,6 @@ logger = logging.getLogger(__name__)
 
 MARKS = ("hfslim", "quantization_config", "auto_map")
 """Config fields: the blueprint, the call of hfslim's loader, the file beside the weights."""
-
-
-Fields = dict[str, Any]
 
 
 def describe(
@@ -147,101 +144,6 @@ def stock_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedM
         return stock_class(model)(config)
 
 
-@dataclass(frozen=True)
-class Depth:
-    """A change of depth: the list of layers, the config that tells it, and what it said before."""
-
-    path: str
-    config: PreTrainedConfig
-    old: Fields
-
-
-def configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """Return a model's config and those inside."""
-    inside = (getattr(model.config, name, None) for name in model.config.sub_configs)
-    return [model.config, *(c for c in inside if isinstance(c, PreTrainedConfig))]
-
-
-def set_depth(model: PreTrainedModel, before: Units, structure: Structure) -> list[Depth]:
-    """Write the new number of layers into the config fields that held the old one.
-
-    Args:
-        model: The model, already cut, or about to be.
-        before: The units before the cut.
-        structure: The structure it is cut to.
-
-    Returns:
-        What was changed.
-    """
-    earlier = (getattr(model.config, "hfslim", None) or {}).get("layers", {})
-    lists = [s for s in before if s.kind == "layers" and s.path not in earlier]
-    if not any(_is_cut(structure, site.path) for site in lists):
-        return []
-    stages = [len(structure.kept("layers", site.path)) for site in lists]
-    fields: Fields = {}
-    for name in families.DEPTH_FIELDS:
-        value = getattr(model.config, name, None)
-        if isinstance(value, list | tuple) and list(value) == [site.size for site in lists]:
-            fields[name] = type(value)(stages)
-    if fields:
-        change = _change(model.config, fields)
-        return [Depth(site.path, *change) for site in lists]
-    inside = configs(model)
-    told = []
-    for site in lists:
-        config = _config_around(model, site.path)
-        alone = all(s is site or _config_around(model, s.path) is not config for s in lists)
-        if _is_cut(structure, site.path) and alone and any(config is c for c in inside):
-            kept = structure.kept("layers", site.path)
-            fields = _depth_fields(config, site.size, kept)
-            if fields:
-                told.append(Depth(site.path, *_change(config, fields)))
-    return told
-
-
-def _depth_fields(config: PreTrainedConfig, size: int, kept: tuple[int, ...]) -> Fields:
-    fields: Fields = {}
-    for name in families.DEPTH_FIELDS:
-        if getattr(config, name, None) == size:
-            fields[name] = len(kept)
-    if not fields:
-        return {}
-    for name in families.PER_LAYER_FIELDS:
-        value = getattr(config, name, None)
-        if not isinstance(value, list | tuple) or _is_read_only(config, name):
-            continue
-        if len(value) == size:
-            fields[name] = type(value)(value[i] for i in kept)
-    stages = getattr(config, "stage_names", None)
-    if stages and len(stages) == size + 1:
-        fields["stage_names"] = stages[: len(kept) + 1]
-    return fields
-
-
-def _is_read_only(config: PreTrainedConfig, name: str) -> bool:
-    declared = getattr(type(config), name, None)
-    return isinstance(declared, property) and declared.fset is None
-
-
-def _change(config: PreTrainedConfig, fields: Fields) -> tuple[PreTrainedConfig, Fields]:
-    old = dict(vars(config))
-    for name, value in fields.items():
-        setattr(config, name, value)
-    if "stage_names" in fields:
-        config.set_output_features_output_indices(None, None)
-    return config, old
-
-
-def _config_around(model: PreTrainedModel, path: str) -> PreTrainedConfig:
-    """Return the config of the innermost module around a path that has one."""
-    while path:
-        path = path.rpartition(".")[0]
-        config = getattr(model.get_submodule(path), "config", None)
-        if isinstance(config, PreTrainedConfig):
-            return config
-    return model.config
-
-
 def _is_built(model: PreTrainedModel, layers: dict[str, list[int]]) -> bool:
     """Tell whether the config, written and read, builds a stock model that can be cut to this."""
     try:
@@ -257,10 +159,6 @@ def _is_built(model: PreTrainedModel, layers: dict[str, list[int]]) -> bool:
         and all(new <= old for new, old in zip(tensor.shape, stock[name].shape, strict=True))
         for name, tensor in _tensors(model).items()
     )
-
-
-def _is_cut(structure: Structure, path: str) -> bool:
-    return any(e.path == path and e.kind == "layers" and len(e.kept) < e.total for e in structure)
 
 
 def _kept_layers(
@@ -306,7 +204,7 @@ def _uniform_widths(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
                 yield width | counts
 
 
-def _takes(model: PreTrainedModel, config: PreTrainedConfig, fields: Fields) -> bool:
+def _takes(model: PreTrainedModel, config: PreTrainedConfig, fields: dict[str, Any]) -> bool:
     """Write fields into a config, and tell whether a stock model can be built of it."""
     try:
         config.update(fields)

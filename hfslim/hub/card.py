@@ -2,94 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 
 from hfslim import zeros
+from hfslim.hub.edits import CARD, MARKER, merge
+from hfslim.hub.saved import Saved
 from hfslim.picture import draw_structure
 from hfslim.provenance import Origin, Provenance
 from hfslim.report import NOT_MEASURED, REPORT, Report, markdown_table
 
-__all__ = ["CARD", "MARKER", "PICTURE", "RECIPE", "CardError", "merge", "write_card"]
+__all__ = ["PICTURE", "RECIPE", "write_card"]
 
-logger = logging.getLogger(__name__)
-
-CARD, PICTURE, RECIPE = "README.md", "structure.png", "recipe.yaml"
+PICTURE, RECIPE = "structure.png", "recipe.yaml"
 NOT_STATED = "not stated"
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 NOTICE = "<!-- hfslim writes this card again at each push, down to the line that says so. -->"
-MARKER = "<!-- What stands below this line is yours: hfslim keeps it. -->"
-GENERATED = (
-    "This model card has been generated automatically according to the information the Trainer",
-    "This is the model card of a 🤗 transformers model that has been pushed on the Hub",
-)
-"""Marks of transformers' own drafts, which hold nothing of the user's."""
-OWN = ("library_name", "metrics", "model-index", "pipeline_tag", "tags")
-OWN_TAGS = ("hfslim", "pruned", "distilled", "generated_from_trainer")
-TASKS = {
-    "ForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification"),
-    "ForImageClassification": ("image-classification", "AutoModelForImageClassification"),
-    "ForAudioClassification": ("audio-classification", "AutoModelForAudioClassification"),
-}
-
-
-class CardError(ValueError):
-    """A card cannot be written, or two versions of the user's part cannot be joined."""
-
-
-class Way(NamedTuple):
-    """One way of loading the model: what it needs, and the code."""
-
-    when: str
-    code: str
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What a folder says of the model that was saved to it.
-
-    Attributes:
-        config: Its `config.json`.
-        task: transformers' name of the task; None if it is none of hfslim's.
-        auto_class: The auto class that loads it.
-    """
-
-    config: dict[str, Any]
-    task: str | None
-    auto_class: str
-
-    @classmethod
-    def read(cls, folder: Path) -> Saved:
-        """Read the `config.json` of a folder.
-
-        Raises:
-            CardError: There is none that can be read.
-        """
-        path = folder / "config.json"
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-            architecture = (config.get("architectures") or [""])[0]
-        except FileNotFoundError:
-            raise CardError(
-                f"{folder} has no config.json: give the folder of a saved model"
-            ) from None
-        except (ValueError, AttributeError) as error:
-            raise CardError(f"{path} is damaged: {error}") from error
-        ending = next((end for end in TASKS if str(architecture).endswith(end)), None)
-        task, auto_class = TASKS[ending] if ending else (None, "AutoModel")
-        return cls(config, task, auto_class)
-
-    @property
-    def pruned(self) -> bool:
-        """Whether its structure is one that a stock config cannot say."""
-        return "hfslim" in self.config
 
 
 def write_card(
@@ -132,46 +64,6 @@ def write_card(
     return path
 
 
-def merge(card: str, *earlier: str) -> str:
-    """Carry the user's part of earlier versions of a card over to a new one.
-
-    Args:
-        card: As hfslim has just written it.
-        *earlier: Earlier versions, the most trusted first.
-
-    Returns:
-        The card with the text that stood below the marker and the metadata that are not hfslim's.
-
-    Raises:
-        CardError: Two versions hold different text of the user's.
-    """
-    new = ModelCard(card, ignore_metadata_errors=True)
-    own = _user_part(new.text)
-    for text in earlier:
-        old = ModelCard(text, ignore_metadata_errors=True)
-        other = _user_part(old.text)
-        if own and other and own not in other and other not in own:
-            raise CardError(
-                f"two versions of {CARD} differ below the line {MARKER!r}: {own[:60]!r} here, "
-                f"{other[:60]!r} there; make the two the same, or empty one"
-            )
-        own = max(own, other, key=len)
-        theirs = [tag for tag in old.data.get("tags", []) if tag not in OWN_TAGS]
-        new.data["tags"] = list(dict.fromkeys([*new.data.get("tags", []), *theirs]))
-        for key, value in old.data.to_dict().items():
-            if key not in OWN and new.data.get(key) is None:
-                new.data[key] = value
-    head, _, _ = new.text.partition(MARKER)
-    new.text = f"{head}{MARKER}\n" + (f"\n{own}\n" if own else "")
-    return str(new)
-
-
-def _user_part(text: str) -> str:
-    if MARKER in text:
-        return text.partition(MARKER)[2].strip()
-    return "" if any(mark in text for mark in GENERATED) else text.strip()
-
-
 def _render(
     folder: Path, saved: Saved, report: Report, name: str, metadata: Mapping[str, Any]
 ) -> str:
@@ -196,7 +88,7 @@ def _render(
         conditions=report.conditions(),
         machine=str(made.machine) if made.machine else NOT_MEASURED,
         quality=_quality(report),
-        ways=_ways(saved, name),
+        ways=saved.ways(name),
         origins=_origins(report),
         stages=report.path(),
         recipe=RECIPE if (folder / RECIPE).exists() else None,
@@ -312,32 +204,6 @@ def _link(origin: Origin, kind: str = "") -> str:
     address = f"{constants.ENDPOINT}/{kind}{origin.name}"
     rest = str(origin).removeprefix(origin.name)
     return f"[{origin.name}]({address}){rest}"
-
-
-def _ways(saved: Saved, name: str) -> list[Way]:
-    load = 'model = {auto}.from_pretrained("{name}"{more})'
-    pipe = 'classify = pipeline("{task}", model="{name}"{more})'
-
-    def code(first: str, more: str) -> str:
-        names = f"{saved.auto_class}, pipeline" if saved.task else saved.auto_class
-        lines = [first, f"from transformers import {names}", ""]
-        lines.append(load.format(auto=saved.auto_class, name=name, more=more))
-        if saved.task:
-            lines.append(pipe.format(task=saved.task, name=name, more=more))
-        return "\n".join(line for i, line in enumerate(lines) if line or i)
-
-    if not saved.pruned:
-        return [Way("With transformers alone:", code("", ""))]
-    ways = [Way("Where hfslim is installed:", code("import hfslim", ""))]
-    if saved.config.get("auto_map"):
-        ways.append(
-            Way(
-                "With transformers alone, by the small file `modeling_hfslim.py` beside the "
-                "weights, which builds the layers in their sizes:",
-                code("", ", trust_remote_code=True"),
-            )
-        )
-    return ways
 
 
 def _limits(report: Report) -> list[str]:

@@ -26,7 +26,9 @@ from huggingface_hub.errors import (
 )
 
 from hfslim.hub import modeling_hfslim
-from hfslim.hub.card import CARD, CardError, Saved, merge, write_card
+from hfslim.hub.card import write_card
+from hfslim.hub.edits import CARD, CardError, merge
+from hfslim.hub.saved import Saved
 
 __all__ = ["LEFT_OUT", "PushError", "check_login", "push", "told"]
 

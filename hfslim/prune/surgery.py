@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from hfslim.adapters import check_merged
 from hfslim.anatomy import Site, Units, example_inputs, families, find_units
 from hfslim.hub import blueprint, modeling_hfslim, reload
+from hfslim.hub.depth import configs, set_depth
 from hfslim.prune.gates import Gates
 from hfslim.structure import Structure
 from hfslim.timing import evaluating
@@ -67,7 +68,7 @@ def shrink(
     surgery = _Surgery(model)
     try:
         surgery.cut(units, structure, returns)
-        depth = blueprint.set_depth(model, units, structure)
+        depth = set_depth(model, units, structure)
         _check_equal(expected, _logits(model, inputs))
         if blueprint.describe(model, units, structure, depth):
             _check_equal(expected, _logits(model, inputs))
@@ -125,7 +126,7 @@ class _Surgery:
         self.model = model
         self.before: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self.classes: list[tuple[nn.Module, type]] = []
-        self.configs = [(config, dict(vars(config))) for config in blueprint.configs(model)]
+        self.configs = [(config, dict(vars(config))) for config in configs(model)]
 
     def cut(self, units: Units, structure: Structure, returns: Returns) -> None:
         lists = [site for site in units if site.kind == "layers"]

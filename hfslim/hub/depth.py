@@ -1,0 +1,115 @@
+"""Tell a stock config how many layers are left of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hfslim.anatomy import families
+from hfslim.anatomy.units import Units
+from hfslim.structure import Structure
+
+__all__ = ["Depth", "configs", "set_depth"]
+
+Fields = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Depth:
+    """A change of depth: the list of layers, the config that tells it, and what it said before."""
+
+    path: str
+    config: PreTrainedConfig
+    old: Fields
+
+
+def configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """Return a model's config and those inside."""
+    inside = (getattr(model.config, name, None) for name in model.config.sub_configs)
+    return [model.config, *(c for c in inside if isinstance(c, PreTrainedConfig))]
+
+
+def set_depth(model: PreTrainedModel, before: Units, structure: Structure) -> list[Depth]:
+    """Write the new number of layers into the config fields that held the old one.
+
+    Args:
+        model: The model, already cut, or about to be.
+        before: The units before the cut.
+        structure: The structure it is cut to.
+
+    Returns:
+        What was changed.
+    """
+    earlier = (getattr(model.config, "hfslim", None) or {}).get("layers", {})
+    lists = [s for s in before if s.kind == "layers" and s.path not in earlier]
+    if not any(_is_cut(structure, site.path) for site in lists):
+        return []
+    stages = [len(structure.kept("layers", site.path)) for site in lists]
+    fields: Fields = {}
+    for name in families.DEPTH_FIELDS:
+        value = getattr(model.config, name, None)
+        if isinstance(value, list | tuple) and list(value) == [site.size for site in lists]:
+            fields[name] = type(value)(stages)
+    if fields:
+        change = _change(model.config, fields)
+        return [Depth(site.path, *change) for site in lists]
+    inside = configs(model)
+    told = []
+    for site in lists:
+        config = _config_around(model, site.path)
+        alone = all(s is site or _config_around(model, s.path) is not config for s in lists)
+        if _is_cut(structure, site.path) and alone and any(config is c for c in inside):
+            kept = structure.kept("layers", site.path)
+            fields = _depth_fields(config, site.size, kept)
+            if fields:
+                told.append(Depth(site.path, *_change(config, fields)))
+    return told
+
+
+def _depth_fields(config: PreTrainedConfig, size: int, kept: tuple[int, ...]) -> Fields:
+    fields: Fields = {}
+    for name in families.DEPTH_FIELDS:
+        if getattr(config, name, None) == size:
+            fields[name] = len(kept)
+    if not fields:
+        return {}
+    for name in families.PER_LAYER_FIELDS:
+        value = getattr(config, name, None)
+        if not isinstance(value, list | tuple) or _is_read_only(config, name):
+            continue
+        if len(value) == size:
+            fields[name] = type(value)(value[i] for i in kept)
+    stages = getattr(config, "stage_names", None)
+    if stages and len(stages) == size + 1:
+        fields["stage_names"] = stages[: len(kept) + 1]
+    return fields
+
+
+def _is_read_only(config: PreTrainedConfig, name: str) -> bool:
+    declared = getattr(type(config), name, None)
+    return isinstance(declared, property) and declared.fset is None
+
+
+def _change(config: PreTrainedConfig, fields: Fields) -> tuple[PreTrainedConfig, Fields]:
+    old = dict(vars(config))
+    for name, value in fields.items():
+        setattr(config, name, value)
+    if "stage_names" in fields:
+        config.set_output_features_output_indices(None, None)
+    return config, old
+
+
+def _config_around(model: PreTrainedModel, path: str) -> PreTrainedConfig:
+    """Return the config of the innermost module around a path that has one."""
+    while path:
+        path = path.rpartition(".")[0]
+        config = getattr(model.get_submodule(path), "config", None)
+        if isinstance(config, PreTrainedConfig):
+            return config
+    return model.config
+
+
+def _is_cut(structure: Structure, path: str) -> bool:
+    return any(e.path == path and e.kind == "layers" and len(e.kept) < e.total for e in structure)
