@@ -155,6 +155,39 @@ def test_a_schedule_removes_at_its_levels_and_no_more(tmp_path, monkeypatch, sch
     assert examples == [8 * 16 // len(kept)] * len(kept)
 
 
+class _Movement(TrainerCallback):
+    """Sums −W · ∂L/∂W over the columns of each neuron, by the gradients that the Trainer has."""
+
+    def __init__(self, module):
+        self.module, self.total = module, 0.0
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step >= 6:
+            return
+        weight = self.module.weight
+        self.total = self.total - (weight.detach() * weight.grad).sum(0).double()
+
+
+def test_movement_sums_weight_times_gradient_over_all_decisions(tmp_path):
+    model = tiny("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    callback = PruningCallback({"sparsity": 0.25}, ["neurons"], "movement", "linear", interval=2)
+    scores = {}
+    decide = callback._decide
+
+    def spy(*args):
+        scores[args[0].global_step] = dict(callback._collector.scores.sums)
+        decide(*args)
+
+    callback._decide = spy
+    trainer = _trainer(tmp_path, callback, model, max_steps=12, max_grad_norm=0.0)
+    own = _Movement(model.bert.encoder.layer[1].output.dense)
+    trainer.add_callback(own)
+    trainer.train()
+    found = scores[6]["neurons", "bert.encoder.layer.1"]
+    torch.testing.assert_close(found, 8 * own.total, rtol=1e-4, atol=1e-6)
+    assert sorted(scores) == [2, 4, 6] and found.abs().max() > 1e-2
+
+
 def test_a_resume_with_other_settings_is_refused(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 4}
     _trainer(tmp_path, PruningCallback(target={"macs": 0.6}), **settings).train()

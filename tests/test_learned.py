@@ -19,6 +19,7 @@ from hfslim.prune.gates import Gates
 from hfslim.prune.latency import Curve, LatencyTable
 from hfslim.prune.learned import LearnedGates, hard_concrete, presence
 from hfslim.prune.target import Target
+from hfslim.stages import Prune
 from hfslim.structure import Entry, Structure
 
 ALL = ("heads", "neurons", "layers")
@@ -176,6 +177,25 @@ def test_a_layers_gate_scales_what_the_layer_adds():
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gates_learn_the_same_under_activation_checkpointing(reentrant):
+    model = tiny("bert", **CALM).train()
+    batch, labels = example_inputs(model, 4, length=8), torch.arange(4) % 3
+
+    def gradients():
+        learned, _ = _learned(model)
+        learned.draw(0)
+        with learned.gates:
+            cross_entropy(model(**batch).logits, labels).backward()
+        return {key: leaf.grad for key, leaf in learned.gates.factors.items()}
+
+    plain = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for key, gradient in gradients().items():
+        torch.testing.assert_close(gradient, plain[key], rtol=1e-5, atol=1e-8)
+        assert gradient.abs().max() > 0
+
+
 def test_log_alpha_follows_loss_and_penalty():
     """One step against the whole objective, differentiated in one piece by autograd."""
     model = tiny("bert", **CALM)
@@ -304,3 +324,9 @@ def test_stopping_early_prunes_by_what_has_been_learned(tmp_path, caplog):
 def test_what_learned_gates_cannot_do_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         PruningCallback({"macs": 0.5}, **{"criterion": "l0"} | arguments)
+
+
+def test_a_recipe_with_levels_for_learned_gates_is_refused():
+    with pytest.raises(ValueError, match=r"one of \['cubic', 'linear'\]"):
+        Prune({"macs": 0.5}, criterion="l0", schedule="iterative")
+    assert Prune({"macs": 0.5}, criterion="l0", schedule="linear").gradual
