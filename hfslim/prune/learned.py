@@ -160,25 +160,25 @@ class LearnedGates:
 
     def state(self) -> str:
         """Return all that has been learned, as text; `restore` takes it up exactly."""
-        tensors = {"log_alpha": self._log_alpha.detach(), "multipliers": self._multipliers.detach()}
-        for name, state in zip(list(tensors), self._optimizer.state.values(), strict=False):
-            tensors |= {f"{name}.{key}": value for key, value in state.items()}
+        tensors = {}
+        for name, parameter in self._parameters.items():
+            tensors[name] = parameter.detach()
+            for key, value in self._optimizer.state.get(parameter, {}).items():
+                tensors[f"{name}.{key}"] = value
         return base64.b64encode(save(tensors)).decode()
 
     def restore(self, state: str) -> None:
         """Go on from what `state` returned."""
         tensors = load(base64.b64decode(state))
-        with torch.no_grad():
-            for name in ("log_alpha", "multipliers"):
-                parameter = getattr(self, f"_{name}")
-                parameter.copy_(tensors[name])
-                found = {
-                    key.rpartition(".")[2]: value
-                    for key, value in tensors.items()
-                    if key.startswith(f"{name}.")
-                }
-                if found:
-                    self._optimizer.state[parameter] = found
+        for name, parameter in self._parameters.items():
+            with torch.no_grad():
+                parameter.copy_(tensors.pop(name))
+            for key in [key for key in tensors if key.startswith(f"{name}.")]:
+                self._optimizer.state[parameter][key.rpartition(".")[2]] = tensors[key]
+
+    @property
+    def _parameters(self) -> dict[str, torch.Tensor]:
+        return {"log_alpha": self._log_alpha, "multipliers": self._multipliers}
 
     @property
     def _device(self) -> torch.device:
