@@ -1,6 +1,7 @@
 import itertools
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -203,6 +204,28 @@ def test_a_wrong_table_is_corrected_by_what_was_measured(monkeypatch, caplog):
     assert abs(first.measured - 0.6) > 0.06
     assert abs(last.measured - 0.6) < 0.02
     assert sum("latency, try" in message for message in caplog.messages) == len(result.tries)
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize(("heads", "neurons"), [(0.5, 1.3), (1.6, 0.6)])
+def test_a_table_that_is_wrong_by_kind_still_leads_to_the_latency(monkeypatch, heads, neurons):
+    real = timetable.measure_table
+
+    def skewed(*args, **options):
+        table, factor = real(*args, **options), {"heads": heads, "neurons": neurons}
+        return replace(
+            table,
+            site={
+                key: Curve(curve.widths, tuple(factor[key[0]] * ms for ms in curve.ms))
+                for key, curve in table.site.items()
+            },
+        )
+
+    monkeypatch.setattr(timetable, "measure_table", skewed)
+    model = tiny("bert", hidden_size=48, num_attention_heads=12, intermediate_size=192)
+    tries = hfslim.prune(model, _batches(model), {"latency": 0.6}, progress=False).tries
+    assert abs(tries[0].measured - 0.6) > 0.03
+    assert abs(tries[-1].measured - 0.6) < 0.02
 
 
 @pytest.mark.usefixtures("clock")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,9 +56,10 @@ def search_measured(
     """Find the structure that loses the least importance at a measured latency.
 
     A copy of the model, cut to what the search finds, is timed against the model, call by call.
-    Where the table is off by more than `TOLERANCE`, what it says that a cut saves is corrected by
-    what it saved, and the search runs again, at most `TRIES` times in all. A structure may be
-    faster than asked for, where units or layers are too large to use up what is left.
+    Where the table is off by more than `TOLERANCE`, the search runs again, at most `TRIES` times in
+    all, for the saving by the table that measures as wanted, interpolated from all tries. A
+    structure may be faster than asked for, where units or layers are too large to use up what is
+    left.
 
     Args:
         model: The whole model.
@@ -78,13 +79,15 @@ def search_measured(
     """
     returns = attention_returns(model, units)
     found: list[tuple[LatencyTry, Structure]] = []
+    wanted, savings = 1 - target.kept, [(0.0, 0.0)]
     for number in range(1, TRIES + 1):
-        structure = find(table)
+        corrected = table.corrected(wanted / to_save(savings, wanted)) if wanted else table
+        structure = find(corrected)
         if structure.is_full:
             return structure, []
         with cut_for_now(model, units, structure, returns):
             small = copy.deepcopy(model)
-        predicted = table.of(units, structure) / table.total
+        predicted = corrected.of(units, structure) / table.total
         done = _time(predicted, model, small, inputs, table.total)
         found.append((done, structure))
         logger.info(
@@ -94,7 +97,7 @@ def search_measured(
         )
         if abs(done.measured - predicted) <= TOLERANCE * target.kept:
             return structure, [done for done, _ in found]
-        table = table.corrected(max(1 - done.measured, 0.05) / (1 - predicted))
+        savings.append((1 - table.of(units, structure) / table.total, 1 - done.measured))
     done, structure = min(found, key=lambda item: abs(item[0].measured - target.kept))
     logger.warning(
         "after %d tries the latency is %.3f where %.3f was asked for; other work on the machine "
@@ -102,6 +105,33 @@ def search_measured(
         *(TRIES, done.measured, target.kept),
     )
     return structure, [done for done, _ in found]
+
+
+def to_save(savings: Sequence[tuple[float, float]], wanted: float) -> float:
+    """Tell what to save by a table so that a measured saving is met.
+
+    Between the tries that measured next below and next above what is wanted it is interpolated;
+    with none above, what is wanted by the table grows as the best measurement fell short.
+
+    Args:
+        savings: Fractions of the latency saved, by the table and as measured, from `(0, 0)` on.
+        wanted: The fraction to save.
+
+    Examples:
+        >>> round(to_save([(0.0, 0.0)], 0.5), 3)
+        0.5
+        >>> round(to_save([(0.0, 0.0), (0.5, 0.4)], 0.5), 3)
+        0.625
+        >>> round(to_save([(0.0, 0.0), (0.5, 0.4), (0.6, 0.6)], 0.5), 3)
+        0.55
+    """
+    below = max((s for s in savings if s[1] <= wanted), key=lambda saving: saving[1])
+    above = [s for s in savings if s[1] > wanted]
+    if above:
+        nearest = min(above, key=lambda saving: saving[1])
+        share = (wanted - below[1]) / (nearest[1] - below[1])
+        return below[0] + share * (nearest[0] - below[0])
+    return wanted * below[0] / max(below[1], 0.05) if below[0] else wanted
 
 
 def _time(
