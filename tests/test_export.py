@@ -1,9 +1,11 @@
 """An exported file computes what the pruned model does, or is not there."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
+import onnx as onnx_files
 import pytest
 import torch
 from models import tiny
@@ -99,6 +101,28 @@ def test_int8_is_small_and_near(text: Path, onnx: Path, tmp_path: Path) -> None:
     assert (made.folder / "model.onnx.data").stat().st_size < exact / 2
     assert 1e-5 < made.difference < 0.25 * made.scale
     assert made.latency[0].after.dtype == "int8"
+
+
+def scales(folder: Path) -> list[int]:
+    """Numbers of scales of the quantized weights of a file."""
+    graph = onnx_files.load(folder / "model.onnx").graph
+    named = (one for one in graph.initializer if one.name.endswith("_scale"))
+    return [math.prod(one.dims) for one in named]
+
+
+def test_int8_weights_have_a_scale_for_each_channel(tmp_path: Path) -> None:
+    model = tiny("bert", attention="sdpa")
+    made = hfslim.export(model, tmp_path / "int8", int8=True, **QUICK)
+    assert max(scales(made.folder)) == model.config.intermediate_size
+
+
+def test_int8_with_an_empty_weight_says_that_it_is_less_exact(
+    text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(text)
+    made = hfslim.export(model, tmp_path / "int8", int8=True, **QUICK)
+    assert max(scales(made.folder)) == 1
+    assert "less exact" in caplog.text
 
 
 def test_torch_export_equals_the_model_and_leaves_it_as_it_was(text: Path, tmp_path: Path) -> None:
