@@ -1,5 +1,6 @@
 """Every verb does what its help says, and tells a mistake in one line with its exit code."""
 
+import importlib
 import json
 import os
 import re
@@ -314,6 +315,14 @@ def test_families_lists_what_the_sweep_found(hfslim) -> None:
     assert bert["outcomes"]["heads"] == "exact"
     (line,) = [one for one in hfslim("families").out.splitlines() if "│ bert " in one]
     assert "yes" in line
+
+
+def test_families_says_of_which_task_it_knows_nothing(hfslim, monkeypatch) -> None:
+    module = importlib.import_module("hfslim.anatomy.coverage")
+    monkeypatch.setattr(module, "coverage", lambda tasks: ())
+    done = hfslim("families", "--task", "audio", "--json")
+    assert (done.code, done.json) == (0, {"families": []})
+    assert "audio: no type is in the table yet" in done.err
 
 
 def test_completion_offers_verbs_and_kinds() -> None:

@@ -103,6 +103,8 @@ def families(
         from hfslim.anatomy.coverage import coverage
 
         rows = coverage(task or TASKS)
+        for one in sorted({*(task or TASKS)} - {row.task for row in rows}):
+            print(f"{one}: no type is in the table yet; `hfslim inspect MODEL` tells of any model")
     values = {"families": [asdict(row) for row in rows]}
     show(as_json, values, lambda console: console.print(_table(rows)))
 
