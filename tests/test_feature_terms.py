@@ -6,7 +6,13 @@ import pytest
 import torch
 from models import tiny
 from test_distillation_trainer import config, examples
-from transformers import PreTrainedModel, TrainerCallback, set_seed
+from transformers import (
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    TrainerCallback,
+    set_seed,
+)
 
 import hfslim
 from hfslim import DistillationTrainer, PruningCallback
@@ -249,6 +255,14 @@ def test_what_cannot_be_compared_is_refused_with_the_fix(tmp_path: Path) -> None
             activation_checkpointing=True,
             activation_checkpointing_kwargs={"use_reentrant": True},
         )
+
+
+@pytest.mark.parametrize("name", ["attention", "minilm", "minilm_v2"])
+def test_a_model_without_attention_is_refused_with_the_fix(name: str) -> None:
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 3}
+    models = [ResNetForImageClassification(ResNetConfig(**sizes)) for _ in range(2)]
+    with pytest.raises(ValueError, match="use a loss on hidden states"):
+        terms(*models, name)
 
 
 @pytest.mark.parametrize(

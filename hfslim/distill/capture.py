@@ -95,7 +95,7 @@ class Capture:
 
         def end(_: nn.Module, __: Any, outputs: Any) -> None:
             if self.attentions:
-                seen.attentions = [a for a in outputs["attentions"] or () if a is not None]
+                seen.attentions = [a for a in outputs.get("attentions") or () if a is not None]
             self._check(seen)
 
         handles.append(self.model.register_forward_hook(end))
