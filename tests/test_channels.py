@@ -18,6 +18,7 @@ from hfslim.prune.gates import Gates, gated
 from hfslim.structure import Structure
 
 FAMILIES = ("resnet", "regnet", "mobilenet_v2", "hgnet_v2", "poolformer")
+LAYERS = dict.fromkeys(("resnet", "regnet", "poolformer"), ("layers",))
 STEM = "resnet.embedder.embedder.convolution"
 
 
@@ -29,8 +30,9 @@ def _batch(model, size=4):
 @torch.no_grad()
 def test_gated_equals_cut_equals_reloaded_and_the_price_is_right(family, tmp_path):
     model = zoo.tiny(f"image/{family}")
-    inputs, units = example_inputs(model, 2), find_units(model).of(["channels"])
-    structure = units.complete(uneven(model, kinds=["channels"]))
+    inputs, units = example_inputs(model, 2), find_units(model)
+    assert {site.kind for site in units} == {"channels", *LAYERS.get(family, ())}
+    structure = units.complete(uneven(model))
     one = example_inputs(model, 1)
     priced = {r: costs.count(model, units, r, one) for r in ("macs", "parameters")}
     whole = model(**inputs).logits
@@ -145,6 +147,15 @@ def test_some_of_what_is_asked_for_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             hfslim.prune(model, [_batch(model)], units=["channels"], progress=False, **wrong)
+    with pytest.raises(ValueError, match="no heads and neurons to score"):
+        hfslim.prune(
+            model,
+            [_batch(model)],
+            target={"macs": 0.96},
+            units=["layers"],
+            criterion="obs",
+            progress=False,
+        )
 
 
 @torch.no_grad()

@@ -23,7 +23,10 @@ LOCAL = {
     "tweets_minilm_l0": ["tweets/train.csv", "tweets/validation.csv"],
     "tweets_minilm_sparse": ["tweets/train.csv", "tweets/validation.csv"],
     "tweets_three_layers": ["tweets/train.csv", "tweets/validation.csv"],
-    "fashion_mnist_vit": ["fashion-mnist/train.parquet", "fashion-mnist/validation.parquet"],
+    **{
+        f"fashion_mnist_{name}": ["fashion-mnist/train.parquet", "fashion-mnist/validation.parquet"]
+        for name in ("vit", "resnet", "convnext")
+    },
     "prompts_whisper": ["prompts/train/en/a.wav", "prompts/validation/en/b.wav"],
 }
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

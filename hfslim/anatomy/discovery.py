@@ -164,6 +164,8 @@ class _Finder:
         layers = list(self.modules[path].children())
         if not layers or any(re.search(families.STAGE, type(layer).__name__) for layer in layers):
             return False
+        if all(re.search(families.RESIDUAL_BLOCKS, type(layer).__name__) for layer in layers):
+            return True
         if all(_is_layer(layer) for layer in layers):
             # Some layers may have no unit that is offered; those of speech front ends are no such.
             return all(any(isinstance(m, nn.Linear) for m in layer.modules()) for layer in layers)

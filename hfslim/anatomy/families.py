@@ -50,7 +50,7 @@ HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim"
 QUERY_HEAD_COUNTS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
 KEY_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "kv_heads")
 QUERIES_PER_KEY = ("num_key_value_groups",)
-ALL_HEADS_SIZE = ("all_head_size", "split_size", "inner_dim")
+ALL_HEADS_SIZE = ("all_head_size", "split_size", "inner_dim", "attn_dim")
 
 PER_HEAD_ROWS = (
     "pos_key_proj",
@@ -312,6 +312,10 @@ AFTER_FIRST_LAYER = {"DebertaV2Encoder": "conv"}
 
 STAGE = r"Stage$|^PvtV2EncoderLayer$"
 """Class names of modules that look like layers, but are stages of them."""
+
+RESIDUAL_BLOCKS = r"^(ResNet(Basic|BottleNeck)|RegNet[XY]|PoolFormer)Layer$"
+"""Class names of convolutional blocks that add to their input, and so may go; of a stage's first,
+which may change the shape, a shortcut with weights tells."""
 
 TANGLED_LAYERS = {
     "LiltEncoder": "its layers carry two streams",

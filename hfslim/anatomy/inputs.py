@@ -112,6 +112,11 @@ def _text(
 
 def _image_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
     config = getattr(config, "vision_config", config)
+    # What timm tells of its weights.
+    told = getattr(config, "pretrained_cfg", None) or {}
+    if "input_size" in told:
+        channels, height, width = told["input_size"]
+        return channels, height, width
     size = getattr(config, "image_size", 224)
     height, width = (size, size) if isinstance(size, int) else size
     return getattr(config, "num_channels", 3), height, width

@@ -236,6 +236,9 @@ class Gates:
             self.fired[key] += 1
             before = args[0] if args else kwargs["hidden_states"]
             after = output if isinstance(output, torch.Tensor) else output[0]
+            if before.shape != after.shape:
+                # It cannot go: it is no addition to its input, and has nothing to be scored by.
+                return output
             if self.on_activation is not None:
                 self.on_activation(site, index, before.detach(), after.detach())
             if self.on_gradient is not None and torch.is_grad_enabled():

@@ -118,6 +118,11 @@ def _projected(model: PreTrainedModel, units: Units, needed: bool) -> Units:
             if needed:
                 raise ValueError(f"criterion obs: {error}; use criterion='fisher'") from error
             logger.warning("%s, so its weights are not reconstructed", error)
+    if needed and not sites:
+        raise ValueError(
+            "criterion obs: the model has no heads and neurons to score its layers by; use "
+            "criterion='fisher'"
+        )
     return Units(tuple(sites))
 
 

@@ -6,7 +6,12 @@ from typing import Any, ClassVar
 
 import datasets
 import torch
-from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    ViTConfig,
+)
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
 from hfslim.tasks.base import Batch, Collator, Reader, Task, targets
@@ -43,8 +48,10 @@ class ImageClassification(Task):
                 f"(image_size is {size!r}): set `processor` to a Hub id or folder"
             )
         channels = config.num_channels
-        processors: Any = IMAGE_PROCESSOR_MAPPING[type(config)]
-        return processors["pil"](
+        # Convolutional families resize to more than they crop; a model from scratch sees it whole.
+        known: Any = IMAGE_PROCESSOR_MAPPING
+        whole = {"height", "width"} <= set(known[type(config)]["pil"].size)
+        return known[type(config) if whole else ViTConfig]["pil"](
             size={"height": size, "width": size},
             image_mean=[0.5] * channels,
             image_std=[0.5] * channels,
