@@ -51,7 +51,11 @@ def test_a_recipe_becomes_typed_stages(tmp_path: Path) -> None:
         "push",
     ]
     assert recipe.stages[0].settings == {
-        "training": {"num_train_epochs": 3.0, "learning_rate": 2e-5}
+        "method": "full",
+        "unfrozen_at": 0.5,
+        "lora_rank": 8,
+        "l2_sp": 0.0,
+        "training": {"num_train_epochs": 3.0, "learning_rate": 2e-5},
     }
     assert recipe.stages[2].settings["training"]["temperature"] == 2.0
 
