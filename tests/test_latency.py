@@ -12,7 +12,7 @@ import hfslim
 from hfslim.anatomy import Cut, Site, Units, example_inputs, find_units
 from hfslim.prune import UnreachableTargetError, latency, timetable
 from hfslim.prune.latency import Curve, LatencyTable
-from hfslim.prune.measured import TOLERANCE
+from hfslim.prune.measured import TOLERANCE, to_save
 from hfslim.prune.search import search
 from hfslim.prune.surgery import attention_returns, cut_for_now
 from hfslim.prune.target import Target
@@ -204,6 +204,14 @@ def test_a_wrong_table_is_corrected_by_what_was_measured(monkeypatch, caplog):
     assert abs(first.measured - 0.6) > 0.06
     assert abs(last.measured - 0.6) < 0.02
     assert sum("latency, try" in message for message in caplog.messages) == len(result.tries)
+
+
+def test_savings_that_are_not_proportional_are_met_by_the_third_try():
+    savings = [(0.0, 0.0)]
+    for _ in range(3):
+        by_table = to_save(savings, 0.5)
+        savings.append((by_table, 0.42 + 1.6 * (by_table - 0.5)))
+    assert savings[-1][1] == pytest.approx(0.5)
 
 
 @pytest.mark.usefixtures("clock")
