@@ -45,6 +45,7 @@ def places(source: Path, output: Path) -> list[str]:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_each_recipe_is_valid(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     for name in LOCAL.get(path.stem, ()):
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / name).touch()
@@ -59,6 +60,7 @@ def test_a_local_recipe_without_its_data_says_what_is_missing(
     stem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     path = next(path for path in RECIPES if path.stem == stem)
     with pytest.raises(RecipeError, match=r"data: train_(file|dir): no (file|folder) 'data/"):
         load_recipe(path)
