@@ -154,6 +154,7 @@ def check_program(text: str) -> None:
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 def test_each_block_is_valid(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     if block.language == "python":
         check_program(block.text)
         return

@@ -9,7 +9,7 @@ import hfslim
 from hfslim.anatomy import example_inputs, find_units
 from hfslim.prune import UnusableScoresError, steps
 from hfslim.prune.batches import Batches
-from hfslim.prune.moments import gather
+from hfslim.prune.moments import InputMoments, gather
 from hfslim.prune.obs import eliminate, refit, rescale
 from hfslim.prune.reconstruction import obs_scores
 from hfslim.structure import Structure
@@ -219,3 +219,12 @@ def test_an_unknown_reconstruction_is_refused():
     model = tiny("bert")
     with Unchanged(model), pytest.raises(ValueError, match="reconstruction must be one of"):
         hfslim.prune(model, _data(model), {"macs": 0.5}, reconstruction="all", progress=False)
+
+
+def test_inputs_that_are_all_alike_have_a_covariance_to_solve_with():
+    torch.manual_seed(0)
+    x = torch.randn(1, 48).repeat(40, 1)
+    moments = InputMoments.nothing(x.device, (), (48,), (48, 48))
+    moments.add_inputs(x, torch.rand(40))
+    # About their mean nothing is left of them but the rounding of float32, negative at times.
+    torch.linalg.cholesky(moments.covariance(centred=True))

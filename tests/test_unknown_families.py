@@ -134,6 +134,7 @@ def test_the_template_of_the_guide_teaches_a_family(monkeypatch, tmp_path):
     assert {(row.kind, row.outcome) for row in rows} == {
         ("heads", "exact"),
         ("neurons", "exact"),
+        ("channels", "absent"),
         ("layers", "exact"),
         ("heads+neurons+layers", "exact"),
     }

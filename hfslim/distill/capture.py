@@ -137,6 +137,8 @@ def layer_modules(model: nn.Module) -> list[nn.Module]:
         if site.kind == "layers":
             lists[site.path] = None
             continue
+        if site.kind == "channels":
+            continue  # Convolutions in front of the layers are numbered too.
         parts = site.path.split(".")
         prefixes = [".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()]
         whole = [p for p in prefixes if isinstance(modules[p], GradientCheckpointingLayer)]

@@ -61,9 +61,13 @@ class InputMoments:
         """
         weight = self.weight.clamp_min(1e-300)
         second = self.second / weight
+        # Sums over float32 are known to this; where all inputs are alike, nothing else is left.
+        rounding = (
+            torch.finfo(torch.float32).eps * second.trace() if ridge else second.new_zeros(())
+        )
         if centred:
             second = second - torch.outer(self.first, self.first) / weight.square()
-        added = ridge * second.diagonal().mean().clamp_min(1e-30)
+        added = torch.maximum(ridge * second.diagonal().mean(), rounding).clamp_min(1e-30)
         return (second + second.T) / 2 + added * torch.eye(
             len(second), dtype=second.dtype, device=second.device
         )

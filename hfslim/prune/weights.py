@@ -174,9 +174,11 @@ def _common_pattern(zeros: Sequence[torch.Tensor], sparsity: float) -> str:
 
 
 def _kinds(model: PreTrainedModel, weights: Mapping[str, nn.Module]) -> dict[str, str]:
+    names = {"heads": "attention", "neurons": "feed-forward"}
     of_units = {
-        cut.module: "attention" if site.kind == "heads" else "feed-forward"
+        cut.module: names[site.kind]
         for site in find_units(model)
+        if site.kind in names
         for cut in site.cuts
     }
     return {
