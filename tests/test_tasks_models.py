@@ -6,9 +6,25 @@ import evaluate
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, EvalPrediction
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    EvalPrediction,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTImageProcessorPil,
+)
 
-from hfslim.tasks import TASKS, Labels, build_model, compute_metrics, load_model, make_config
+from hfslim.anatomy import example_inputs
+from hfslim.tasks import (
+    TASKS,
+    DataConfig,
+    Labels,
+    build_model,
+    compute_metrics,
+    load_model,
+    make_config,
+)
 from hfslim.tasks.metrics import METRICS
 
 TEXT = TASKS["text-classification"]
@@ -107,3 +123,12 @@ def test_metrics_combine_as_evaluate_metrics_do() -> None:
 def test_f1_binary_needs_two_classes() -> None:
     with pytest.raises(ValueError, match="needs two classes, the data have 3: use 'f1_macro'"):
         compute_metrics("f1_binary", "single_label_classification", 3)
+
+
+def test_costs_of_a_model_of_any_size_are_stated_for_what_its_processor_makes() -> None:
+    task = TASKS["image-classification"]
+    config = ResNetConfig(num_channels=1, embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1])
+    made = {"size": {"height": 20, "width": 20}, "image_mean": [0.5], "image_std": [0.5]}
+    side = task.stated_length(DataConfig(dataset_name="digits"), ViTImageProcessorPil(**made))
+    inputs = example_inputs(ResNetForImageClassification(config), length=side)
+    assert inputs["pixel_values"].shape == (1, 1, 20, 20)

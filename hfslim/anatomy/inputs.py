@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 TEXT_LENGTH = 128
+IMAGE_SIZE = 224
 AUDIO_SAMPLES = 16_000
 CHARACTERS = 256
 """Code points for models that read characters."""
@@ -52,8 +53,8 @@ def example_inputs(
         model: The classifier; its config tells sizes, its `main_input_name` the modality.
         batch_size: Number of examples.
         seed: Seed of the contents.
-        length: Tokens, samples or frames per example, where the model leaves that open. 128
-            tokens, one second at 16 kHz, or 128 frames if not given.
+        length: Tokens, samples, frames or pixels each way, where the model leaves that open. 128
+            tokens, one second at 16 kHz, 128 frames or 224 pixels if not given.
 
     Returns:
         The arguments of the model's forward, on the model's device.
@@ -72,7 +73,7 @@ def example_inputs(
             ids[:, -1] = text.eos_token_id
         inputs = {name: ids, "attention_mask": torch.ones_like(ids)}
     elif kind == "pixel_values":
-        inputs = {name: torch.randn(batch_size, *_image_shape(config), generator=generator)}
+        inputs = {name: torch.randn(batch_size, *_image_shape(config, length), generator=generator)}
         patches = getattr(getattr(config, "vision_config", None), "num_patches", None)
         if patches:
             inputs |= _patches(config.vision_config, batch_size, generator)
@@ -110,14 +111,14 @@ def _text(
     return ids
 
 
-def _image_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
+def _image_shape(config: PreTrainedConfig, length: int | None) -> tuple[int, int, int]:
     config = getattr(config, "vision_config", config)
     # What timm tells of its weights.
     told = getattr(config, "pretrained_cfg", None) or {}
     if "input_size" in told:
         channels, height, width = told["input_size"]
         return channels, height, width
-    size = getattr(config, "image_size", 224)
+    size = getattr(config, "image_size", length or IMAGE_SIZE)
     height, width = (size, size) if isinstance(size, int) else size
     return getattr(config, "num_channels", 3), height, width
 

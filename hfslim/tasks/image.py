@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import datasets
 import torch
+from PIL import Image
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -14,7 +16,7 @@ from transformers import (
 )
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
-from hfslim.tasks.base import Batch, Collator, Reader, Task, targets
+from hfslim.tasks.base import Collator, Reader, Task, targets
 from hfslim.tasks.data import DataConfig, find_column
 
 
@@ -74,18 +76,12 @@ class ImageClassification(Task):
     def reader(self, columns: tuple[str, ...], data: DataConfig, processor: Any) -> Reader:
         """Process each image when it is read; grey ones get the processor's channels."""
         (image,) = columns
-        mode = "L" if len(processor.image_mean or ()) == 1 else "RGB"
-
-        def process(batch: Batch) -> dict[str, Any]:
-            images = [one.convert(mode) for one in batch[image]]
-            inputs = processor(images, return_tensors="pt", input_data_format=None)
-            return {"pixel_values": list(inputs["pixel_values"])}
-
-        return process
+        return lambda batch: {"pixel_values": list(_pixels(batch[image], processor))}
 
     def stated_length(self, data: DataConfig, processor: Any) -> int | None:
-        """Return None: an image has the model's size."""
-        return None
+        """Return the side of the square that the processor makes of an image; None of others."""
+        *_, height, width = _pixels([Image.new("L", (64, 64))], processor).shape
+        return width if height == width else None
 
     def batcher(self, processor: Any) -> Collator:
         """Stack the images."""
@@ -95,3 +91,10 @@ class ImageClassification(Task):
             return {"pixel_values": images, **targets(rows)}
 
         return collate
+
+
+def _pixels(images: Sequence[Image.Image], processor: Any) -> torch.Tensor:
+    """Return what a processor makes of images, `[images, channels, height, width]`."""
+    mode = "L" if len(processor.image_mean or ()) == 1 else "RGB"
+    converted = [image.convert(mode) for image in images]
+    return processor(converted, return_tensors="pt", input_data_format=None)["pixel_values"]
