@@ -10,18 +10,15 @@ Further keys override the recipe, as in `--data.max_eval_samples 1000`.
 
 import argparse
 import copy
-import logging
 import tempfile
 import time
 
 import torch
 from transformers import TrainingArguments
-from transformers.utils import logging as transformers_logging
 
+from benchmarks.workbenches import opened
 from hfslim import SlimTrainer, WeightPruningCallback, sparsify, weight_sparsity
-from hfslim.recipe import load_recipe
-from hfslim.tasks import TASKS
-from hfslim.workbench import Workbench, uses_cpu
+from hfslim.workbench import uses_cpu
 
 
 def main() -> None:
@@ -33,31 +30,22 @@ def main() -> None:
     parser.add_argument("--max_examples", type=int, default=512)
     parser.add_argument("--recovery", type=int, default=60, help="steps; none if 0")
     options, overrides = parser.parse_known_args()
-    logging.getLogger("hfslim").setLevel(logging.ERROR)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-
-    recipe = load_recipe(options.recipe, overrides)
+    bench, teacher = opened(options.recipe, options.model, overrides)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
             use_cpu=uses_cpu(),
             report_to="none",
             disable_tqdm=True,
-            remove_unused_columns=not TASKS[recipe.task].lazy,
+            remove_unused_columns=not bench.task.lazy,
             per_device_train_batch_size=32,
-            per_device_eval_batch_size=64,
             train_sampling_strategy="group_by_length",
             max_steps=options.recovery,
             learning_rate=1e-4,
             logging_strategy="no",
             save_strategy="no",
-            seed=recipe.seed,
+            seed=bench.seed,
         )
-        bench = Workbench.prepare(
-            recipe.task, recipe.data, recipe.metric, recipe.seed, arguments, model=options.model
-        )
-        teacher = bench.load_model(options.model).eval()
         data = list(bench.calibration(teacher, options.max_examples))
         before = bench.evaluate(teacher)[bench.metric]
         print(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -118,3 +118,22 @@ class Axes:
             self._above[x] = top, self._size[x] // common
         if reasons:
             self._bound[top] = reasons[0]
+
+
+def blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Pair runs of dimensions of a view and its base that hold as many entries, without ones."""
+    found: list[tuple[list[int], list[int]]] = []
+    olds = [d for d, n in enumerate(old) if n != 1]
+    news = [d for d, n in enumerate(new) if n != 1]
+    while olds and news:
+        mine, yours = [olds.pop(0)], [news.pop(0)]
+        a, b = old[mine[0]], new[yours[0]]
+        while a != b:
+            if a < b:
+                mine.append(olds.pop(0))
+                a *= old[mine[-1]]
+            else:
+                yours.append(news.pop(0))
+                b *= new[yours[-1]]
+        found.append((mine, yours))
+    return found

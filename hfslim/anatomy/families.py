@@ -326,31 +326,5 @@ TANGLED_LAYERS = {
 FIRST_LAYER_STAYS = ("FunnelLayer",)
 """Layers of which the first in a list does more than the others: Funnel's pools the queries."""
 
-DEPTH_FIELDS = (
-    "num_hidden_layers",
-    "encoder_layers",
-    "n_layers",
-    "n_layer",
-    "num_layers",
-    "depths",
-)
-"""Config fields that set the number of layers, or list it stage by stage."""
-
 LAYER_COUNTS = ("n_layers", "num_layers", "num_hidden_layers")
 """Attributes of the module around a list of layers that hold its length."""
-
-WIDTH_FIELDS = ("intermediate_size", "encoder_ffn_dim", "hidden_dim", "d_ff", "n_inner", "ffn_dim")
-"""Config fields that set the number of neurons of every layer."""
-
-PER_LAYER_FIELDS = (
-    "layer_types",
-    "mlp_layer_types",
-    "attention_layers",
-    "attention_window",
-    "no_rope_layers",
-    "layers_block_type",
-)
-"""Config fields with one item a layer."""
-
-HEAD_SIZE_FIELDS = ("head_dim", "d_kv")
-"""Config fields with the size of a head, where it does not follow from the number of heads."""

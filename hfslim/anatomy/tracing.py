@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hfslim.anatomy.axes import Axes, Label
+from hfslim.anatomy.axes import Axes, Label, blocks
 
 Labels = list[Label]
 
@@ -310,7 +310,7 @@ class _Follower(TorchDispatchMode):
     def _reshaped(self, x: torch.Tensor, shape: Sequence[int]) -> Labels:
         """Label the dimensions that a view merges and splits."""
         labels: Labels = [None] * len(shape)
-        for old, new in _blocks(x.shape, shape):
+        for old, new in blocks(x.shape, shape):
             there = [self.labels(x)[d] for d in old]
             if not any(there) or not new:
                 continue
@@ -331,25 +331,6 @@ class _Follower(TorchDispatchMode):
             else:
                 self.axes.bind(there, RESHAPED)
         return labels
-
-
-def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Pair runs of dimensions of a view and its base that hold as many entries, without ones."""
-    blocks: list[tuple[list[int], list[int]]] = []
-    olds = [d for d, n in enumerate(old) if n != 1]
-    news = [d for d, n in enumerate(new) if n != 1]
-    while olds and news:
-        mine, yours = [olds.pop(0)], [news.pop(0)]
-        a, b = old[mine[0]], new[yours[0]]
-        while a != b:
-            if a < b:
-                mine.append(olds.pop(0))
-                a *= old[mine[-1]]
-            else:
-                yours.append(news.pop(0))
-                b *= new[yours[-1]]
-        blocks.append((mine, yours))
-    return blocks
 
 
 def _among(values: Any) -> list[torch.Tensor]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from hfslim.anatomy import families
+from hfslim.anatomy.config_fields import HEAD_SIZE_FIELDS, WIDTH_FIELDS
 from hfslim.anatomy.discovery import find_units
 from hfslim.anatomy.units import Units
 from hfslim.hub import modeling_hfslim
@@ -182,12 +183,12 @@ def _uniform_widths(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     heads = {(s.size, s.width, s.shared) for s in sites if s.kind == "heads"}
     width: dict[str, Any] = {}
     if len(neurons) == 1:
-        names = (name for name in families.WIDTH_FIELDS if hasattr(model.config, name))
+        names = (name for name in WIDTH_FIELDS if hasattr(model.config, name))
         width = dict.fromkeys(list(names)[:1], neurons.pop())
         if width:
             yield width
     # Many families read a head size that their config does not declare.
-    field = next((n for n in families.HEAD_SIZE_FIELDS if hasattr(model.config, n)), "head_dim")
+    field = next((n for n in HEAD_SIZE_FIELDS if hasattr(model.config, n)), "head_dim")
     if len(heads) == 1:
         size, features, shared = heads.pop()
         module = model.get_submodule(next(s.path for s in sites if s.kind == "heads"))

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hfslim.anatomy import families
+from hfslim.anatomy.config_fields import DEPTH_FIELDS, PER_LAYER_FIELDS
 from hfslim.anatomy.units import Units
 from hfslim.structure import Structure
 
@@ -48,7 +48,7 @@ def set_depth(model: PreTrainedModel, before: Units, structure: Structure) -> li
         return []
     stages = [len(structure.kept("layers", site.path)) for site in lists]
     fields: Fields = {}
-    for name in families.DEPTH_FIELDS:
+    for name in DEPTH_FIELDS:
         value = getattr(model.config, name, None)
         if isinstance(value, list | tuple) and list(value) == [site.size for site in lists]:
             fields[name] = type(value)(stages)
@@ -70,12 +70,12 @@ def set_depth(model: PreTrainedModel, before: Units, structure: Structure) -> li
 
 def _depth_fields(config: PreTrainedConfig, size: int, kept: tuple[int, ...]) -> Fields:
     fields: Fields = {}
-    for name in families.DEPTH_FIELDS:
+    for name in DEPTH_FIELDS:
         if getattr(config, name, None) == size:
             fields[name] = len(kept)
     if not fields:
         return {}
-    for name in families.PER_LAYER_FIELDS:
+    for name in PER_LAYER_FIELDS:
         value = getattr(config, name, None)
         if not isinstance(value, list | tuple) or _is_read_only(config, name):
             continue

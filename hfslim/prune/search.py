@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,6 +108,14 @@ class _Pool:
         best = {u.site: u for u in sorted(result, key=lambda u: u.score) if u.site.needs_one}
         return sorted(result, key=lambda unit: (best.get(unit.site) != unit, -unit.density))
 
+    def fewer_layers(self) -> Iterator[tuple[frozenset[str], float]]:
+        """Yield the layers that are gone, and the importance lost with them, one more each time."""
+        dropped, lost = self.layers_gone, 0.0
+        yield dropped, lost
+        for path, score in self.layers_to_go:
+            dropped, lost = dropped | {path}, lost + score
+            yield dropped, lost
+
     def structure(self, kept: Iterable[_Unit], dropped: frozenset[str]) -> Structure:
         """Keep some units, and all layers but those dropped."""
         chosen: dict[Key, set[int]] = {key: set() for key in self.present}
@@ -150,12 +158,7 @@ def _by_budget(pool: _Pool, costs: Costs, target: Target) -> Structure:
         return _by_coupled_budget(pool, costs, target, budget)
     best: tuple[float, Structure] | None = None
     least = costs.total
-    lost_layers, dropped = 0.0, pool.layers_gone
-    for number in range(len(pool.layers_to_go) + 1):
-        if number:
-            path, score = pool.layers_to_go[number - 1]
-            lost_layers += score
-            dropped |= {path}
+    for dropped, lost_layers in pool.fewer_layers():
         heads, neurons = (pool.of(kind, dropped, costs) for kind in ("heads", "neurons"))
         everything = pool.structure([*heads, *neurons], dropped)
         fixed = costs.of(pool.units, everything) - sum(u.cost for u in (*heads, *neurons))
@@ -179,12 +182,7 @@ def _by_budget(pool: _Pool, costs: Costs, target: Target) -> Structure:
 def _by_coupled_budget(pool: _Pool, costs: Costs, target: Target, budget: int) -> Structure:
     best: tuple[float, Structure] | None = None
     least = costs.total
-    lost_layers, dropped = 0.0, pool.layers_gone
-    for number in range(len(pool.layers_to_go) + 1):
-        if number:
-            path, score = pool.layers_to_go[number - 1]
-            lost_layers += score
-            dropped |= {path}
+    for dropped, lost_layers in pool.fewer_layers():
         kinds: tuple[Kind, ...] = ("heads", "neurons", "channels")
         units = [unit for kind in kinds for unit in pool.of(kind, dropped, costs)]
         cost = costs.of(pool.units, pool.structure(units, dropped))
