@@ -6,8 +6,18 @@ import zoo
 
 from hfslim.anatomy import coverage
 from hfslim.anatomy.coverage import SIGNS, markdown, page
+from hfslim.structure import KINDS
 
 ROWS = {f"{row.task}/{row.model_type}": row for row in coverage()}
+
+SPREAD = [
+    *(f"text/{name}" for name in ("albert", "bart", "big_bird", "bloom", "deberta", "flaubert")),
+    *(f"text/{name}" for name in ("funnel", "gpt2", "ibert", "lilt", "longformer", "mobilebert")),
+    *(f"text/{name}" for name in ("perceiver", "t5", "xlnet")),
+    *(f"image/{name}" for name in ("levit", "resnet", "swinv2")),
+    *(f"audio/{name}" for name in ("sew", "wav2vec2-conformer")),
+]
+"""Types that differ from each other and from those of test_families."""
 
 
 def test_rows_are_of_types_that_transformers_knows():
@@ -31,6 +41,13 @@ def test_the_table_is_what_the_sweep_finds(case):
     for row in sweep.sweep(case):
         if "+" not in row.kind:
             assert row.outcome == ROWS[case].outcomes[row.kind], row
+
+
+@pytest.mark.parametrize("case", SPREAD)
+def test_a_spread_of_types_is_cut_exactly(case, tmp_path):
+    kinds = tuple(kind for kind in KINDS if ROWS[case].outcomes[kind] == "exact")
+    difference, _ = sweep.prove(case, "eager", kinds, tmp_path)
+    assert difference <= sweep.TOLERANCE
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from torch import nn
 
 from hfslim.anatomy import families
 from hfslim.anatomy.projections import Projection
-from hfslim.anatomy.units import Cut, Refusal, Site
+from hfslim.anatomy.units import Cut, Feed, Refusal, Site
 
 Find = Callable[[str, Iterable[str]], Projection | None]
 """Returns the first of some names below a path that is a projection."""
@@ -46,6 +46,8 @@ def find_heads(path: str, module: nn.Module, config: Any, find: Find) -> Site | 
     field, value = known.refused_if or ("", None)
     if known.refused and (not field or getattr(config, field, None) == value):
         return Refusal("heads", path, known.refused)
+    if known.carrier:
+        return _raw(path, module, known)
     output = find(path, [known.output] if known.output else families.ATTENTION_OUTPUT)
     if output is None or not output.inputs:
         return None
@@ -71,6 +73,13 @@ def find_heads(path: str, module: nn.Module, config: Any, find: Find) -> Site | 
         holder = module.get_submodule(name.rpartition(".")[0]) if _has(module, name) else None
         if holder is not None:
             cuts.append(Cut(owner, tensor, dim, (getattr(holder, tensor).shape[dim] // units,)))
+    outputs = [output]
+    for name in known.outputs:
+        also = find(path, (name,))
+        if also is not None:
+            outputs.append(also)
+            cuts += also.columns(also.inputs // units)
+    feeds = tuple(Feed(one.path, width=one.inputs // units) for one in outputs)
     return Site(
         kind="heads",
         path=path,
@@ -85,6 +94,25 @@ def find_heads(path: str, module: nn.Module, config: Any, find: Find) -> Site | 
         queries=group,
         shared=heads.shared,
         fixed=(0,) if known.keeps_one else (),
+        inputs=feeds if known.outputs else (),
+    )
+
+
+def _raw(path: str, module: nn.Module, known: families.Attention) -> Site | None:
+    """Return the heads of a module whose projections are tensors of its own."""
+    count = _first(module, families.QUERY_HEAD_COUNTS)
+    if not count:
+        return None
+    name, dim, ndim = known.carrier[0]
+    return Site(
+        kind="heads",
+        path=path,
+        size=count,
+        gate=f"{path}.{name}",
+        cuts=tuple(Cut(path, tensor, d) for tensor, d in known.tensors),
+        attributes=_counts(module, Heads(count, count, False, []), 1, known),
+        headless=known.headless,
+        inputs=(Feed(f"{path}.{name}", dim, ndim=ndim),),
     )
 
 

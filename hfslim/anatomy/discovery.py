@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hfslim.anatomy import families
+from hfslim.anatomy import families, layer_lists
 from hfslim.anatomy.attention import find_heads
 from hfslim.anatomy.channels import find_channels
 from hfslim.anatomy.projections import Projection
@@ -47,7 +47,12 @@ def find_units(model: nn.Module) -> Units:
     finder = _Finder(model)
     narrow = [*finder.heads(), *finder.neurons()]
     layers = list(finder.layers({site.path for site in narrow}))
-    around = {f"{site.path}.{i}" for site in layers for i in range(site.size)}
+    around = {
+        part: f"{site.path}.{i}"
+        for site in layers
+        for i in range(site.size)
+        for part in site.parts(i)
+    }
     order = {path: i for i, path in enumerate(finder.modules)}
     sites = [finder.used(_place(site, around)) for site in narrow if site.size] + layers
     for found in find_channels(model, narrow):
@@ -131,16 +136,24 @@ class _Finder:
         for path in lists:
             if any(other.startswith(f"{path}.") for other in lists):
                 continue
-            around = type(self.modules[path.rpartition(".")[0]]).__name__
-            if around in families.TANGLED_LAYERS:
-                reason = families.TANGLED_LAYERS[around]
+            parent = self.modules[path.rpartition(".")[0]]
+            around = type(parent).__name__
+            if around in layer_lists.TANGLED_LAYERS:
+                reason = layer_lists.TANGLED_LAYERS[around]
+                self.refusals.append(Refusal("layers", path, reason))
+                continue
+            first, *others = layer_lists.SIDE_BY_SIDE.get(around, [path.rpartition(".")[2]])
+            if not path.endswith(f".{first}") and others:
+                continue
+            if others and getattr(parent, "pre_norm", False):
+                reason = "what its layers add is summed outside of them (pre_norm)"
                 self.refusals.append(Refusal("layers", path, reason))
                 continue
             if self._uses(path) != 1:
                 reason = "its layers are run several times, with the same weights"
                 self.refusals.append(Refusal("layers", path, reason))
                 continue
-            if self._beside(path, lists):
+            if not others and self._beside(path, lists):
                 reason = "its layers are spread over several lists"
                 self.refusals.append(Refusal("layers", path, reason))
                 continue
@@ -152,13 +165,20 @@ class _Finder:
             keys = [frozenset(name for name, _ in layer.named_parameters()) for layer in layers]
             # Where two kinds tie, the later one is usual: the special layer is the first.
             usual = max(reversed(keys), key=keys.count)
-            parent = self.modules[path.rpartition(".")[0]]
-            after_first = families.AFTER_FIRST_LAYER.get(type(parent).__name__, "")
+            after_first = layer_lists.AFTER_FIRST_LAYER.get(type(parent).__name__, "")
             bound = getattr(parent, after_first, None) is not None
-            bound |= type(layers[0]).__name__ in families.FIRST_LAYER_STAYS
+            bound |= type(layers[0]).__name__ in layer_lists.FIRST_LAYER_STAYS
             fixed = tuple(i for i, names in enumerate(keys) if names != usual or (bound and i == 0))
             if len(layers) - len(fixed) > (0 if fixed else 1):
-                yield Site("layers", path, len(layers), fixed=fixed)
+                yield Site(
+                    kind="layers",
+                    path=path,
+                    size=len(layers),
+                    fixed=fixed,
+                    beside=tuple(path.removesuffix(first) + other for other in others),
+                    streams=layer_lists.STREAMS.get(type(layers[0]).__name__, ()),
+                    batch=self._batch(path),
+                )
 
     def _holds_layers(self, path: str, inner: set[str]) -> bool:
         layers = list(self.modules[path].children())
@@ -172,15 +192,19 @@ class _Finder:
         return all(_any_below(f"{path}.{i}", inner) for i in range(len(layers)))
 
     def used(self, site: Site) -> Site:
-        """Note how often the module of a site is run."""
-        return replace(site, uses=self._uses(site.path))
+        """Note how often the module of a site is run, and on examples in which dimension."""
+        batch = self._batch(site.path) if site.kind == "neurons" else 0
+        return replace(site, uses=self._uses(site.path), batch=batch)
+
+    def _batch(self, path: str) -> int:
+        around = (self.modules.get(above) for above in _above(path))
+        return int(any(type(module).__name__ in layer_lists.SEQUENCE_FIRST for module in around))
 
     def _uses(self, path: str) -> int:
-        parts = path.split(".")
-        for n in range(len(parts), 0, -1):
-            module = self.modules.get(".".join(parts[:n]))
-            if type(module).__name__ in families.REPEATED:
-                total, share = families.REPEATED[type(module).__name__]
+        for above in _above(path):
+            module = self.modules.get(above)
+            if type(module).__name__ in layer_lists.REPEATED:
+                total, share = layer_lists.REPEATED[type(module).__name__]
                 return getattr(self.config, total) // (getattr(self.config, share) if share else 1)
         return 1
 
@@ -201,14 +225,18 @@ class _Finder:
         return None
 
 
-def _place(site: Site, layers: set[str]) -> Site:
-    parts = site.path.split(".")
-    above = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
-    layer = _first(path for path in above if path in layers) or ""
+def _place(site: Site, layers: Mapping[str, str]) -> Site:
+    layer = _first(layers.get(path) for path in _above(site.path)) or ""
     # Channels may be added to those of other layers.
     if site.kind == "channels" and not all(c.module.startswith(f"{layer}.") for c in site.cuts):
         layer = ""
     return replace(site, layer=layer)
+
+
+def _above(path: str) -> list[str]:
+    """Return a path and those of all that it lies in, the innermost first."""
+    parts = path.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
 
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:

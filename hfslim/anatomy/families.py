@@ -95,6 +95,9 @@ class Attention:
         fused: One projection to all three.
         layout: Order of the fused projection's rows.
         output: The projection whose input holds the heads side by side.
+        outputs: Further ones whose inputs do so too.
+        carrier: Where the projections are no modules: the module that gets something of each head,
+            in which dimension, and how many dimensions that input has.
         rows: Further projections with rows by head.
         tensors: Further tensors with a head axis, and the dimension.
         sizes: Attributes that hold the width of all heads.
@@ -114,6 +117,8 @@ class Attention:
     fused: str = ""
     layout: Layout = "blocks"
     output: str = ""
+    outputs: tuple[str, ...] = ()
+    carrier: tuple[tuple[str, int, int], ...] = ()
     rows: tuple[str, ...] = ()
     tensors: tuple[tuple[str, int], ...] = ()
     sizes: tuple[str, ...] = ()
@@ -174,7 +179,11 @@ ATTENTIONS = {
     "GPTBigCodeAttention": Attention(sizes=("embed_dim",)),
     "HieraMaskUnitAttention": Attention(sizes=("hidden_size_output",), keeps_one=True),
     "IBertSelfAttention": Attention(keeps_one=True),
-    "LiltSelfAttention": Attention(refused="each head feeds two streams"),
+    "LiltSelfAttention": Attention(
+        rows=("layout_query", "layout_key", "layout_value"),
+        outputs=("^layout_output.dense",),
+        keeps_one=True,
+    ),
     "JetMoeAttention": Attention(refused="each token chooses its own query projections"),
     "LSHSelfAttention": Attention(refused="its hashes are drawn for all heads at once"),
     "LocalSelfAttention": Attention(keeps_one=True),
@@ -211,7 +220,15 @@ ATTENTIONS = {
     "Qwen3_5GatedDeltaNet": _LINEAR,
     "Qwen3NextGatedDeltaNet": _LINEAR,
     "SqueezeBertSelfAttention": Attention(refused="its projections are grouped convolutions"),
-    "XLNetRelativeAttention": Attention(refused="its heads lie in raw tensors, not in modules"),
+    "XLNetRelativeAttention": Attention(
+        # What it drops out, too, are the attention weights and, of three dimensions, its output.
+        carrier=(("dropout", 1, 4),),
+        headless=(("output", ""), ("residual", "h"), ("norm", "layer_norm")),
+        tensors=(
+            *((name, 1) for name in ("q", "k", "v", "o", "r", "seg_embed")),
+            *((name, 0) for name in ("r_r_bias", "r_s_bias", "r_w_bias")),
+        ),
+    ),
     "MPNetSelfAttention": _BIASED,
     "MptAttention": _BIASED,
     "LayoutLMv3SelfAttention": _BIASED,
@@ -257,6 +274,7 @@ FEED_FORWARDS = [
     FeedForward(("up_proj",), "down_proj"),
     FeedForward(("gate_up_proj",), "down_proj", blocks=2),
     FeedForward(("intermediate.dense",), "output.dense"),
+    FeedForward(("layout_intermediate.dense",), "layout_output.dense"),
     FeedForward(("intermediate_dense",), "output_dense"),
     FeedForward(("dense.dense",), "output.dense"),
     FeedForward(("fc1",), "fc2", between="dwconv.dwconv"),
@@ -300,31 +318,9 @@ def add_family(
 NEURON_COUNTS = ("intermediate_size", "intermediate_dim")
 """Attributes of the module around the neurons that count them."""
 
-REPEATED = {
-    "AlbertLayerGroup": ("num_hidden_layers", "num_hidden_groups"),
-    "PerceiverEncoder": ("num_blocks", ""),
-}
-"""Modules that one forward pass runs several times: the config fields whose quotient tells how
-often."""
-
-AFTER_FIRST_LAYER = {"DebertaV2Encoder": "conv"}
-"""Modules that run right after the first of their parent's layers, which therefore has to stay."""
-
 STAGE = r"Stage$|^PvtV2EncoderLayer$"
 """Class names of modules that look like layers, but are stages of them."""
 
 RESIDUAL_BLOCKS = r"^(ResNet(Basic|BottleNeck)|RegNet[XY]|PoolFormer)Layer$"
 """Class names of convolutional blocks that add to their input, and so may go; of a stage's first,
 which may change the shape, a shortcut with weights tells."""
-
-TANGLED_LAYERS = {
-    "LiltEncoder": "its layers carry two streams",
-    "ReformerEncoder": "its layers carry two reversible streams",
-}
-"""Modules around a list of layers none of which can go, and why."""
-
-FIRST_LAYER_STAYS = ("FunnelLayer",)
-"""Layers of which the first in a list does more than the others: Funnel's pools the queries."""
-
-LAYER_COUNTS = ("n_layers", "num_layers", "num_hidden_layers")
-"""Attributes of the module around a list of layers that hold its length."""

@@ -74,23 +74,25 @@ class Feed:
         dim: The dimension.
         start: Entries before the first unit.
         width: Consecutive entries per unit.
+        ndim: Number of dimensions of the inputs that count, where the module takes others too.
     """
 
     module: str
     dim: int = -1
     start: int = 0
     width: int = 1
+    ndim: int = 0
 
     def of(self, value: torch.Tensor, units: int) -> torch.Tensor:
         """Return what an input has of the units, `[..., units · width]`."""
         return value.movedim(self.dim, -1).narrow(-1, self.start, units * self.width)
 
-    def mask(self, kept: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def spread(self, numbers: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Spread one number per unit, `[units]`, so that an input can be multiplied by it."""
-        mask = torch.ones(value.shape[self.dim])
-        mask[self.start : self.start + len(kept) * self.width] = kept.repeat_interleave(self.width)
-        dims = value.ndim - 1 - self.dim % value.ndim
-        return mask.reshape(-1, *[1] * dims).to(value.device, value.dtype)
+        numbers = numbers.to(value.device).repeat_interleave(self.width)
+        rest = value.shape[self.dim] - self.start - len(numbers)
+        whole = torch.cat([numbers.new_ones(self.start), numbers, numbers.new_ones(rest)])
+        return whole.reshape(-1, *[1] * (value.ndim - 1 - self.dim % value.ndim))
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,12 @@ class Site:
         uses: How often one forward pass of the model runs the module.
         layer: Path of the removable layer around the site; empty outside of any.
         fixed: Units that cannot be removed.
-        inputs: Of channels, all inputs that carry them.
+        inputs: All inputs that carry the units, where that is not just the gate's.
+        beside: Of layers, further lists with a part of each, in the order in which they run: the
+            last part's output is the layer's.
+        streams: Of layers that add to several streams, the arguments that hold them, in the order
+            of the outputs.
+        batch: The dimension of examples in what is gated.
     """
 
     kind: Kind
@@ -138,6 +145,13 @@ class Site:
     layer: str = ""
     fixed: tuple[int, ...] = ()
     inputs: tuple[Feed, ...] = ()
+    beside: tuple[str, ...] = ()
+    streams: tuple[str, ...] = ()
+    batch: int = 0
+
+    def parts(self, index: int) -> tuple[str, ...]:
+        """Return the paths of what makes up one of the layers."""
+        return tuple(f"{path}.{index}" for path in (self.path, *self.beside))
 
     @property
     def feeds(self) -> tuple[Feed, ...]:

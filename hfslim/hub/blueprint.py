@@ -171,7 +171,8 @@ def _kept_layers(
         if site.kind == "layers" and site.path not in told:
             now = structure.kept("layers", site.path)
             if len(now) < site.size or site.path in earlier:
-                kept[site.path] = [earlier.get(site.path, range(site.size))[i] for i in now]
+                had = earlier.get(site.path, range(site.size))
+                kept |= {path: [had[i] for i in now] for path in (site.path, *site.beside)}
     return kept
 
 

@@ -43,7 +43,8 @@ class Headless(nn.Module):
     """An attention module that has lost every head: only its output projection's bias is left.
 
     Attributes:
-        output: Name of the output projection inside the module; empty if it lies outside.
+        output: Name of the output projection inside the module; empty if it lies outside, or, where
+            there is a residual, if it is no module and has no bias.
         returns: Length of the tuple that the stock class returns; 0 for a bare tensor.
         residual: Name of the argument that the stock class adds to its output, if any.
         norm: Name of the norm after that, if any.
@@ -81,6 +82,8 @@ class Headless(nn.Module):
         result = hidden[..., :0]
         if self.output:
             result = getattr(self, self.output)(result)
+        elif self.residual:
+            result = torch.zeros_like(hidden)
         if torch.is_grad_enabled():
             # Every parameter takes part, or DistributedDataParallel would wait for its gradient.
             result = result + 0 * sum(p.sum() for p in self.parameters())
@@ -318,15 +321,20 @@ def apply_blueprint(model: nn.Module, blueprint: Any) -> None:
             module._parameters[name] = nn.Parameter(new, requires_grad=stock.requires_grad)
 
 
+LAYER_NUMBERS = ("layer_idx", "layer_id", "seed")
+"""Attributes in which modules keep the number of their layer."""
+
+
 def keep_layers(layers: nn.ModuleList | nn.Sequential, kept: Sequence[int]) -> None:
     """Drop all but some layers, and renumber those that know their number."""
     chosen = [layers[i] for i in kept]
     del layers[:]
     layers.extend(chosen)
-    for new, layer in enumerate(layers):
+    for new, (old, layer) in enumerate(zip(kept, layers, strict=True)):
         for module in layer.modules():
-            if isinstance(vars(module).get("layer_idx"), int):
-                vars(module)["layer_idx"] = new
+            for name in LAYER_NUMBERS:
+                if vars(module).get(name) == old:
+                    vars(module)[name] = new
 
 
 def tell_sizes(module: nn.Module) -> None:

@@ -111,7 +111,10 @@ def count(
             count_parameters(model),
             {(s.kind, s.path): _unit_parameters(model, s) for s in _narrow(units)},
             {
-                (s.kind, s.path): tuple(count_parameters(layer) for layer in _layers(model, s))
+                (s.kind, s.path): tuple(
+                    sum(count_parameters(model.get_submodule(path)) for path in s.parts(i))
+                    for i in range(s.size)
+                )
                 for s in units
                 if s.kind == "layers"
             },
@@ -123,7 +126,9 @@ def count(
         macs[""],
         {(s.kind, s.path): _unit_macs(model, s, macs) for s in _narrow(units)},
         {
-            (s.kind, s.path): tuple(macs.get(f"{s.path}.{i}", 0) for i in range(s.size))
+            (s.kind, s.path): tuple(
+                sum(macs.get(path, 0) for path in s.parts(i)) for i in range(s.size)
+            )
             for s in units
             if s.kind == "layers"
         },
@@ -153,10 +158,6 @@ def _products(model: nn.Module, units: Units, macs: Mapping[str, int] | None) ->
             lengths = {dim: tensor.shape[dim] for dim in by_dim}
             every = ((lengths[d], tuple(sites.items())) for d, sites in by_dim.items())
             yield Product(path, cost, tuple(every))
-
-
-def _layers(model: nn.Module, site: Site) -> list[nn.Module]:
-    return list(model.get_submodule(site.path).children())
 
 
 def _unit_parameters(model: nn.Module, site: Site) -> int:

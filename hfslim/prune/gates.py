@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hfslim.anatomy import Feed, Site, Units, find_units
 from hfslim.hub import modeling_hfslim
+from hfslim.prune.taps import Tap, by_layer, by_unit, states_after, states_before, with_states
 from hfslim.structure import Kind, Structure
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,8 @@ class Gates:
         self._masks: dict[Key, torch.Tensor] = {}
         self._spread: dict[tuple[Key, Feed], torch.Tensor] = {}
         self._closed_layers: dict[Key, frozenset[int]] = {}
-        self._partial: dict[Key, list[torch.Tensor]] = {}
+        self._partial: dict[tuple[Key, int], list[torch.Tensor]] = {}
+        self._entered: dict[tuple[Key, int], list[torch.Tensor]] = {}
         self._handles: list[RemovableHandle] = []
         self._stock: list[tuple[nn.Module, type]] = []
 
@@ -114,14 +116,25 @@ class Gates:
                 self._stock.append((module, type(module)))
                 modeling_hfslim.replace_class(module, site.replacement)
             if site.kind == "layers":
-                for index, layer in enumerate(module.children()):
-                    hook = self._layer_hook(site, index)
-                    self._handles.append(layer.register_forward_hook(hook, with_kwargs=True))
+                for index in range(site.size):
+                    self._attach_layer(site, index)
             for feed in site.feeds:
                 hook = self._unit_hook(site, feed)
                 module = self.model.get_submodule(feed.module)
                 self._handles.append(module.register_forward_pre_hook(hook))
         return self
+
+    def _attach_layer(self, site: Site, index: int) -> None:
+        first, *_, last = (self.model.get_submodule(path) for path in site.parts(index) * 2)
+        hook = self._layer_hook(site, index)
+        self._handles.append(last.register_forward_hook(hook, with_kwargs=True))
+        if site.beside:
+
+            def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+                states = states_before(site, module, args, kwargs)
+                self._entered[("layers", site.path), index] = states
+
+            self._handles.append(first.register_forward_pre_hook(enter, with_kwargs=True))
 
     def detach(self) -> None:
         """Take the gates out again; the model is as it was before."""
@@ -173,6 +186,7 @@ class Gates:
         tensors = (v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.ndim)
         self.examples = next(tensors).shape[0]
         self._partial.clear()
+        self._entered.clear()
         self.padding = kwargs.get("attention_mask")
         self.anchors.clear()
 
@@ -186,17 +200,27 @@ class Gates:
         return self.anchors[-1]
 
     def _sum_uses(self, site: Site, send: OnGradient) -> OnGradient:
-        """Send one gradient for all uses of a site: that of the gate they share."""
-        uses = site.uses * len(site.feeds)
+        """Send one gradient for all that a gate multiplies."""
+        uses = len(site.streams) or site.uses * max(len(site.feeds), 1)
         if uses == 1:
             return send
-        key = (site.kind, site.path)
+
+        two_streams = bool(site.streams) or (site.kind == "heads" and len(site.feeds) > 1)
 
         def collect(site: Site, index: int, gradient: torch.Tensor) -> None:
+            key = (site.kind, site.path), index
             parts = self._partial.setdefault(key, [])
             parts.append(gradient)
+
+            def finish() -> None:
+                if self._partial.get(key) is parts:
+                    send(site, index, torch.stack(self._partial.pop(key)).sum(0))
+
             if len(parts) == uses:
-                send(site, index, torch.stack(self._partial.pop(key)).sum(0))
+                finish()
+            elif two_streams:
+                # The last layer's second stream may end there, without a gradient.
+                torch.autograd.Variable._execution_engine.queue_callback(finish)
 
         return collect
 
@@ -204,27 +228,29 @@ class Gates:
         key = (site.kind, site.path)
 
         def hook(_: nn.Module, args: tuple) -> tuple | None:
-            self.fired[key] += 1
             value, *rest = args
+            if feed.ndim and value.ndim != feed.ndim:
+                return None
+            self.fired[key] += 1
             if self.on_activation is not None:
-                part = feed.of(value.detach(), site.size)
+                part = feed.of(value.detach(), site.size).movedim(site.batch, 0)
                 self.on_activation(site, 0, part, part)
             if self.on_gradient is not None and torch.is_grad_enabled():
                 examples, send = self.examples, self._sum_uses(site, self.on_gradient)
-                value = _Tap.apply(
+                value = Tap.apply(
                     value,
                     None,
                     self._anchor(value),
-                    lambda grad, x: send(site, 0, _by_unit(grad * x, examples, site, feed)),
+                    lambda grad, x: send(site, 0, by_unit(grad * x, examples, site, feed)),
                 )
             if key in self._masks:
                 mask = self._spread.get((key, feed))
                 if mask is None or mask.device != value.device or mask.dtype != value.dtype:
-                    mask = self._spread[key, feed] = feed.mask(self._masks[key], value)
+                    mask = feed.spread(self._masks[key], value).to(value.dtype)
+                    self._spread[key, feed] = mask
                 value = value * mask
             if key in self.factors:
-                factor = self.factors[key].to(value.device).repeat_interleave(site.width)
-                value = (value * factor).to(value.dtype)
+                value = (value * feed.spread(self.factors[key], value)).to(value.dtype)
             return (value, *rest)
 
         return hook
@@ -232,33 +258,49 @@ class Gates:
     def _layer_hook(self, site: Site, index: int) -> Callable[..., Any]:
         key = (site.kind, site.path)
 
-        def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
             self.fired[key] += 1
-            before = args[0] if args else kwargs["hidden_states"]
-            after = output if isinstance(output, torch.Tensor) else output[0]
-            if before.shape != after.shape:
+            if site.beside:
+                before = self._entered.pop((key, index))
+            else:
+                before = states_before(site, module, args, kwargs)
+            after = states_after(output, len(before))
+            if any(b.shape != a.shape for b, a in zip(before, after, strict=True)):
                 # It cannot go: it is no addition to its input, and has nothing to be scored by.
                 return output
             if self.on_activation is not None:
-                self.on_activation(site, index, before.detach(), after.detach())
-            if self.on_gradient is not None and torch.is_grad_enabled():
-                examples, send = self.examples, self.on_gradient
-                after = _Tap.apply(
-                    after,
-                    before,
-                    self._anchor(after),
-                    lambda grad, x: send(site, index, _by_layer(grad * x, examples)),
-                )
-            if index in self._closed_layers.get(key, ()):
-                # The layer stays in the graph, so that every parameter gets a gradient under DDP.
-                after = before + 0 * after if torch.is_grad_enabled() else before
-            if key in self.factors:
-                after = torch.lerp(before, after, self.factors[key][index].to(after))
-            if isinstance(output, torch.Tensor):
-                return after
-            return type(output)([after, *output[1:]])
+                wide = [torch.cat(x, -1) if len(x) > 1 else x[0] for x in (before, after)]
+                self.on_activation(site, index, *(x.detach().movedim(site.batch, 0) for x in wide))
+            after = [
+                self._gated_state(site, index, b, a) for b, a in zip(before, after, strict=True)
+            ]
+            return with_states(output, after)
 
         return hook
+
+    def _gated_state(
+        self, site: Site, index: int, before: torch.Tensor, after: torch.Tensor
+    ) -> torch.Tensor:
+        key = (site.kind, site.path)
+        if self.on_gradient is not None and torch.is_grad_enabled():
+            examples, send = self.examples, self._sum_uses(site, self.on_gradient)
+            after = Tap.apply(
+                after,
+                before,
+                self._anchor(after),
+                lambda grad, x: send(
+                    site, index, by_layer((grad * x).movedim(site.batch, 0), examples)
+                ),
+            )
+            if site.beside:
+                # XLM multiplies what its lists give by the mask, in place.
+                after = after.clone()
+        if index in self._closed_layers.get(key, ()):
+            # The layer stays in the graph, so that every parameter gets a gradient under DDP.
+            after = before + 0 * after if torch.is_grad_enabled() else before
+        if key in self.factors:
+            after = torch.lerp(before, after, self.factors[key][index].to(after))
+        return after
 
 
 def attached(model: nn.Module, owner: str) -> Gates | None:
@@ -302,44 +344,3 @@ def gated(model: nn.Module, structure: Structure) -> Iterator[Gates]:
     gates.set(structure)
     with gates:
         yield gates
-
-
-class _Tap(torch.autograd.Function):
-    """Pass a tensor through; on the way back, show its gradient beside its value.
-
-    `∂L/∂ξ` of a gate ξ that multiplies a slice `x` is the sum of `x · ∂L/∂x` over the slice, so no
-    gate tensor is needed, and the forward pass costs nothing.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        value: torch.Tensor,
-        base: torch.Tensor | None,
-        anchor: torch.Tensor,
-        show: Callable[[torch.Tensor, torch.Tensor], None],
-    ) -> torch.Tensor:
-        ctx.show, ctx.has_base = show, base is not None
-        ctx.save_for_backward(value, *([] if base is None else [base]))
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
-        value, *base = ctx.saved_tensors
-        ctx.show(grad, value - base[0] if base else value)
-        return grad, None, None, None
-
-
-def _by_unit(product: torch.Tensor, examples: int, site: Site, feed: Feed) -> torch.Tensor:
-    """Sum what is along an input to `[examples, units]`; its rows are example-major."""
-    if product.shape[0] % examples:
-        raise RuntimeError(
-            f"{feed.module} gets {product.shape[0]} rows for {examples} examples, so their "
-            "gradients cannot be told apart"
-        )
-    product = feed.of(product, site.size).reshape(examples, -1, site.size, feed.width)
-    return product.sum((1, 3), dtype=torch.float32)
-
-
-def _by_layer(product: torch.Tensor, examples: int) -> torch.Tensor:
-    return product.reshape(examples, -1).sum(1, keepdim=True, dtype=torch.float32)

@@ -239,8 +239,10 @@ def magnitude(model: nn.Module, units: Units) -> dict[Key, torch.Tensor]:
     for site in units:
         squares = torch.zeros(site.size, dtype=torch.float64)
         if site.kind == "layers":
-            for index, layer in enumerate(model.get_submodule(site.path).children()):
-                squares[index] = sum(p.detach().double().square().sum() for p in layer.parameters())
+            for index in range(site.size):
+                for path in site.parts(index):
+                    parameters = model.get_submodule(path).parameters()
+                    squares[index] += sum(p.detach().double().square().sum() for p in parameters)
         for cut in site.cuts:
             tensor = getattr(model.get_submodule(cut.module), cut.tensor).detach().double()
             squares += cut.by_unit(tensor, site.size).square().sum(1).cpu()

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hfslim.adapters import check_merged
-from hfslim.anatomy import Site, Units, example_inputs, families, find_units
+from hfslim.anatomy import Site, Units, example_inputs, find_units, layer_lists
 from hfslim.hub import blueprint, modeling_hfslim, reload
 from hfslim.hub.depth import configs, set_depth
 from hfslim.prune.gates import Gates
@@ -148,13 +148,14 @@ class _Surgery:
                 self._replace(site, kept, returns[site.path])
         # Last, because the paths of the sites count the layers as they were.
         for site in lists:
-            layers = cast(nn.ModuleList, self.model.get_submodule(site.path))
-            for module in layers.modules():
-                self._remember(vars(module), module._modules)
             kept = structure.kept("layers", site.path)
-            modeling_hfslim.keep_layers(layers, kept)
+            for path in (site.path, *site.beside):
+                layers = cast(nn.ModuleList, self.model.get_submodule(path))
+                for module in layers.modules():
+                    self._remember(vars(module), module._modules)
+                modeling_hfslim.keep_layers(layers, kept)
             around = self.model.get_submodule(site.path.rpartition(".")[0])
-            for name in families.LAYER_COUNTS:
+            for name in layer_lists.LAYER_COUNTS:
                 if name in vars(around):
                     self._remember(vars(around))
                     setattr(around, name, len(kept))

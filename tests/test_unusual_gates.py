@@ -1,0 +1,51 @@
+"""Gates where a family keeps its units elsewhere: their gradients, by two ways."""
+
+import pytest
+import torch
+import zoo
+
+from hfslim.anatomy import example_inputs, find_units
+from hfslim.prune.gates import Gates
+
+CASES = ["text/bert", "text/xlnet", "text/lilt", "text/flaubert"]
+
+
+def _gradients_by_example(model, inputs):
+    """Return what the gates tell of each example of one batch, `[examples, units]` by site."""
+    seen = {}
+    gates = Gates(model)
+
+    def note(site, index, gradient):
+        sums = seen.setdefault((site.kind, site.path), {})
+        assert index not in sums, "one gradient for all that a gate multiplies"
+        sums[index] = gradient
+
+    gates.on_gradient = note
+    with gates:
+        model(**inputs).logits.square().sum().backward()
+    return {key: torch.cat([sums[i] for i in sorted(sums)], 1) for key, sums in seen.items()}
+
+
+def _gradients_by_factor(model, inputs):
+    """Differentiate by a factor on every unit, as autograd does it."""
+    gates = Gates(model)
+    gates.factors = {
+        (site.kind, site.path): torch.ones(site.size, requires_grad=True)
+        for site in find_units(model)
+    }
+    with gates:
+        model(**inputs).logits.square().sum().backward()
+    return {key: factor.grad for key, factor in gates.factors.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gates_tell_the_derivative_of_each_example(case):
+    model = zoo.tiny(case)
+    inputs = example_inputs(model, 3, seed=5, length=8)
+    told = _gradients_by_example(model, inputs)
+    assert {kind for kind, _ in told} == {"heads", "neurons", "layers"}
+    for example in range(3):
+        one = {name: value[example : example + 1] for name, value in inputs.items()}
+        for key, expected in _gradients_by_factor(model, one).items():
+            assert expected.abs().max() > 1e-6, key
+            assert torch.allclose(told[key][example], expected, rtol=1e-3, atol=1e-5), key
