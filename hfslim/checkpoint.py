@@ -6,34 +6,56 @@ that way, yet reads them back with a plain `load_state_dict(strict=False)`: what
 dropped with a warning, so a resumed run goes on from other weights and `load_best_model_at_end`
 keeps the last ones. Here a checkpoint keeps the live model's keys and a mismatch is an error. The
 final `trainer.save_model()` stays in the Hub's format; `from_pretrained` reads both.
+
+A checkpoint appears when all of it is on the disk, and not before (`hfslim.atomic`).
 """
 
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import broadcast_object_list
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
 
+from hfslim.atomic import (
+    STAGING,
+    CheckpointError,
+    last_whole,
+    problem_of,
+    publish,
+    rotate,
+    told,
+)
 from hfslim.hub.trainer import HubMixin
 from hfslim.objective import MeanLossMixin
+from hfslim.preemption import SaveOnSigterm
 
 if TYPE_CHECKING:
     _Base = Trainer
 else:
     _Base = object
 
-__all__ = ["CheckpointMixin", "SlimTrainer"]
+__all__ = ["CheckpointError", "CheckpointMixin", "SlimTrainer"]
+
+logger = logging.get_logger(__name__)
 
 _LOST = {
-    "PruningCallback": "the units removed so far would come back",
-    "WeightPruningCallback": "the weights removed so far would come back",
+    "PruningCallback": ("structure", "the units removed so far would come back"),
+    "WeightPruningCallback": ("digest", "the weights removed so far would come back"),
 }
-"""Callbacks without which a checkpoint cannot be resumed, and what would happen."""
+"""Callbacks without which a checkpoint cannot be resumed: what they save of what they removed, and
+what would happen."""
 
 
 @contextmanager
@@ -55,20 +77,68 @@ def _live_keys(model: nn.Module) -> Iterator[None]:
 
 
 class CheckpointMixin(_Base):
-    """Makes resume and `load_best_model_at_end` of a Trainer exact.
+    """Makes resume and `load_best_model_at_end` of a Trainer exact, and its checkpoints whole.
 
     Put it before the Trainer class: `class MyTrainer(CheckpointMixin, Trainer)`. Applies to the
     `checkpoint-*` folders only. Pruned models need nothing more: their layers already have the
     saved shapes when the weights are read.
 
+    A checkpoint is written beside its place, into `.saving`, and renamed when all of it is on the
+    disk; so is one that is deleted. `train(resume_from_checkpoint=True)` takes the last whole one.
+    With `enable_jit_checkpoint=True` SIGTERM ends the training after the current step, on all
+    processes after the same one, with a checkpoint and exit code 143.
+
     Raises:
+        CheckpointError: A checkpoint cannot be written (the ones before stay as they are), or the
+            one to resume from is not whole.
         ValueError: When a checkpoint is loaded whose keys are not those of the model, or that was
             saved while a callback pruned that this Trainer does not have.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._staging: Path | None = None
+        self._sigterm = SaveOnSigterm(self.accelerator)
+        stock = self.callback_handler.pop_callback(JITCheckpointCallback)
+        if stock is not None:
+            # It saves in the middle of steps, and each process for itself.
+            stock.on_train_end(self.args, self.state, self.control)
+            # First, so that others know of the checkpoint when their turn comes.
+            self.callback_handler.callbacks.insert(0, self._sigterm)
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Train as `transformers.Trainer.train`; True resumes from the last whole checkpoint."""
+        if resume_from_checkpoint:
+            resume_from_checkpoint = self._whole(resume_from_checkpoint)
+        if self.args.should_save:
+            shutil.rmtree(Path(str(self.args.output_dir)) / STAGING, ignore_errors=True)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._sigterm.stop()
+
+    def _whole(self, given: str | bool) -> str:
+        """Return the checkpoint to resume from, the same on all processes."""
+        run = Path(str(self.args.output_dir))
+        last, broken = last_whole(run)
+        path = broadcast_object_list([str(last or "") if given is True else given])[0]
+        if given is True:
+            for one in broken:
+                logger.warning(f"passing over a checkpoint that is not whole: {one}")
+            if not path:
+                raise ValueError(f"there is no whole checkpoint in {run} to resume from")
+        problem = problem_of(Path(path))
+        if problem is not None:
+            also = f"; the last whole one is {last}" if last else ""
+            raise CheckpointError(f"the checkpoint {path} is not whole: {problem}{also}")
+        logger.info(f"resuming from {path}")
+        return path
+
     def _load_callback_state(self) -> None:
         present = {type(callback).__name__ for callback in self.callback_handler.callbacks or ()}
-        for name, consequence in _LOST.items():
+        for name, (_, consequence) in _LOST.items():
             if name in (self.state.stateful_callbacks or ()) and name not in present:
                 raise ValueError(
                     f"The checkpoint was saved in the middle of pruning, by a {name} that this "
@@ -78,8 +148,70 @@ class CheckpointMixin(_Base):
         super()._load_callback_state()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        with _live_keys(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)):
-            super()._save_checkpoint(model, trial)
+        run = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with told(name, run):
+            if self.args.should_save:
+                shutil.rmtree(run / STAGING, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            self._staging = run / STAGING
+            try:
+                with _live_keys(
+                    self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+                ):
+                    super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            self._publish(run, name)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(run / name))
+
+    def _publish(self, run: Path, name: str) -> None:
+        """Put a checkpoint that all processes have written in its place, and delete old ones."""
+        staged, state = run / STAGING / name, self.state
+        best = f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+        if best == name or (run / best).is_dir():
+            state.best_model_checkpoint = str(run / best)
+        if self.args.should_save:
+            state.save_to_json(str(staged / TRAINER_STATE_NAME))
+        self.accelerator.wait_for_everyone()
+        # Machines that share no file system have each their own part of it.
+        for turn in (self.is_world_process_zero(), self.is_local_process_zero()):
+            if turn and staged.is_dir():
+                publish(staged, run / name)
+                for beside in (path for path in staged.parent.iterdir() if path.is_file()):
+                    beside.replace(run / beside.name)
+                rotate(run, self.args.save_total_limit, state.best_model_checkpoint)
+                staged.parent.rmdir()
+            self.accelerator.wait_for_everyone()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _load_best_model(self) -> None:
+        best = Path(str(self.state.best_model_checkpoint))
+        written = best / TRAINER_STATE_NAME
+        saved: Any = {}
+        if written.is_file():
+            saved = TrainerState.load_from_json(str(written)).stateful_callbacks or {}
+        for callback in self.callback_handler.callbacks:
+            name: Any = type(callback).__name__
+            if name in _LOST and name in saved:
+                field, _ = _LOST[name]
+                then, now = (
+                    state["attributes"]["saved"][field] for state in (saved[name], callback.state())
+                )
+                if then != now:
+                    logger.warning(
+                        f"the best model, {best}, is of another structure than the schedule says "
+                        f"({name} has removed more since): the last weights are kept"
+                    )
+                    return
+        super()._load_best_model()
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         missing = _really_missing(self.model, load_result.missing_keys)

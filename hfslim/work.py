@@ -16,10 +16,10 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from hfslim.adapters import merge_adapters
 from hfslim.anatomy import find_units
+from hfslim.atomic import last_whole
 from hfslim.checkpoint import SlimTrainer
 from hfslim.distill.adapted import saved_config
 from hfslim.distill.labels import align_labels
@@ -133,11 +133,9 @@ class Work(Workbench):
         Zeros of sparse weights are held; adapters are folded into the weights that are saved.
         """
         own = Path(str(trainer.args.output_dir))
-        checkpoint = get_last_checkpoint(str(own)) if own.is_dir() else None
-        if checkpoint:
-            logger.info("resuming from %s", checkpoint)
+        whole, _ = last_whole(own)
         self._hold_zeros(trainer)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=whole is not None)
         plain = merge_adapters(trainer.model)
         if plain is not trainer.model:
             trainer = SlimTrainer(model=plain, args=trainer.args, **self.trainer_parts())

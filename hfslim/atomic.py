@@ -1,0 +1,169 @@
+"""Folders that are there as a whole or not at all, whatever kills the process that writes them.
+
+A checkpoint is written into a hidden sibling, flushed to the disk, and renamed into place; one that
+is deleted is renamed out of place first. Each holds a list of its files, so that one that was
+deleted or copied by halves is known as such too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers.trainer_utils import sort_checkpoints
+
+__all__ = [
+    "STAGING",
+    "CheckpointError",
+    "discard",
+    "last_whole",
+    "problem_of",
+    "publish",
+    "rotate",
+    "told",
+]
+
+STAGING = ".saving"
+"""Folder beside the checkpoints for what is not whole: being written, or being deleted."""
+_FILES = "checkpoint_files.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+_INCOMPLETE = "checkpoint-is-incomplete.txt"
+"""What the stock Trainer's checkpoint on SIGTERM holds while it is written."""
+_TORCH = ("PytorchStreamWriter", "inline_container")
+"""What `torch.save` names where a write fails."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written, or is not whole."""
+
+
+def publish(staged: Path, target: Path) -> None:
+    """Put a folder that is written in its place in one step, on the disk and for good.
+
+    Args:
+        staged: The folder, on the same file system as the target.
+        target: What it becomes; an older one there is replaced.
+    """
+    files = sorted(path for path in staged.rglob("*") if path.is_file())
+    sizes = {path.relative_to(staged).as_posix(): path.stat().st_size for path in files}
+    listed = staged / _FILES
+    listed.write_text(json.dumps(sizes, indent=1), encoding="utf-8")
+    folders = [path for path in staged.rglob("*") if path.is_dir()]
+    for path in (*files, listed, *folders, staged):
+        _flush(path)
+    discard(target)
+    staged.rename(target)
+    _flush(target.parent)
+
+
+def discard(folder: Path) -> None:
+    """Delete a checkpoint; nobody sees it by halves."""
+    if not folder.exists():
+        return
+    gone = folder.parent / STAGING / f"deleted-{folder.name}"
+    shutil.rmtree(gone, ignore_errors=True)
+    gone.parent.mkdir(exist_ok=True)
+    folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def problem_of(folder: Path) -> str | None:
+    """Tell why a checkpoint is not whole, or None if it is.
+
+    One that the stock Trainer wrote has no list of its files; it is judged by the last that is
+    written, `trainer_state.json`.
+    """
+    if not folder.is_dir():
+        return "there is no such folder"
+    if (folder / _INCOMPLETE).exists():
+        return "it was being written when the process ended"
+    try:
+        sizes = json.loads((folder / _FILES).read_text(encoding="utf-8"))
+        for name, size in sizes.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size:,} bytes of {size:,}"
+    except FileNotFoundError:
+        if not (folder / "trainer_state.json").is_file():
+            return "trainer_state.json is missing"
+    except ValueError:
+        return f"{_FILES} is damaged"
+    return None
+
+
+def last_whole(run: Path) -> tuple[Path | None, list[str]]:
+    """Find the whole checkpoint of most steps in a folder.
+
+    Returns:
+        The checkpoint, if there is one, and what is wrong with each of more steps.
+    """
+    found = {
+        int(match[1]): path
+        for path in (run.iterdir() if run.is_dir() else ())
+        if (match := _NAME.fullmatch(path.name)) and path.is_dir()
+    }
+    broken: list[str] = []
+    for _, path in sorted(found.items(), reverse=True):
+        problem = problem_of(path)
+        if problem is None:
+            return path, broken
+        broken.append(f"{path}: {problem}")
+    return None, broken
+
+
+def rotate(run: Path, limit: int | None, best: str | None) -> None:
+    """Delete the oldest checkpoints beyond a limit, but neither the newest nor the best."""
+    if not limit or limit <= 0:
+        return
+    found = [Path(path) for path in sort_checkpoints(str(run), use_mtime=True)]
+    protected = {path for path in (*found[-1:], Path(best or "")) if path in found}
+    surplus = len(found) - max(limit, len(protected))
+    for path in [path for path in found if path not in protected][: max(surplus, 0)]:
+        discard(path)
+
+
+@contextmanager
+def told(name: str, run: Path) -> Iterator[None]:
+    """Say what a write that fails inside leaves behind.
+
+    Raises:
+        CheckpointError: Writing failed: no space, a quota, a read-only file system.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch and safetensors have errors of their own for a disk that is full.
+        if isinstance(error, RuntimeError) and not any(name in str(error) for name in _TORCH):
+            raise
+        shutil.rmtree(run / STAGING, ignore_errors=True)
+        whole, _ = last_whole(run)
+        left = f"{whole.name} is whole, resume goes on from it" if whole else "there is no other"
+        raise CheckpointError(
+            f"{name} could not be written into {run}: {error}; {_free(run)} free there. "
+            f"{left}; free space, or make the folder writable, or set another output_dir"
+        ) from error
+
+
+def _free(folder: Path) -> str:
+    while not folder.exists():
+        folder = folder.parent
+    return f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB"
+
+
+def _flush(path: Path) -> None:
+    """Make the operating system write what it holds of a file or a folder."""
+    if path.is_dir() and os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

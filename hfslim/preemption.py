@@ -1,0 +1,69 @@
+"""SIGTERM in a training: a checkpoint after the current step, then the end."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+__all__ = ["SaveOnSigterm"]
+
+logger = logging.get_logger(__name__)
+
+EXIT_CODE = 128 + signal.SIGTERM
+"""What a shell gives for a process that SIGTERM ended."""
+
+
+class SaveOnSigterm(TrainerCallback):
+    """Ends a training on SIGTERM, as pre-emption sends it, between two steps.
+
+    All processes agree at the end of each step, so that one signal to one of them is enough, and
+    none waits for another. The checkpoint is an ordinary one. `SystemExit` keeps the script from
+    going on as if the training had ended.
+
+    Args:
+        accelerator: Of the Trainer.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._asked = self._agreed = False
+        self._before: Any = None
+
+    def stop(self) -> None:
+        """Give SIGTERM back its old meaning."""
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+            self._before = None
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Listen for SIGTERM."""
+        self._asked = self._agreed = False
+        self._before = signal.signal(signal.SIGTERM, self._note)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Ask for a checkpoint if any process got the signal."""
+        asked = torch.tensor(float(self._asked), device=self._accelerator.device)
+        self._agreed = bool(self._accelerator.reduce(asked, reduction="sum"))
+        if self._agreed:
+            control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Exit: the checkpoint is written."""
+        if self._agreed:
+            logger.warning(
+                f"SIGTERM: checkpoint-{state.global_step} is saved, exiting; "
+                "train(resume_from_checkpoint=True) goes on from there"
+            )
+            raise SystemExit(EXIT_CODE)
+
+    def _note(self, *_: Any) -> None:
+        self._asked = True
