@@ -28,6 +28,7 @@ from hfslim.prune.surgery import check_gates, shrink
 from hfslim.prune.target import Target
 from hfslim.prune.training import (
     average_over_processes,
+    check_saved_between_steps,
     check_unscaled,
     check_whole_parameters,
     saved_state,
@@ -279,6 +280,7 @@ class PruningCallback(TrainerCallback, ExportableState):
 def _check_arguments(args: Arguments) -> None:
     """Refuse ways of training under which scores would be wrong."""
     check_whole_parameters(args, "PruningCallback")
+    check_saved_between_steps("PruningCallback")
     check_unscaled(args)
     if args.n_gpu > 1:
         raise ValueError(

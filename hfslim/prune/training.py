@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Mapping
 from typing import Any
 
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from transformers import TrainerState, TrainingArguments
+from transformers.trainer_jit_checkpoint import CheckpointManager
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,21 @@ def check_unscaled(args: TrainingArguments, otherwise: str = "") -> None:
         raise ValueError(
             "the changing loss scale of fp16 would distort the scores: train with bf16=True"
             + otherwise
+        )
+
+
+def check_saved_between_steps(callback: str) -> None:
+    """Refuse the stock Trainer's checkpoint on SIGTERM, which is taken in the middle of a step.
+
+    Raises:
+        ValueError: Naming the callback.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    if isinstance(getattr(handler, "__self__", None), CheckpointManager):
+        raise ValueError(
+            f"enable_jit_checkpoint of the stock Trainer saves in the middle of a step, each "
+            f"process for itself, so a {callback} could not resume exactly: use hfslim.SlimTrainer "
+            "or DistillationTrainer, which save between steps, or set it to False"
         )
 
 

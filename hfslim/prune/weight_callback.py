@@ -18,6 +18,7 @@ from hfslim.prune.importance import UnusableScoresError
 from hfslim.prune.schedules import Pace, Schedule
 from hfslim.prune.training import (
     average_over_processes,
+    check_saved_between_steps,
     check_unscaled,
     check_whole_parameters,
     saved_state,
@@ -131,6 +132,7 @@ class WeightPruningCallback(TrainerCallback, ExportableState):
         """Take up the zeros that the model has, and a saved state where training resumes."""
         self._scores_gradients = self.goal is not None and self._method == "movement"
         check_whole_parameters(args, type(self).__name__)
+        check_saved_between_steps(type(self).__name__)
         if self._scores_gradients:
             check_unscaled(args, ", or use method='magnitude'")
         average_over_processes(args)

@@ -46,8 +46,10 @@ class Events:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def _file(self, event: str, arguments: tuple) -> None:
-        if event in FILES and self.folder in str(arguments[0]):
-            self.happens("deletion" if event in ("os.remove", "os.rmdir") else "saving")
+        # A tree is deleted by names relative to its folders.
+        deletes = event in ("os.remove", "os.rmdir") and not Path(arguments[0]).is_absolute()
+        if deletes or (event in FILES and self.folder in str(arguments[0])):
+            self.happens("deletion" if deletes else "saving")
 
 
 def trainer_of(folder: Path, events: Events, **settings: Any) -> DistillationTrainer:
@@ -145,7 +147,9 @@ def points_of(seen: list[str], number: int, seed: int) -> list[int]:
     kinds = ("saving", "step", "evaluation", "deletion")
     # Before the first checkpoint there is nothing to resume from, so that kills come later.
     first = seen.index("deletion")
-    found = [draw.choice([i for i, k in enumerate(seen) if k == kind and i > first]) for kind in kinds]
+    found = [
+        draw.choice([i for i, k in enumerate(seen) if k == kind and i > first]) for kind in kinds
+    ]
     return (found + draw.sample(range(len(seen)), max(number - len(kinds), 0)))[:number]
 
 
@@ -155,8 +159,8 @@ def main(folder: Path, number: int, seed: int) -> None:
     assert forked(lambda: train(folder / "whole", whole, None, False)) == 0
     expected = torch.load(whole)
     rows = []
-    for number, at in enumerate(points_of(expected["events"], number, seed)):
-        run, result = folder / str(number), folder / f"{number}.pt"
+    for trial, at in enumerate(points_of(expected["events"], number, seed)):
+        run, result = folder / str(trial), folder / f"{trial}.pt"
         signalled = forked(lambda run=run, result=result, at=at: train(run, result, at, False))
         row: dict[str, Any] = {"at": at, "kind": expected["events"][at], "ended": signalled}
         row["unreadable"] = unreadable(run)
