@@ -145,11 +145,10 @@ def points_of(seen: list[str], number: int, seed: int) -> list[int]:
     """Draw moments: of each kind of event first, then of all."""
     draw = random.Random(seed)
     kinds = ("saving", "step", "evaluation", "deletion")
-    # Before the first checkpoint there is nothing to resume from, so that kills come later.
-    first = seen.index("deletion")
-    found = [
-        draw.choice([i for i, k in enumerate(seen) if k == kind and i > first]) for kind in kinds
-    ]
+    # Once there is a checkpoint to resume from.
+    first = [i for i, kind in enumerate(seen) if kind == "step"][EVERY]
+    late = [i for i in range(len(seen)) if i > first]
+    found = [draw.choice([i for i in late if seen[i] == kind]) for kind in kinds]
     return (found + draw.sample(range(len(seen)), max(number - len(kinds), 0)))[:number]
 
 
