@@ -119,6 +119,13 @@ class CheckpointMixin(_Base):
         finally:
             self._sigterm.stop()
 
+    def _run_epoch(self, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**kwargs)
+        else:
+            # The stock Trainer would take one step more when it resumes a run that is complete.
+            self.control.should_training_stop = True
+
     def _whole(self, given: str | bool) -> str:
         """Return the checkpoint to resume from, the same on all processes."""
         run = Path(str(self.args.output_dir))
