@@ -37,6 +37,7 @@ from hfslim.atomic import (
     rotate,
     told,
 )
+from hfslim.figures import FiguresMixin
 from hfslim.hub.trainer import HubMixin
 from hfslim.objective import MeanLossMixin
 from hfslim.preemption import SaveOnSigterm
@@ -252,7 +253,7 @@ def _really_missing(model: Any, missing: list[str]) -> list[str]:
     ]
 
 
-class SlimTrainer(CheckpointMixin, HubMixin, MeanLossMixin, Trainer):
+class SlimTrainer(CheckpointMixin, HubMixin, FiguresMixin, MeanLossMixin, Trainer):
     """The stock Trainer with exact checkpoints and a loss that no batch layout changes.
 
     What it pushes to the Hub is complete in every commit, with hfslim's card.

@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from hfslim.adapters import base_of
 from hfslim.distill.capture import layer_modules
+from hfslim.figures import FiguresCallback
 
 __all__ = ["L2SP", "GradualUnfreezing", "head_modules", "train_head_only", "with_lora"]
 
@@ -156,7 +157,7 @@ class GradualUnfreezing(TrainerCallback):
         self._handles, self.open = [], 0
 
 
-class L2SP(TrainerCallback):
+class L2SP(FiguresCallback):
     """Adds to the loss `strength/2 · ‖w − w₀‖² + head/2 · ‖v‖²`: the penalty of starting points.
 
     w are the encoder's weights, w₀ those that it had when the Trainer was made, v the head's. The
@@ -229,17 +230,9 @@ class L2SP(TrainerCallback):
                 value += factor / 2 * moved.float().square().sum()
         self._value = value
 
-    def on_log(  # type: ignore[override]
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        *_: Any,
-        logs: dict[str, float],
-        **__: Any,
-    ) -> None:
-        """Log the penalty of the last step."""
-        if "loss" in logs:
-            logs["loss_l2_sp"] = state.log_history[-1]["loss_l2_sp"] = float(self._value)
+    def figures(self) -> dict[str, float]:
+        """Return the penalty of the last step."""
+        return {"loss_l2_sp": float(self._value)}
 
 
 def _from_the_head_down(model: PreTrainedModel) -> list[list[nn.Parameter]]:

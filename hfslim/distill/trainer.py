@@ -23,6 +23,7 @@ from hfslim.distill.feature_training import FeatureMixin
 from hfslim.distill.losses import distillation_loss
 from hfslim.distill.skill import check_skill
 from hfslim.distill.teachers import Source, Teachers
+from hfslim.figures import FiguresMixin
 from hfslim.hub.trainer import HubMixin
 from hfslim.objective import MeanLossMixin, logits_of, problem_type, with_loss
 from hfslim.pairing import PairedCollator, collator_of
@@ -34,7 +35,9 @@ logger = logging.get_logger(__name__)
 _EXAMPLES_TO_CHECK = 512
 
 
-class DistillationTrainer(FeatureMixin, CheckpointMixin, HubMixin, MeanLossMixin, Trainer):
+class DistillationTrainer(
+    FeatureMixin, CheckpointMixin, HubMixin, FiguresMixin, MeanLossMixin, Trainer
+):
     """Trains on `(1 - alpha) · labels' loss + alpha · logit loss + Σ weight · feature loss`.
 
     All are means over the examples of an optimizer step, whatever the accumulation and number of

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
+from transformers import PreTrainedModel, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
 from transformers.trainer_callback import ExportableState
 
 from hfslim.adapters import check_merged
 from hfslim.anatomy import Stated, find_units
+from hfslim.figures import FiguresCallback
 from hfslim.prune.collect import Collector
 from hfslim.prune.criteria import Criteria, criteria_by_kind, learns
 from hfslim.prune.expected import ExpectedCost
@@ -38,7 +39,7 @@ from hfslim.structure import Kind, Structure
 logger = logging.getLogger(__name__)
 
 
-class PruningCallback(TrainerCallback, ExportableState):
+class PruningCallback(FiguresCallback, ExportableState):
     """Prunes gradually while a Trainer trains, then shrinks the model.
 
     Units are scored by the gradients of the training itself, summed over the examples of all
@@ -178,17 +179,12 @@ class PruningCallback(TrainerCallback, ExportableState):
         """Gather the scores of all ranks if a checkpoint follows."""
         self._before_save(control)
 
-    def on_log(  # type: ignore[override]  # the Trainer always passes the logs
-        self, args: Arguments, state: TrainerState, *_: Any, logs: dict[str, Any], **__: Any
-    ) -> None:
-        """Add the fractions of units kept to the Trainer's logs."""
-        if self.structure is not None and "loss" in logs:
-            counts = self.structure.counts()
-            kept = {f"kept_{kind}": here / total for kind, (here, total) in counts.items()}
-            if self._learned is not None:
-                kept = {f"expected_{name}": part for name, part in self._learned.expected().items()}
-            logs.update(kept)
-            state.log_history[-1].update(kept)
+    def figures(self) -> dict[str, float]:
+        """Return the fractions of units kept, or likely to be."""
+        if self._learned is not None:
+            return {f"expected_{name}": part for name, part in self._learned.expected().items()}
+        counts = {} if self.structure is None else self.structure.counts()
+        return {f"kept_{kind}": here / total for kind, (here, total) in counts.items()}
 
     def on_train_end(  # type: ignore[override]
         self,

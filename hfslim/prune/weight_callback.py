@@ -8,10 +8,11 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
+from transformers import PreTrainedModel, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
 from transformers.trainer_callback import ExportableState
 
+from hfslim.figures import FiguresCallback
 from hfslim.prune.gates import attached
 from hfslim.prune.held_zeros import HeldZeros
 from hfslim.prune.importance import UnusableScoresError
@@ -34,7 +35,7 @@ MOVEMENT = "hfslim_movement"
 """Key of the movement scores in the optimizer's first parameter group, in checkpoints."""
 
 
-class WeightPruningCallback(TrainerCallback, ExportableState):
+class WeightPruningCallback(FiguresCallback, ExportableState):
     """Sets single weights to zero while a Trainer trains, and holds them there.
 
     At each decision the weights of the lowest scores go, and none comes back: its gradient is
@@ -193,13 +194,9 @@ class WeightPruningCallback(TrainerCallback, ExportableState):
         if progress is not None:
             self._decide(progress, state, kwargs["optimizer"])
 
-    def on_log(  # type: ignore[override]  # the Trainer always passes the logs
-        self, args: Arguments, state: TrainerState, *_: Any, logs: dict[str, Any], **__: Any
-    ) -> None:
-        """Add the fraction of weights removed to the Trainer's logs."""
-        if self.zeros is not None and "loss" in logs:
-            logs["weight_sparsity"] = self._held.fraction
-            state.log_history[-1]["weight_sparsity"] = logs["weight_sparsity"]
+    def figures(self) -> dict[str, float]:
+        """Return the fraction of weights removed."""
+        return {} if self.zeros is None else {"weight_sparsity": self._held.fraction}
 
     def on_train_end(
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
