@@ -1,5 +1,6 @@
 """Remove heads, neurons, layers and weights: gates, importance, search under a budget, surgery."""
 
+from hfslim.prune.by_class import ClassImportance, importance_by_class
 from hfslim.prune.callbacks import PruningCallback
 from hfslim.prune.criteria import CRITERIA, Criterion
 from hfslim.prune.gates import Gates, gated
@@ -16,6 +17,7 @@ from hfslim.prune.weights import WeightSparsity, weight_sparsity
 
 __all__ = [
     "CRITERIA",
+    "ClassImportance",
     "Criterion",
     "Gates",
     "LayerDropCallback",
@@ -27,6 +29,7 @@ __all__ = [
     "WeightPruningCallback",
     "WeightSparsity",
     "gated",
+    "importance_by_class",
     "prune",
     "semi_structured",
     "shrink",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
+
+from hfslim.objective import problem_type
 
 Batch = dict[str, Any]
 
@@ -19,22 +22,69 @@ class Batches:
     Args:
         data: Batches of model inputs, with or without `labels`.
         max_examples: Examples to use at most.
+        classes: Numbers of the classes whose examples are used; all if None.
 
     Raises:
-        ValueError: `max_examples` is less than 1; or, on the way, a batch is no dict of tensors.
+        ValueError: `max_examples` is less than 1; or, on the way, a batch is no dict of tensors, or
+            has no labels to choose by.
     """
 
-    def __init__(self, data: Iterable[Mapping[str, Any]], max_examples: int) -> None:
+    def __init__(
+        self,
+        data: Iterable[Mapping[str, Any]],
+        max_examples: int,
+        classes: Sequence[int] | None = None,
+    ) -> None:
         if max_examples < 1:
             raise ValueError(f"max_examples must be at least 1, got {max_examples}")
         self.max_examples = max_examples
-        self._data = data
+        self._data = data if classes is None else _Chosen(data, tuple(classes))
         self._once = isinstance(data, Iterator)
 
     def __iter__(self) -> Iterator[Batch]:
         if self._once:
             self._data, self._once = list(_limited(self._data, self.max_examples)), False
         return _limited(self._data, self.max_examples)
+
+
+def class_numbers(config: PreTrainedConfig, classes: Sequence[int | str]) -> tuple[int, ...]:
+    """Return the numbers of classes, given by number or name.
+
+    Raises:
+        ValueError: The model has no such class, or none at all.
+    """
+    if problem_type(config) == "regression":
+        raise ValueError("classes: the model predicts values, not classes")
+    known: Mapping[Any, str] = config.id2label or {}
+    numbers: list[Any] = [
+        (config.label2id or {}).get(c, -1) if isinstance(c, str) else c for c in classes
+    ]
+    unknown = [c for c, number in zip(classes, numbers, strict=True) if number not in known]
+    if unknown or not numbers:
+        raise ValueError(
+            f"classes {list(classes)!r}: expected some of {list(known.values())}, or their numbers"
+        )
+    return tuple(dict.fromkeys(numbers))
+
+
+class _Chosen:
+    """The examples of some classes; of several labels at a time, those with one of the classes."""
+
+    def __init__(self, data: Iterable[Mapping[str, Any]], classes: tuple[int, ...]) -> None:
+        self.data, self.classes = data, classes
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.data:
+            labels = batch.get("labels", batch.get("label"))
+            if labels is None:
+                raise ValueError(
+                    "classes chooses examples by their labels, and the calibration data has none: "
+                    "add `labels` to the batches"
+                )
+            wanted = torch.tensor(self.classes, device=labels.device)
+            rows = labels[:, wanted].any(1) if labels.ndim > 1 else torch.isin(labels, wanted)
+            if rows.any():
+                yield {k: v[rows] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
 def _limited(data: Iterable[Mapping[str, Any]], max_examples: int) -> Iterator[Batch]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from hfslim.anatomy import Site, Units
 from hfslim.objective import IGNORED_LABEL, ProblemType, hard_loss, logits_of, problem_type
 from hfslim.prune import importance
-from hfslim.prune.criteria import CRITERIA, Criterion, Seen, check_labels
+from hfslim.prune.criteria import CRITERIA, Criterion, Rows, Seen, check_labels
 from hfslim.prune.finite import check_finite
 from hfslim.prune.gates import Gates, Key
 from hfslim.prune.importance import Scores
@@ -31,18 +31,29 @@ class Collector:
         gates: The gates, attached or not.
         criteria: The name of the criterion of each kind of unit.
         mean_loss: Whether the loss that is back-propagated is a mean over the batch, not a sum.
+        classes: Number of classes whose sums are kept apart as well; 0 for none.
 
     Attributes:
         scores: The sums so far, of this rank.
+        by_class: The same sums over the examples of each class alone.
+        labels: The class of each example of the current batch, where classes are kept apart.
         unlabelled: Whether the current batch has no labels, so that predictions stand in.
         problem: What the model's logits mean; by its config if None.
     """
 
-    def __init__(self, gates: Gates, criteria: Mapping[Kind, str], mean_loss: bool = False) -> None:
+    def __init__(
+        self,
+        gates: Gates,
+        criteria: Mapping[Kind, str],
+        mean_loss: bool = False,
+        classes: int = 0,
+    ) -> None:
         self.gates = gates
         self.names = dict(criteria)
         self.criteria = {kind: CRITERIA[name] for kind, name in criteria.items()}
         self.mean_loss = mean_loss
+        self.classes = classes
+        self.labels = torch.empty(0, dtype=torch.long)
         self.unlabelled = False
         self.problem: ProblemType | None = None
         self._temperature: float | None = None
@@ -50,7 +61,11 @@ class Collector:
 
     def reset(self) -> None:
         """Forget all examples."""
-        self.scores = Scores(
+        self.scores = self._nothing()
+        self.by_class = [self._nothing() for _ in range(self.classes)]
+
+    def _nothing(self) -> Scores:
+        return Scores(
             {
                 (site.kind, site.path): torch.zeros(site.size, dtype=torch.float64)
                 for site in self.gates.units
@@ -140,14 +155,15 @@ class Collector:
         wanted = criterion.temperature if self._by_predictions(criterion) else None
         if criterion.gradient and wanted == self._temperature:
             mean = self.mean_loss and wanted is None
-            score = criterion.gradient(gradient * len(gradient) if mean else gradient)
-            self.scores.add(site, index, score)
+            gradient = gradient * len(gradient) if mean else gradient
+            score = criterion.gradient
+            self._add(site, index, lambda rows: score(gradient[rows]))
 
     def _on_activation(
         self, site: Site, index: int, before: torch.Tensor, after: torch.Tensor
     ) -> None:
-        criterion = self.criteria[site.kind]
-        if criterion.activation is None:
+        score = self.criteria[site.kind].activation
+        if score is None:
             return
         before, after = (x.reshape(self.gates.examples, -1, x.shape[-1]) for x in (before, after))
         weight = self.gates.padding
@@ -155,11 +171,23 @@ class Collector:
             weight = torch.ones(after.shape[:2], device=after.device)
         seen = Seen(site, before, after, weight, self._projection(site))
         # What several modules take is seen several times.
-        score = criterion.activation(seen) / max(len(site.feeds), 1)
-        self.scores.add(site, index, score)
+        times = max(len(site.feeds), 1)
+        self._add(site, index, lambda rows: score(seen.of(rows)) / times)
+
+    def _add(self, site: Site, index: int, score: Callable[[Rows], torch.Tensor]) -> None:
+        """Add the score of the current batch, or of each class in it, to the sums."""
+        if not self.by_class:
+            self.scores.add(site, index, score(slice(None)))
+            return
+        for number in self.labels.unique().tolist():
+            part = score(self.labels == number)
+            self.scores.add(site, index, part)
+            self.by_class[number].add(site, index, part)
 
     def _on_output(self, output: Any) -> None:
         self.scores.count += self.gates.examples
+        for number, one in enumerate(self.by_class):
+            one.count += int((self.labels == number).sum())
         if not torch.is_grad_enabled():
             return
         problem = self.problem or problem_type(self.gates.model.config)  # type: ignore[arg-type]
@@ -208,17 +236,28 @@ def collect(
         ValueError: There are no examples, a batch or label does not fit, a criterion needs labels
             and there are none, or a score is not finite.
     """
-    gates = Gates(model, units)
-    collector = Collector(gates, criteria)
-    if not collector.needs_data:
-        return collector.result(model, seed, data, progress)
-    with gates, evaluating(model), frozen(model):
+    collector = Collector(Gates(model, units), criteria)
+    if collector.needs_data:
+        run(model, collector, data, progress)
+    return collector.result(model, seed, data, progress)
+
+
+def run(
+    model: PreTrainedModel,
+    collector: Collector,
+    data: Iterable[Mapping[str, Any]],
+    progress: bool = True,
+) -> None:
+    """Let a collector see calibration data, in one pass; the model is not changed.
+
+    Raises:
+        ValueError: A batch or label does not fit, or a criterion needs labels and there are none.
+    """
+    with collector.gates, evaluating(model), frozen(model):
         collector.start()
         for batch in track(data, "scoring", disable=not progress, transient=True):
             _score(model, collector, batch)
-    scores = collector.result(model, seed, data, progress)
-    logger.info("scored %s on %d examples", dict(criteria), collector.scores.count)
-    return scores
+    logger.info("scored %s on %d examples", collector.names, collector.scores.count)
 
 
 @contextmanager
@@ -240,6 +279,8 @@ def _score(model: PreTrainedModel, collector: Collector, batch: Mapping[str, Any
     labels = inputs.pop("labels", inputs.pop("label", None))
     if labels is None:
         check_labels(collector.names)
+    if collector.by_class:
+        collector.labels = _classes(labels, collector.classes)
     collector.unlabelled = labels is None
     collector.problem = problem = problem_type(model.config, labels)
     collector.gates.fired.clear()
@@ -261,6 +302,22 @@ def _check_labels(labels: torch.Tensor, classes: int, problem: ProblemType) -> N
             raise ValueError(
                 f"labels go from {lowest} to {highest}, the model has classes 0 to {classes - 1}"
             )
+
+
+def _classes(labels: torch.Tensor | None, classes: int) -> torch.Tensor:
+    """Return the class of each example, `[examples]`; refuse examples without exactly one."""
+    if labels is None or labels.ndim != 1 or labels.is_floating_point():
+        given = "none" if labels is None else f"{labels.dtype} of shape {tuple(labels.shape)}"
+        raise ValueError(
+            "importance by class needs the class of each example, integers `labels` [examples]; "
+            f"the batch has {given}"
+        )
+    if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
+        raise ValueError(
+            f"importance by class needs a class from 0 to {classes - 1} for each example; labels "
+            f"go from {labels.min().item()} to {labels.max().item()}"
+        )
+    return labels
 
 
 def same_total(scores: dict[Key, torch.Tensor]) -> dict[Key, torch.Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,8 @@ from hfslim.structure import KINDS, Kind
 Criteria = str | Mapping[Kind, str]
 """The name of a criterion, or one for each kind of unit."""
 Labels = Literal["needed", "optional", "unused"]
+Rows = torch.Tensor | slice
+"""Which examples of a batch, `[examples]`."""
 
 OUTPUT_NORM = 1e-5
 """K-prune's λ, the weight of the output norm."""
@@ -46,6 +48,12 @@ class Seen:
     def added(self) -> torch.Tensor:
         """What the units add: of layers, to the residual stream."""
         return self.after - self.before if self.site.kind == "layers" else self.after
+
+    def of(self, rows: Rows) -> Seen:
+        """Return what is seen of some examples."""
+        return replace(
+            self, before=self.before[rows], after=self.after[rows], weight=self.weight[rows]
+        )
 
     @property
     def units(self) -> int:

@@ -13,6 +13,8 @@ from hfslim.anatomy import Site, Units
 from hfslim.objective import ProblemType
 from hfslim.prune.gates import Key
 
+EMPTY = "no examples were scored: the calibration data is empty, or has none of the classes"
+
 
 class UnusableScoresError(ValueError):
     """There are no scores to decide by, or they are not finite."""
@@ -37,7 +39,7 @@ class Scores:
             UnusableScoresError: There are no examples, or a score is not finite.
         """
         if not self.count:
-            raise UnusableScoresError("no examples were scored: the calibration data is empty")
+            raise UnusableScoresError(EMPTY)
         for (kind, path), value in self.sums.items():
             if not torch.isfinite(value).all():
                 raise UnusableScoresError(

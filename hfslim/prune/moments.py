@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hfslim.anatomy import Site, Units
 from hfslim.prune.gates import Gates, Key
-from hfslim.prune.importance import UnusableScoresError
+from hfslim.prune.importance import EMPTY, UnusableScoresError
 from hfslim.prune.listening import listen
 
 RIDGE = 1e-2
@@ -148,7 +148,7 @@ def gather(
         moments.examples += examples
         moments.reduce()
         if not moments.examples:
-            raise UnusableScoresError("no examples were scored: the calibration data is empty")
+            raise UnusableScoresError(EMPTY)
         if not torch.isfinite(moments.outer).all() or not torch.isfinite(moments.second).all():
             raise UnusableScoresError(
                 f"inputs or gradients at the {kind} of {path!r} are not finite: check the model's "

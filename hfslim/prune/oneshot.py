@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hfslim.adapters import check_merged
 from hfslim.anatomy import Stated, find_units, stated_inputs
-from hfslim.prune.batches import Batches
+from hfslim.prune.batches import Batches, class_numbers
 from hfslim.prune.criteria import Criteria, criteria_by_kind, usual_criterion
 from hfslim.prune.family import Member, PruneFamily, point
 from hfslim.prune.gates import Key
@@ -64,6 +64,7 @@ def prune(
     resource: Resource | None = None,
     evaluate: Evaluate | None = None,
     uniform: bool = False,
+    classes: Sequence[int | str] | None = None,
 ) -> PruneResult: ...
 
 
@@ -85,6 +86,7 @@ def prune(
     resource: Resource | None = None,
     evaluate: Evaluate | None = None,
     uniform: bool = False,
+    classes: Sequence[int | str] | None = None,
 ) -> PruneFamily: ...
 
 
@@ -105,6 +107,7 @@ def prune(
     resource: Resource | None = None,
     evaluate: Evaluate | None = None,
     uniform: bool = False,
+    classes: Sequence[int | str] | None = None,
 ) -> PruneResult | PruneFamily:
     """Cut a trained classifier without training: to a target, or as far as a metric allows.
 
@@ -142,6 +145,8 @@ def prune(
         evaluate: Returns a metric of a model, higher is better.
         uniform: Whether every layer keeps the same number of heads and of neurons, so that the
             stock config tells the structure and the model loads without hfslim.
+        classes: Numbers or names of the classes to keep best: only their examples calibrate. All if
+            not given.
 
     Returns:
         The structure, the model, the scores and what was tried; of `family`, the members with what
@@ -155,7 +160,8 @@ def prune(
         RuntimeError: The cut model would not equal the gated one. The model is unchanged.
     """
     goal = Goal.parse(target, max_metric_drop, family, resource, evaluate is not None, units)
-    batches = Batches(data, max_examples)
+    chosen = None if classes is None else class_numbers(model.config, classes)
+    batches = Batches(data, max_examples, chosen)
     check_merged(model)
     sites = find_units(model).of(units)
     if uniform:
