@@ -31,7 +31,7 @@ bench: $(VENV)/.hfslim-bench data/tweets data/fashion-mnist data/prompts ## Comp
 	$(RIVALS) text --model $(MINILM)
 	$(RIVALS) image
 	$(RIVALS) speech --model $(WHISPER)
-	$(BIN)/python -m benchmarks.rivals.tables
+	$(BIN)/python -m benchmarks.tables
 
 bench-quick: $(VENV)/.hfslim-bench data/tweets ## The same on two small tasks (minutes)
 	$(RIVALS) digits $(QUICK) --output outputs/bench_quick/digits.json
@@ -39,7 +39,7 @@ bench-quick: $(VENV)/.hfslim-bench data/tweets ## The same on two small tasks (m
 		--output_dir outputs/bench_quick/text --data.max_train_samples 3000 --train 1024 \
 		--evaluation 500 --calibration 256 --selection 128
 	for name in digits text; do \
-		$(BIN)/python -m benchmarks.rivals.tables --print outputs/bench_quick/$$name.json; done
+		$(BIN)/python -m benchmarks.tables --print outputs/bench_quick/$$name.json; done
 
 data/%:
 	$(BIN)/python recipes/prepare_data.py $*

@@ -12,7 +12,8 @@ from models import tiny
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 
 import benchmarks.rivals.__main__ as command
-from benchmarks.rivals import depgraph, tables
+from benchmarks import tables
+from benchmarks.rivals import depgraph
 from benchmarks.rivals.data import Setting, Task
 from benchmarks.rivals.methods import METHODS, PLACEMENTS
 from benchmarks.rivals.problem import Problem, score
@@ -217,6 +218,7 @@ def test_a_table_gives_mean_and_sample_deviation_over_seeds() -> None:
         cell("hfslim", 0.5, 2, 0.74, 0.80),
     ]
     data = {
+        "name": "text",
         "setting": {
             "recipe": "r.yaml",
             "evaluation": 9,

@@ -4,7 +4,7 @@
 
 Without a teacher, the recipe's is trained first. Cells that are already in the results are not run
 again, so an interrupted run goes on; several processes with other seeds, budgets or methods may
-share a file. The tables: `python -m benchmarks.rivals.tables`.
+share a file. The tables: `python -m benchmarks.tables`.
 """
 
 from __future__ import annotations
