@@ -1,6 +1,7 @@
 """Decoders as sequence classifiers: units go, padding and pooling stay right."""
 
 import pytest
+import sweep
 import torch
 import zoo
 from structures import uneven
@@ -63,3 +64,34 @@ def test_queries_that_share_the_last_key_and_value_go_one_by_one(kind):
         expected = model(**inputs).logits
     hfslim.shrink(model, structure)
     assert (model(**inputs).logits - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("kind", "units", "plain"),
+    [
+        ("gpt2", "layers", True),
+        ("gpt_neo", "layers", True),
+        # Its decay depends on how many layers there were.
+        ("minimax", "layers", False),
+        ("diffllama", "heads", True),
+        ("qwen3_5", "layers", True),
+    ],
+)
+def test_a_cut_is_exact_and_told_by_the_plain_config_where_that_can(kind, units, plain, tmp_path):
+    difference, told = sweep.prove(f"text/{kind}", "eager", (units,), tmp_path)
+    assert difference < 1e-5
+    assert told == plain
+
+
+def test_what_sees_images_is_not_offered_in_a_classifier_of_texts():
+    units = find_units(zoo.tiny("text/qwen3_5"))
+    assert not any("visual" in site.path for site in units)
+    assert {(r.path, r.reason) for r in units.refusals if r.kind == "neurons"} == {
+        ("model.visual", "it sees image and video, but texts are classified by input_ids")
+    }
+
+
+def test_weights_that_several_modules_share_are_refused():
+    units = find_units(zoo.tiny("text/zamba2"))
+    reasons = {refusal.reason for refusal in units.refusals if refusal.kind == "heads"}
+    assert reasons == {"other modules share its weights"}

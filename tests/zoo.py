@@ -260,6 +260,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "segformer": _PYRAMID,
     "regnet": {**_CONV, "groups_width": 8},
     "resnet": _CONV,
+    "shieldgemma2": {"yes_token_index": 5, "no_token_index": 6},
     "swiftformer": {"embed_dims": [16, 16, 32, 32], "depths": [2, 2, 2, 2], "image_size": 64},
     "textnet": {
         "hidden_sizes": [16, 16, 16, 32, 32],

@@ -148,10 +148,11 @@ def _separate(
         return Refusal("heads", path, reason)
     if units == 1 and queries > 1:
         return Heads(queries, queries, True, query.rows(query.outputs // queries))
+    blocks = 2 if known.paired else 1
+    units //= blocks
     projections = dict.fromkeys((query, key, value))
-    return Heads(
-        units, queries, False, [cut for p in projections for cut in p.rows(p.outputs // units)]
-    )
+    rows = (p.rows(*[p.outputs // (units * blocks)] * blocks) for p in projections)
+    return Heads(units, queries, False, [cut for cuts in rows for cut in cuts])
 
 
 def _fused(

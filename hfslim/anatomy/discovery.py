@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
 
 from hfslim.anatomy import families, layer_lists
 from hfslim.anatomy.attention import find_heads
@@ -45,7 +47,7 @@ def find_units(model: nn.Module) -> Units:
             "adapters first (`merge_and_unload()`)"
         )
     finder = _Finder(model)
-    narrow = [*finder.heads(), *finder.neurons()]
+    narrow = finder.own([*finder.heads(), *finder.neurons()])
     layers = list(finder.layers({site.path for site in narrow}))
     around = {
         part: f"{site.path}.{i}"
@@ -78,9 +80,16 @@ class _Finder:
     def _foreign(self, model: nn.Module) -> Iterator[str]:
         """Find the models inside that see another modality than the classifier's main input."""
         main = getattr(model, "main_input_name", "input_ids")
+        reads = "text" in getattr(model, "input_modalities", "text")
         for path, inner in model.named_modules():
-            if isinstance(inner, PreTrainedModel) and main == "input_ids" != inner.main_input_name:
-                reason = f"it sees {inner.main_input_name}, but texts are classified by {main}"
+            if main != "input_ids" or not isinstance(inner, PreTrainedModel):
+                continue
+            seen = inner.main_input_name
+            if reads and seen == main and "text" not in inner.input_modalities:
+                one = inner.input_modalities
+                seen = one if isinstance(one, str) else " and ".join(one)
+            if seen != main:
+                reason = f"it sees {seen}, but texts are classified by {main}"
                 self.refusals += [Refusal(kind, path, reason) for kind in KINDS]
                 yield f"{path}."
 
@@ -121,6 +130,23 @@ class _Finder:
                         fixed=(0,) if middle else (),
                     )
                     break
+
+    def own(self, sites: Iterable[Site]) -> list[Site]:
+        """Leave out sites with weights that other modules use as well."""
+        owners = Counter(
+            id(parameter)
+            for module in self.modules.values()
+            for parameter in set(module._parameters.values()) - {None}
+        )
+        kept = []
+        for site in sites:
+            tensors = (getattr(self.modules[c.module], c.tensor) for c in site.cuts)
+            if any(owners[id(tensor)] > 1 for tensor in tensors):
+                reason = "other modules share its weights"
+                self.refusals.append(Refusal(site.kind, site.path, reason))
+            else:
+                kept.append(site)
+        return kept
 
     def layers(self, inner: set[str]) -> Iterator[Site]:
         """Find the lists whose every element holds a unit, the innermost where they nest."""
@@ -188,7 +214,8 @@ class _Finder:
             return True
         if all(_is_layer(layer) for layer in layers):
             # Some layers may have no unit that is offered; those of speech front ends are no such.
-            return all(any(isinstance(m, nn.Linear) for m in layer.modules()) for layer in layers)
+            linear = nn.Linear | Conv1D
+            return all(any(isinstance(m, linear) for m in layer.modules()) for layer in layers)
         return all(_any_below(f"{path}.{i}", inner) for i in range(len(layers)))
 
     def used(self, site: Site) -> Site:

@@ -102,6 +102,7 @@ class Attention:
         tensors: Further tensors with a head axis, and the dimension.
         sizes: Attributes that hold the width of all heads.
         counted: Whether heads are to be counted by attribute, because sizes differ.
+        paired: Whether a head of the first half goes with its like of the second.
         count_field: The config field in which the module reads its number of heads when it runs.
         keeps_one: Whether the first head must stay, because the module cannot do without any.
         replacement: The class of `hfslim.hub.modeling_hfslim` that must stand in for this one.
@@ -123,6 +124,7 @@ class Attention:
     tensors: tuple[tuple[str, int], ...] = ()
     sizes: tuple[str, ...] = ()
     counted: bool = False
+    paired: bool = False
     count_field: str = ""
     keeps_one: bool = False
     replacement: str = ""
@@ -161,7 +163,7 @@ ATTENTIONS = {
         counted=True,
         sizes=("embed_dim",),
     ),
-    "DiffLlamaAttention": Attention(refused="its heads are subtracted in pairs"),
+    "DiffLlamaAttention": Attention(paired=True),
     "DogeAttention": Attention(refused="its mask is computed from the values of all heads"),
     "FalconAttention": Attention(replacement="BiasedHeads"),
     "FunnelRelMultiheadAttention": Attention(

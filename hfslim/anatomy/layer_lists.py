@@ -13,6 +13,7 @@ SEQUENCE_FIRST = ("XLNetModel",)
 
 TANGLED_LAYERS = {
     "ReformerEncoder": "its layers carry two reversible streams",
+    "Zamba2Model": "its shared blocks look up their adapters by the number of the layer",
 }
 """Modules around a list of layers none of which can go, and why."""
 

@@ -149,16 +149,23 @@ def _is_built(model: PreTrainedModel, layers: dict[str, list[int]]) -> bool:
     """Tell whether the config, written and read, builds a stock model that can be cut to this."""
     try:
         config = type(model.config).from_dict(model.config.to_dict())
-        stock = _tensors(stock_model(model, config))
+        stock = stock_model(model, config)
+        for path, kept in layers.items():
+            modeling_hfslim.keep_layers(cast(nn.ModuleList, stock.get_submodule(path)), kept)
     except Exception as error:
         logger.debug("no stock model: %s", error)
         return False
+    tensors, modules = _tensors(stock), dict(stock.named_modules(remove_duplicate=False))
     return all(
-        name in stock
-        and tensor.ndim == stock[name].ndim
-        and tensor.shape <= stock[name].shape
-        and all(new <= old for new, old in zip(tensor.shape, stock[name].shape, strict=True))
+        name in tensors
+        and tensor.ndim == tensors[name].ndim
+        and all(new <= old for new, old in zip(tensor.shape, tensors[name].shape, strict=True))
         for name, tensor in _tensors(model).items()
+    ) and all(
+        modeling_hfslim.no_larger(value, vars(modules[path])[name])
+        for path, module in model.named_modules(remove_duplicate=False)
+        if path in modules
+        for name, value in _changed(module, modules[path], set(_replacement(module)))
     )
 
 

@@ -415,16 +415,16 @@ def _set_attribute(module: nn.Module, path: str, name: str, value: object) -> No
     old: Any = vars(module).get(name)
     if not known or type(value) is not type(old) or not isinstance(value, int | float | tuple):
         raise BlueprintError(f"{path!r} has no setting {name!r} that could become {value!r}")
-    if not _no_larger(value, old):
+    if not no_larger(value, old):
         raise BlueprintError(f"{path}.{name} cannot become {value}: the stock model has {old}")
     setattr(module, name, value)
 
 
-def _no_larger(new: Any, old: Any) -> bool:
+def no_larger(new: Any, old: Any) -> bool:
     """Tell whether a setting, or each of a tuple, is a count that did not grow, or a number."""
     if isinstance(old, tuple):
         return len(new) == len(old) and all(
-            type(a) is type(b) and isinstance(a, int) and _no_larger(a, b)
+            type(a) is type(b) and isinstance(a, int) and no_larger(a, b)
             for a, b in zip(new, old, strict=True)
         )
     return math.isfinite(new) if isinstance(old, float) else 0 <= new <= max(old, 0)
