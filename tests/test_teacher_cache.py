@@ -27,11 +27,13 @@ def losses(folder: Path, cache: Path | None, family: str = "bert", **settings: o
         config(
             folder,
             teacher_cache=cache and str(cache),
-            logging_steps=1,
-            max_steps=8,
-            save_steps=4,
-            gradient_accumulation_steps=2,
-            **settings,
+            **{
+                "logging_steps": 1,
+                "max_steps": 8,
+                "save_steps": 4,
+                "gradient_accumulation_steps": 2,
+                **settings,
+            },
         ),
         teacher=tiny(family, seed=1),
         train_dataset=examples(student, count=18),

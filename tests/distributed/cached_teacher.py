@@ -15,14 +15,15 @@ from test_teacher_cache import losses
 
 
 def main(folder: Path) -> None:
-    runs = {
-        name: losses(folder / name, cache)
-        for name, cache in (
-            ("live", None),
-            ("filled", folder / "cache"),
-            ("read", folder / "cache"),
+    # Two steps an epoch, of two batches on each process: step 3 is in the middle of the second.
+    runs = {}
+    for name, cache in (("live", None), ("filled", folder / "cache"), ("read", folder / "cache")):
+        runs[name] = losses(folder / name, cache, save_steps=3)
+        checkpoint = folder / name / "checkpoint-3"
+        assert 1 < json.loads((checkpoint / "trainer_state.json").read_text())["epoch"] < 2
+        runs[f"{name}, resumed"] = losses(
+            folder / name, cache, save_steps=3, resume=str(checkpoint)
         )
-    }
     (folder / f"losses.{torch.distributed.get_rank()}.json").write_text(json.dumps(runs))
     test_paired_teacher.main(folder / "paired")
     torch.distributed.barrier()
