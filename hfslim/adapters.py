@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from typing import Any
 
@@ -76,13 +77,27 @@ def check_merged(model: nn.Module) -> None:
 def plain_twin(model: Any) -> Any:
     """Return a model with the same modules less the adapters, without weights, to look at.
 
+    What was cut out of the model is not in its twin either.
+
     Args:
         model: A transformers model with adapters inside; without any it is returned itself.
     """
     if not _adapted_layers(model):
         return model
-    with torch.device("meta"):
-        return type(model)(model.config)
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    empty: dict[int, Any] = {}
+    for parameter in model.parameters():
+        empty[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+    empty.update({id(buffer): buffer.to("meta") for buffer in model.buffers()})
+    twin = copy.deepcopy(model, empty)
+    for path, module in list(twin.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            twin.set_submodule(path, module.get_base_layer())
+        elif isinstance(module, ModulesToSaveWrapper):
+            twin.set_submodule(path, module.original_module)
+    return twin
 
 
 def _adapted_layers(model: nn.Module) -> list[Any]:

@@ -146,7 +146,9 @@ def _transfer(work: Work, stage: Transfer, entry: Entry, args: Any) -> None:
 
 
 def _distil(work: Work, stage: Distil | Recover, entry: Entry, args: Any) -> None:
-    model = work.load(new_head=isinstance(stage, Distil))
+    model: Any = work.load(new_head=isinstance(stage, Distil))
+    if stage.lora_rank is not None:
+        model = with_lora(model, stage.lora_rank)
     trainer = DistillationTrainer(model=model, args=args, **work.taught_parts(work.teachers(stage)))
     work.train_and_save(trainer, entry)
 

@@ -60,8 +60,7 @@ class Transfer(Stage):
     def __post_init__(self) -> None:
         if not 0 < self.unfrozen_at <= 1:
             raise ValueError(f"unfrozen_at {self.unfrozen_at} must be above 0 and up to 1")
-        if self.lora_rank < 1:
-            raise ValueError(f"lora_rank must be at least 1, got {self.lora_rank}")
+        check_rank(self.lora_rank)
         if self.l2_sp < 0:
             raise ValueError(f"l2_sp must be 0 or more, got {self.l2_sp}")
         if self.l2_sp and self.method in ("head", "lora"):
@@ -73,22 +72,36 @@ class Transfer(Stage):
 
 @dataclass(frozen=True)
 class Distil(Stage):
-    """Train the model on the outputs of a teacher, or of several, and the labels."""
+    """Train the model on the outputs of a teacher, or of several, and the labels.
+
+    With `lora_rank` adapters of that rank and the head train, and are folded in at the end.
+    """
 
     name = "distil"
     arguments = DistillationConfig
     teacher: str | tuple[str, ...] | None = None
+    lora_rank: int | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_rank(self.lora_rank)
 
 
 @dataclass(frozen=True)
 class Recover(Stage):
-    """Train the cut model on the outputs of the model before its first cut, or named teachers."""
+    """Train the cut model on the outputs of the model before its first cut, or named teachers.
+
+    With `lora_rank` adapters of that rank and the head train, and are folded in at the end.
+    """
 
     name = "recover"
     arguments = DistillationConfig
     teacher: str | tuple[str, ...] | None = None
+    lora_rank: int | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_rank(self.lora_rank)
 
 
 class Cut(Stage):
@@ -251,6 +264,12 @@ class Push(Stage):
 
     def __post_init__(self) -> None:
         validate_repo_id(self.hub_model_id)
+
+
+def check_rank(rank: int | None) -> None:
+    """Refuse a rank of LoRA below 1."""
+    if rank is not None and rank < 1:
+        raise ValueError(f"lora_rank must be at least 1, got {rank}")
 
 
 STAGES: dict[str, type[Stage]] = {

@@ -21,6 +21,7 @@ from transformers.utils import logging
 from hfslim.adapters import base_of
 from hfslim.distill.capture import layer_modules
 from hfslim.figures import FiguresCallback
+from hfslim.prune.weights import sparse_modules
 
 __all__ = ["L2SP", "GradualUnfreezing", "head_modules", "train_head_only", "with_lora"]
 
@@ -75,13 +76,21 @@ def with_lora(model: PreTrainedModel, rank: int) -> Any:
         A `peft.PeftModel`; `hfslim.merge_adapters` turns it back into a plain model.
 
     Raises:
-        ValueError: No layers are found, or no head.
+        ValueError: No layers are found, or no head; or weights are sparse, whose zeros the adapters
+            would fill when they are folded in.
 
     References:
         Hu et al., LoRA, 2021, arXiv:2106.09685.
     """
     from peft import LoraConfig, get_peft_model
 
+    sparse = sparse_modules(model)
+    if sparse:
+        raise ValueError(
+            f"{len(sparse)} weights of {type(model).__name__} are sparse, such as {sparse[0]!r}, "
+            "and adapters that are folded in would fill their zeros: train without lora_rank, "
+            "which holds them."
+        )
     inside = {module for layer in layer_modules(model) for module in layer.modules()}
     targets = [n for n, m in model.named_modules() if m in inside and isinstance(m, nn.Linear)]
     if not targets:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
 from transformers.trainer_callback import ExportableState
 
+from hfslim.adapters import check_merged
 from hfslim.figures import FiguresCallback
 from hfslim.prune.gates import attached
 from hfslim.prune.held_zeros import HeldZeros
@@ -132,6 +133,7 @@ class WeightPruningCallback(FiguresCallback, ExportableState):
     ) -> None:
         """Take up the zeros that the model has, and a saved state where training resumes."""
         self._scores_gradients = self.goal is not None and self._method == "movement"
+        check_merged(model)
         check_whole_parameters(args, type(self).__name__)
         check_saved_between_steps(type(self).__name__)
         if self._scores_gradients:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hfslim.adapters import check_merged
 from hfslim.prune.batches import Batches
 from hfslim.prune.held_zeros import HeldZeros
 from hfslim.prune.moments import InputMoments
@@ -105,6 +106,7 @@ def sparsify(
         RuntimeError: The processes found different zeros.
     """
     goal = Goal.parse(sparsity, pattern)
+    check_merged(model)
     scope = check_scope(method, scope)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
