@@ -107,6 +107,10 @@ class Manifest:
             place = f"stage {number + 1} ({entry.name})"
             _refuse_changes(entry.settings, _plain(settings[number]), place, advice)
 
+    def finished(self, stages: int) -> bool:
+        """Tell whether this many stages are finished."""
+        return sum(entry.finished for entry in self.stages) == stages
+
     def begin(self, name: str, folder: str, settings: Mapping[str, Any]) -> Entry:
         """Add a stage, or take up the one that was interrupted."""
         entry = next((e for e in self.stages if e.folder == folder), None)

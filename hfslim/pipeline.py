@@ -13,14 +13,14 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from hfslim.checkpoint import SlimTrainer
 from hfslim.distill import DistillationConfig, DistillationTrainer
-from hfslim.distill.teacher import load_teacher
 from hfslim.hub.card import RECIPE
 from hfslim.hub.push import check_login, push
 from hfslim.manifest import Entry, Manifest
 from hfslim.measure import compare
 from hfslim.prune import PruningCallback, prune, sparsify
 from hfslim.recipe import Recipe, RecipeError, recipe_yaml
-from hfslim.results import final_report, known_metrics, run_report
+from hfslim.report import REPORT
+from hfslim.results import current_report, judge_pair, run_report
 from hfslim.stages import (
     Cut,
     Distil,
@@ -31,7 +31,6 @@ from hfslim.stages import (
     Sparsify,
     Stage,
     Transfer,
-    listed,
 )
 from hfslim.tasks import TASKS
 from hfslim.transfer import L2SP, GradualUnfreezing, train_head_only, with_lora
@@ -70,6 +69,9 @@ def run(recipe: Recipe) -> Path:
     manifest = Manifest.open(folder, _base(recipe))
     manifest.check([stage.name for stage, _ in plan], [stage.settings for stage, _ in plan])
     process = PartialState()
+    if manifest.finished(len(plan)) and (folder / REPORT).exists():
+        logger.info("finished before, report in %s", folder)
+        return folder / next(n for s, n in reversed(plan) if not isinstance(s, Measure | Push))
     if process.is_main_process and _will_push(manifest, plan):
         check_login()
     try:
@@ -99,7 +101,17 @@ def run(recipe: Recipe) -> Path:
             work.whole = work.source
         if not isinstance(stage, Measure | Push):
             work.source, work.latest = str(folder / name), entry
+    _publish(work)
     return Path(work.source or folder)
+
+
+def _publish(work: Work) -> None:
+    """Write the report of the last model beside the stages."""
+    report = current_report(work)
+    if PartialState().is_main_process:
+        report.write(work.manifest.folder)
+        for warning in report.warnings:
+            logger.warning("warning: %s", warning)
 
 
 def _will_push(manifest: Manifest, plan: list[tuple[Stage, str]]) -> bool:
@@ -220,44 +232,36 @@ def _sparsify(work: Work, stage: Sparsify, entry: Entry, args: Any) -> None:
 
 
 def _measure(work: Work, stage: Measure, entry: Entry, args: Any) -> None:
-    task, folder = TASKS[work.recipe.task], work.manifest.folder / entry.folder
-    origin = str(work.whole or _first_teacher(work.recipe))
-    own = None if work.whole else work.own_processor(origin)
-    after = task.auto_model.from_pretrained(work.source)
-    before: Any = load_teacher(origin, after, allow_untrained=True)
-    teacher = known_metrics(work, origin) or work.evaluate(before, own)
-    now = known_metrics(work, work.source) or work.evaluate(after)
+    pair = judge_pair(work)
+    assert pair.before is not None  # which the recipe has checked
     if not PartialState().is_main_process:
         return
-    device = work.evaluation.device
+    folder, device = work.manifest.folder / entry.folder, work.evaluation.device
+    before: Any = pair.before
+    after: Any = pair.after
     for model in (before, after):
         model.to(device=device)
     comparisons = []
     for size in stage.batch_sizes:
         logger.info("measuring at batch %d on %s", size, device)
         inputs = work.inputs(after, size, stage.length)
-        theirs = inputs if own is None else work.inputs(before, size, stage.length)
+        theirs = inputs if pair.processor is None else work.inputs(before, size, stage.length)
         comparisons.append(compare(before, after, inputs, before_inputs=theirs))
-    report = run_report(work, after, comparisons, now, teacher)
+    report = run_report(work, pair, comparisons)
     report.print()
     report.write(folder)
     logger.info("report in %s", folder)
 
 
-def _first_teacher(recipe: Recipe) -> str:
-    """Return the recipe's teacher, else the last stage's that has one; the first of several."""
-    named = [getattr(stage, "teacher", None) for stage in recipe.stages]
-    return next(listed(one)[0] for one in (recipe.teacher, *reversed(named)) if one)
-
-
 def _push(work: Work, stage: Push, entry: Entry, args: Any) -> None:
+    report = current_report(work)
     if not PartialState().is_main_process:
         return
     folder = work.manifest.folder / entry.folder
     model = TASKS[work.recipe.task].auto_model.from_pretrained(work.source)
     for part in (model, work.processor):
         part.save_pretrained(folder)
-    final_report(work, model).write(folder)
+    report.write(folder)
     (folder / RECIPE).write_text(recipe_yaml(work.recipe), encoding="utf-8")
     commit = push(
         folder, stage.hub_model_id, private=stage.hub_private_repo, revision=stage.hub_revision

@@ -5,32 +5,24 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hfslim import zeros
+from hfslim import tables, zeros
+from hfslim.answers import Answers
 from hfslim.measure import Comparison, Measurement
-from hfslim.picture import natural
 from hfslim.provenance import Provenance
+from hfslim.spread import Spread
+from hfslim.tables import Row, Section, markdown_table, number
 from hfslim.timing import Latency
 
-__all__ = ["NOT_MEASURED", "REPORT", "Quality", "Report", "Row", "markdown_table"]
+__all__ = ["REPORT", "Quality", "Report"]
 
-BAR_WIDTH = 24
 REPORT = "report.json"
-NOT_MEASURED = "not measured"
-COSTS = (
-    "parameters",
-    "parameters without embeddings",
-    "bytes of weights",
-    "MACs",
-    "p50 ms",
-    "p95 ms",
-    "examples/s",
-)
+CLASSES = 12
 
 
 @dataclass(frozen=True)
@@ -59,15 +51,6 @@ class Quality:
         return None if self.teacher is None else self.value - self.teacher
 
 
-class Row(NamedTuple):
-    """A line of the table of figures: what it is, before, after, and how they relate."""
-
-    figure: str
-    before: str
-    after: str
-    change: str
-
-
 @dataclass(frozen=True)
 class Report:
     """Cost and quality of a model before and after compression, and how it was made.
@@ -81,6 +64,10 @@ class Report:
         stages: The path taken, as in a recipe: each stage's name to its settings.
         weight_sparsity: Zeros of each kind of module, the last row of all, as of
             `WeightSparsity.to_dict`; none if the weights are dense.
+        answers: What the model answers class by class, beside its teacher; None for regression, or
+            if not measured.
+        stability: Figures over several seeds; none of a single run.
+        warnings: What the averages hide.
         provenance: What the model was made from, and on which machine.
     """
 
@@ -90,6 +77,9 @@ class Report:
     structure: Sequence[Mapping[str, Any]] = ()
     stages: Sequence[Mapping[str, Mapping[str, Any]]] = field(default=())
     weight_sparsity: Sequence[Mapping[str, Any]] = ()
+    answers: Answers | None = None
+    stability: Sequence[Spread] = ()
+    warnings: Sequence[str] = ()
     provenance: Provenance = field(default_factory=Provenance)
 
     @classmethod
@@ -109,7 +99,7 @@ class Report:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Report":
         """Rebuild a report from what `to_dict` gives."""
-        quality = []
+        quality, answers = [], values.get("answers")
         for one in values.get("quality", ()):
             own = {key: value for key, value in one.items() if key != "difference"}
             own["value"] = math.nan if own["value"] is None else own["value"]
@@ -122,6 +112,9 @@ class Report:
             structure=values.get("structure", ()),
             stages=values.get("stages", ()),
             weight_sparsity=values.get("weight_sparsity", ()),
+            answers=Answers.from_dict(answers) if answers else None,
+            stability=[Spread.from_dict(one) for one in values.get("stability", ())],
+            warnings=values.get("warnings", ()),
             provenance=Provenance.from_dict(values.get("provenance", {})),
         )
 
@@ -137,12 +130,15 @@ class Report:
             "structure": [dict(row) for row in self.structure],
             "stages": [{name: dict(made) for name, made in s.items()} for s in self.stages],
             "weight_sparsity": [dict(row) for row in self.weight_sparsity],
+            "answers": self.answers and self.answers.to_dict(),
+            "stability": [one.to_dict() for one in self.stability],
+            "warnings": list(self.warnings),
             "provenance": asdict(self.provenance),
         }
         return json.loads(json.dumps(values, allow_nan=False))
 
     def print(self, console: Console | None = None) -> None:
-        """Show the figures, the kept units of each layer as bars, and the stages.
+        """Show the figures, the tables of `sections`, and the stages.
 
         Args:
             console: Where to print; the terminal if none is given.
@@ -156,20 +152,8 @@ class Report:
         for row in self.figures():
             figures.add_row(*map(escape, row))
         console.print(figures)
-        if self.structure:
-            kept = Table(title="Kept in each layer", title_justify="left")
-            for heading in ("layer", "units", "kept"):
-                kept.add_column(heading)
-            kept.add_column("", justify="right")
-            for path, kind, bar, count in self.kept():
-                kept.add_row(path, kind, bar, count)
-            console.print(kept)
-        if self.weight_sparsity:
-            found = Table(*zeros.HEADINGS, title="Zeros among the weights", title_justify="left")
-            for cells in zeros.cells(self.weight_sparsity):
-                found.add_row(*cells)
-            console.print(found)
-            console.print(zeros.use(self.weight_sparsity), markup=False)
+        for section in self.sections():
+            section.print(console)
         for line in self.path():
             console.print(line, markup=False)
 
@@ -179,14 +163,8 @@ class Report:
             f"# {self.model}",
             markdown_table(("", "before", "after", "change"), self.figures()),
             "\n".join(f"- {line}" for line in self.conditions()),
+            *(section.to_markdown() for section in self.sections()),
         ]
-        if self.structure:
-            rows = [(f"`{path}`", kind, f"`{bar}`", n) for path, kind, bar, n in self.kept()]
-            table = markdown_table(("layer", "units", "kept", ""), rows)
-            blocks += ["## Kept in each layer", table]
-        if self.weight_sparsity:
-            table = markdown_table(zeros.HEADINGS, zeros.cells(self.weight_sparsity))
-            blocks += ["## Zeros among the weights", table, zeros.use(self.weight_sparsity)]
         if self.stages:
             blocks += ["## How it was made", "\n".join(self.path())]
         return "\n\n".join(blocks) + "\n"
@@ -207,61 +185,43 @@ class Report:
         """The lines of the table of figures."""
         rows = self.costs()
         for q in self.quality:
-            values = (
-                _number(q.teacher, " (teacher)"),
-                _number(q.value),
-                _number(q.difference, sign="+"),
-            )
-            rows.append(Row(f"{q.metric}, {q.data}", *values))
+            values = (number(q.teacher, " (teacher)"), number(q.value))
+            rows.append(Row(f"{q.metric}, {q.data}", *values, number(q.difference, sign="+")))
         return rows
 
     def costs(self) -> list[Row]:
         """The lines of parameters, bytes, multiply-accumulates and times."""
-        if not self.comparisons:
-            return [Row(figure, NOT_MEASURED, NOT_MEASURED, "-") for figure in COSTS]
-        before, after = self.comparisons[0].before, self.comparisons[0].after
-        rows = [
-            _count("parameters", before.parameters, after.parameters),
-            _count(
-                "parameters without embeddings",
-                before.parameters_without_embeddings,
-                after.parameters_without_embeddings,
-            ),
-            _count("bytes of weights", before.bytes, after.bytes),
-        ]
-        for c in self.comparisons:
-            at = f"batch {c.after.latency.batch_size}"
-            rows.append(_count(f"MACs, {at}", c.before.macs, c.after.macs))
-            rows += _times(at, c)
-        return rows
+        return tables.costs(self.comparisons)
 
     def conditions(self) -> list[str]:
         """What each measurement holds for: input, device, dtype, threads, calls."""
-        lines = []
-        for c in self.comparisons:
-            before, after = _stated(c.before.latency), _stated(c.after.latency)
-            stated = after if before == after else f"before {before}; after {after}"
-            inputs = c.after.inputs
-            if c.before.inputs != inputs:
-                inputs = f"before {c.before.inputs}; after {inputs}"
-            lines.append(
-                f"Batch {c.after.latency.batch_size}: {inputs}; {stated}; "
-                f"{c.after.latency.calls} calls of each in turn; "
-                "speedup of the median with its 95 % interval."
-            )
-        return lines
+        return tables.conditions(self.comparisons)
 
-    def kept(self) -> list[tuple[str, str, str, str]]:
-        """Layer, kind of unit, a bar and the numbers kept and before, layer by layer."""
-        return [
-            (
-                row["path"],
-                row["kind"],
-                _bar(row["kept"], row["total"]),
-                f"{row['kept']:,} / {row['total']:,}",
-            )
-            for row in sorted(self.structure, key=lambda row: natural(row["path"]))
-        ]
+    def behaviour(self) -> list[Section]:
+        """The tables of what the model answers: over seeds, and class by class."""
+        warnings = [f"Warning: {told}." for told in self.warnings]
+        sections = []
+        if self.stability:
+            rows = [one.cells() for one in self.stability]
+            headings = ("", "mean", "spread", "worst", "seed of it")
+            title = f"Over {len(self.stability[0].seeds)} seeds"
+            notes = ["Spread: standard deviation over the seeds.", *warnings]
+            sections.append(Section(title, headings, rows, notes, right=(1, 2, 3, 4)))
+        if self.answers:
+            sections.append(_by_class(self.answers, () if self.stability else warnings))
+        return sections
+
+    def sections(self) -> list[Section]:
+        """The tables below that of the figures: behaviour, kept units, zeros."""
+        sections = self.behaviour()
+        if self.structure:
+            headings = ("layer", "units", "kept", "")
+            bars = tables.kept(self.structure)
+            sections.append(Section("Kept in each layer", headings, bars, code=(0, 2), right=(3,)))
+        if self.weight_sparsity:
+            cells, use = zeros.cells(self.weight_sparsity), zeros.use(self.weight_sparsity)
+            sections.append(Section("Zeros among the weights", zeros.HEADINGS, cells, [use]))
+        return sections
 
     def path(self) -> list[str]:
         """The stages, numbered, with their settings."""
@@ -284,10 +244,6 @@ def _comparison(values: Mapping[str, Any]) -> Comparison:
     return Comparison(**{**values, **sides})
 
 
-def _number(value: float | None, after: str = "", sign: str = "") -> str:
-    return NOT_MEASURED if value is None else f"{value:{sign}.4f}{after}"
-
-
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -295,44 +251,21 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _count(figure: str, before: int, after: int) -> Row:
-    change = f"{after / before:.1%} kept" if before else "-"
-    return Row(figure, f"{before:,}", f"{after:,}", change)
-
-
-def _times(at: str, comparison: Comparison) -> list[Row]:
-    before, after = comparison.before.latency, comparison.after.latency
-    faster = f"speedup {comparison.speedup:.2f}x ({comparison.low:.2f} to {comparison.high:.2f})"
-    return [
-        Row(f"p50 ms, {at}", f"{before.p50_ms:.2f}", f"{after.p50_ms:.2f}", faster),
-        Row(
-            f"p95 ms, {at}",
-            f"{before.p95_ms:.2f}",
-            f"{after.p95_ms:.2f}",
-            f"{before.p95_ms / after.p95_ms:.2f}x",
-        ),
-        Row(
-            f"examples/s, {at}",
-            f"{before.throughput:,.1f}",
-            f"{after.throughput:,.1f}",
-            f"{after.throughput / before.throughput:.2f}x",
-        ),
+def _by_class(answers: Answers, warnings: Sequence[str]) -> Section:
+    """Return the classes and how they fare, the worst of them where they are many."""
+    lines, notes = answers.lines(), [*answers.notes(), *warnings]
+    if len(lines) > CLASSES:
+        notes.append(f"The {CLASSES} of {len(lines)} classes that fare worst; all: {REPORT}.")
+        lines = sorted(lines, key=lambda line: (-(line.lost or 0.0), line.model))[:CLASSES]
+    rows = [
+        (
+            line.name,
+            f"{line.examples:,}",
+            number(line.teacher),
+            number(line.model),
+            "-" if line.lost is None else number(-line.lost, sign="+"),
+        )
+        for line in lines
     ]
-
-
-def _stated(time: Latency) -> str:
-    return f"{time.device}, {time.dtype}, {time.threads} threads"
-
-
-def _bar(kept: int, total: int) -> str:
-    # Neither a survivor nor a removal may vanish in the rounding.
-    filled = round(BAR_WIDTH * kept / total) if total else 0
-    if 0 < kept < total:
-        filled = min(max(filled, 1), BAR_WIDTH - 1)
-    return "█" * filled + "░" * (BAR_WIDTH - filled)
-
-
-def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay out rows as a Markdown table."""
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in x) + " |" for x in lines)
+    headings = ("class", "examples", "right before", "right after", "change")
+    return Section("Class by class", headings, rows, notes, right=(1, 2, 3, 4))

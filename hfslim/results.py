@@ -4,70 +4,83 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from hfslim.distill import DistillationConfig
+from hfslim.distill.teacher import load_teacher
 from hfslim.manifest import Manifest
 from hfslim.measure import Comparison
 from hfslim.provenance import Machine, Origin, Provenance
 from hfslim.prune.weights import zeros_of
 from hfslim.report import REPORT, Quality, Report
-from hfslim.stages import Cut, Distil, Measure, Recover, listed
+from hfslim.stages import Cut, Distil, Measure, Push, Recover, listed
 from hfslim.tasks import DataConfig
 from hfslim.tasks.data import DIGITS
 from hfslim.work import Work
+from hfslim.workbench import Judged
 
-__all__ = ["Metrics", "final_report", "known_metrics", "run_report"]
-
-Metrics = Mapping[str, float]
-
-
-def known_metrics(work: Work, source: str | None) -> Metrics:
-    """Return the metrics of a model that a stage left; empty if none did."""
-    folders = {str(work.manifest.folder / e.folder): e.metrics for e in work.manifest.stages}
-    return folders.get(str(source), {})
+__all__ = ["Pair", "current_report", "judge_pair", "run_report"]
 
 
-def run_report(
-    work: Work,
-    model: PreTrainedModel,
-    comparisons: Sequence[Comparison] = (),
-    now: Metrics | None = None,
-    before: Metrics | None = None,
-) -> Report:
+class Pair(NamedTuple):
+    """The current model and the one that it is compared with, and how both do.
+
+    Attributes:
+        after: The current model.
+        before: The model before its first cut, else a teacher; None if there is neither.
+        processor: That model's own processor; None where it reads the current model's inputs.
+        now: How the current model does.
+        teacher: How the other does.
+    """
+
+    after: PreTrainedModel
+    before: PreTrainedModel | None
+    processor: Any
+    now: Judged
+    teacher: Judged | None
+
+
+def judge_pair(work: Work) -> Pair:
+    """Load and evaluate the current model and the one before it; every process calls this."""
+    after = work.task.auto_model.from_pretrained(work.source)
+    now = work.judge(after)
+    origin = work.whole or _first_teacher(work)
+    if origin is None:
+        return Pair(after, None, None, now, None)
+    processor = None if work.whole else work.own_processor(origin)
+    before = load_teacher(origin, after, allow_untrained=True)
+    return Pair(after, before, processor, now, work.judge(before, processor))
+
+
+def run_report(work: Work, pair: Pair, comparisons: Sequence[Comparison] = ()) -> Report:
     """Report on the current model.
 
     Args:
         work: The run.
-        model: The current model, loaded.
-        comparisons: The model before its first cut and now, measured.
-        now: Metrics of the current model; by default those that its stage left.
-        before: Metrics of the model before its first cut; likewise.
+        pair: The current model and the one before it, judged.
+        comparisons: The two measured.
     """
-    recipe = work.recipe
-    now = known_metrics(work, work.source) if now is None else now
-    before = known_metrics(work, work.whole) if before is None else before
-    quality = []
-    if recipe.metric in now:
-        seeds, count = (recipe.seed,), len(work.eval)
-        data = f"evaluation, {count:,} examples"
-        value, teacher = now[recipe.metric], before.get(recipe.metric)
-        quality.append(Quality(recipe.metric, value, teacher, data, count, seeds))
+    recipe, count = work.recipe, len(work.eval)
+    teacher = None if pair.teacher is None else pair.teacher.metrics[recipe.metric]
+    data = f"evaluation, {count:,} examples"
+    value = pair.now.metrics[recipe.metric]
     losses = {
         name: args.objective if isinstance(args, DistillationConfig) else "loss_hard"
         for name, args in work.arguments.items()
     }
-    base = _base(work)
+    base, answers = _base(work), work.answers(pair.now, pair.teacher)
     return Report(
         model=base.name,
         comparisons=comparisons,
-        quality=quality,
+        quality=[Quality(recipe.metric, value, teacher, data, count, (recipe.seed,))],
         structure=_structure(work.manifest),
         stages=[{one.name: _flat(one.settings)} for one in recipe.stages],
-        weight_sparsity=zeros_of(model),
+        weight_sparsity=zeros_of(pair.after),
+        answers=answers,
+        warnings=answers.hidden() if answers else (),
         provenance=Provenance(
             task=recipe.task,
             base=base,
@@ -81,14 +94,25 @@ def run_report(
     )
 
 
-def final_report(work: Work, model: PreTrainedModel) -> Report:
-    """Return the report of the last `measure` stage, if the model is still the one it measured."""
+def current_report(work: Work) -> Report:
+    """Return the report of the current model, made by the stage that measured it or made now.
+
+    Every process calls this.
+    """
     for entry in reversed(work.manifest.stages):
         if entry is work.latest:
             break
-        if entry.name == Measure.name and (work.manifest.folder / entry.folder / REPORT).exists():
-            return Report.load(work.manifest.folder / entry.folder)
-    return run_report(work, model)
+        folder = work.manifest.folder / entry.folder
+        if entry.name in (Measure.name, Push.name) and (folder / REPORT).exists():
+            return Report.load(folder)
+    return run_report(work, judge_pair(work))
+
+
+def _first_teacher(work: Work) -> str | None:
+    """Return the recipe's teacher, else the last stage's that has one; the first of several."""
+    named = [getattr(stage, "teacher", None) for stage in work.recipe.stages]
+    given = (work.recipe.teacher, *reversed(named))
+    return next((listed(one)[0] for one in given if one), None)
 
 
 def _base(work: Work) -> Origin:

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.utils import logging
 
 from hfslim.anatomy import example_inputs
+from hfslim.answers import Answers
 from hfslim.checkpoint import SlimTrainer
 from hfslim.distill.adapted import base_source
 from hfslim.distill.teacher import accepted_inputs, split_revision
@@ -49,6 +50,18 @@ class Predictions(NamedTuple):
     value: float
     logits: np.ndarray
     decided: np.ndarray
+
+
+class Judged(NamedTuple):
+    """How a model does on the evaluation examples.
+
+    Attributes:
+        metrics: The metric and the loss, by their names.
+        logits: `[examples, classes]`, classes in the order of the data's labels.
+    """
+
+    metrics: dict[str, float]
+    logits: np.ndarray
 
 
 @dataclass
@@ -190,23 +203,43 @@ class Workbench:
         logger.info("teacher %s reads each example by its own processor", teacher)
         return processor
 
-    def evaluate(self, model: PreTrainedModel, processor: Any = None) -> dict[str, float]:
-        """Return the metric and the loss of a model on the evaluation examples.
+    def judge(self, model: PreTrainedModel, processor: Any = None) -> Judged:
+        """Evaluate a model on the evaluation examples; every process calls this.
 
         Args:
-            model: The model.
+            model: The model, whose labels may stand in another order.
             processor: Its own, if the examples are not prepared by one that does the same.
         """
-        parts = self.trainer_parts()
-        if processor is not None:
-            names: Any = model.config.id2label
-            examples = self.examples.with_order_of(names)
+        parts, names = self.trainer_parts(), self.examples.labels.names
+        ids: Any = model.config.id2label
+        examples = self.examples.with_order_of(ids)
+        order = [examples.labels.names.index(name) for name in names]
+        if processor is not None or order != sorted(order):
+            processor = processor or self.processor
             parts["eval_dataset"] = self.task.prepare(
                 examples.evaluation, examples, self.data, processor
             )
             parts["data_collator"] = self.task.collator(processor)
             parts["processing_class"] = processor
-        return self.metrics(SlimTrainer(model=model, args=self.evaluation, **parts))
+        trainer = SlimTrainer(model=model, args=self.evaluation, **parts)
+        said = trainer.predict(parts["eval_dataset"], metric_key_prefix="eval")
+        logits = said.predictions[0] if isinstance(said.predictions, tuple) else said.predictions
+        told = said.metrics or {}
+        metrics = {name: told[f"eval_{name}"] for name in (self.metric, "loss")}
+        return Judged(metrics, np.asarray(logits).reshape(len(logits), -1)[:, order])
+
+    def evaluate(self, model: PreTrainedModel, processor: Any = None) -> dict[str, float]:
+        """Return the metric and the loss of a model, as `judge` does."""
+        return self.judge(model, processor).metrics
+
+    def answers(self, model: Judged, teacher: Judged | None = None) -> Answers | None:
+        """Return what a model answers class by class, beside its teacher; None for numbers."""
+        labels = self.examples.labels
+        if labels.problem == "regression":
+            return None
+        references = np.asarray(labels.encode(self.examples.evaluation[self.examples.columns[-1]]))
+        theirs = None if teacher is None else teacher.logits
+        return Answers.of(labels.names, references.astype(np.int64), model.logits, theirs)
 
     def metrics(self, trainer: Trainer) -> dict[str, float]:
         """Return the metric and the loss of a Trainer's model."""

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from test_report import comparison
 
+from hfslim.answers import Answers
 from hfslim.hub.card import write_card
 from hfslim.hub.edits import MARKER, CardError, merge
 from hfslim.provenance import Machine, Origin, Provenance
@@ -100,6 +101,18 @@ def test_what_is_blank_is_called_not_measured(folder: Path) -> None:
     assert lines_with(text, "MACs", "not measured")
     assert lines_with(text, "base model", "not stated")
     assert "None" not in text and "nan" not in text
+
+
+def test_calibration_churn_and_classes_stand_under_quality(folder: Path) -> None:
+    answers = Answers(("a", "b"), 20, ((9, 1, 0, 0), (8, 1, 1, 0)), None, None, 0.1, 0.02, 0.15)
+    text = write_card(folder, report(answers=answers)).read_text()
+    quality = text.partition("## Quality\n")[2].partition("\n## ")[0]
+    assert "### Class by class" in quality
+    assert "| a | 10 | 1.0000 | 0.9000 | -0.1000 |" in quality
+    assert "Expected calibration error, 15 bins: 0.1000, of the teacher 0.0200." in quality
+    assert "Churn: 15.0% of the answers differ from the teacher's." in quality
+    assert "Robustness and fairness after compression: not measured." in text
+    assert "Robustness, calibration and fairness" in write_card(folder, report()).read_text()
 
 
 def test_the_structure_is_drawn(folder: Path) -> None:

@@ -116,7 +116,8 @@ def check_recipe(arguments: list[str], folder: Path) -> None:
             (place.parent if is_file else place).mkdir(parents=True, exist_ok=True)
             if is_file:
                 place.touch()
-    load_recipe(path, [word.replace("$", "s") for word in arguments[1:]])
+    context = VERBS["run"].make_context("run", [word.replace("$", "s") for word in arguments])
+    load_recipe(path, context.args)
 
 
 def resolve(node: ast.expr, names: dict[str, Any]) -> Any:

@@ -134,7 +134,8 @@ def test_each_task_runs_from_transfer_to_report(tmp_path: Path, make) -> None:
     for folder in ("01-transfer", "02-prune", "03-recover"):
         assert {"config.json", "model.safetensors"} <= {p.name for p in (out / folder).iterdir()}
     assert {p.name for p in out.iterdir()} == {
-        *("01-transfer", "02-prune", "03-recover", "04-measure", "manifest.json")
+        *("01-transfer", "02-prune", "03-recover", "04-measure", "manifest.json"),
+        *("report.json", "report.md"),
     }
     stages = manifest(recipe)["stages"]
     assert all(stage["finished"] for stage in stages)
@@ -144,6 +145,11 @@ def test_each_task_runs_from_transfer_to_report(tmp_path: Path, make) -> None:
     assert comparison["after"]["macs"] <= 0.6 * comparison["before"]["macs"]
     assert report["quality"][0]["teacher"] == stages[0]["metrics"]["accuracy"]
     assert {row["kind"] for row in report["structure"]} == {"heads", "neurons"}
+    assert json.loads((out / "report.json").read_text()) == report
+    said, quality = report["answers"], report["quality"][0]
+    for side, value in (("confusion", "value"), ("teacher_confusion", "teacher")):
+        right = sum(row[place] for place, row in enumerate(said[side]))
+        assert right / said["examples"] == pytest.approx(quality[value])
 
 
 def test_a_second_run_goes_on_after_the_last_finished_stage(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from hfslim.hub.edits import CARD, MARKER, merge
 from hfslim.hub.saved import Saved
 from hfslim.picture import draw_structure
 from hfslim.provenance import Origin, Provenance
-from hfslim.report import NOT_MEASURED, REPORT, Report, markdown_table
+from hfslim.report import REPORT, Report
+from hfslim.tables import NOT_MEASURED, kept, markdown_table
 
 __all__ = ["PICTURE", "RECIPE", "write_card"]
 
@@ -69,7 +70,10 @@ def _render(
 ) -> str:
     structure = ""
     if report.structure:
-        rows = [(f"`{path}`", kind, f"`{bar}`", count) for path, kind, bar, count in report.kept()]
+        rows = [
+            (f"`{path}`", kind, f"`{bar}`", count)
+            for path, kind, bar, count in kept(report.structure)
+        ]
         structure = markdown_table(("layer", "units", "kept", ""), rows)
     made, sparse = report.provenance, report.weight_sparsity
     command = f"hfslim run {RECIPE}"
@@ -88,6 +92,7 @@ def _render(
         conditions=report.conditions(),
         machine=str(made.machine) if made.machine else NOT_MEASURED,
         quality=_quality(report),
+        behaviour=[section.to_markdown(level=3) for section in report.behaviour()],
         ways=saved.ways(name),
         origins=_origins(report),
         stages=report.path(),
@@ -207,9 +212,12 @@ def _link(origin: Origin, kind: str = "") -> str:
 
 
 def _limits(report: Report) -> list[str]:
+    unknown = (
+        "Robustness and fairness" if report.answers else "Robustness, calibration and fairness"
+    )
     limits = [
         "Labels, biases and licence conditions of the base model and of the data apply.",
-        "Robustness, calibration and fairness after compression: not measured.",
+        f"{unknown} after compression: not measured.",
     ]
     if report.comparisons:
         limits.append(

@@ -1,0 +1,260 @@
+"""What a model answers, class by class, beside its teacher: what an average may hide."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.special import expit, softmax
+
+__all__ = ["Answers", "ClassLine", "calibration_error", "churn", "confusion"]
+
+BINS = 15
+HIDDEN = 0.1
+"""How much more a class loses than all examples together, before an average is said to hide it."""
+
+
+def confusion(references: np.ndarray, decided: np.ndarray, classes: int) -> np.ndarray:
+    """Count the answers of each class.
+
+    Args:
+        references: True classes, `[examples]`.
+        decided: Answered classes, `[examples]`.
+        classes: Number of classes.
+
+    Returns:
+        `[classes, classes]`, true classes down, answered classes across.
+    """
+    return np.bincount(references * classes + decided, minlength=classes**2).reshape(classes, -1)
+
+
+def churn(first: np.ndarray, second: np.ndarray) -> float:
+    """Return the share of examples that two models answer differently.
+
+    Fard et al., "Launch and Iterate: Reducing Prediction Churn", NeurIPS 2016.
+
+    Args:
+        first: Classes `[examples]`, or 0/1 vectors `[examples, classes]`, compared as a whole.
+        second: Likewise.
+    """
+    return float((first != second).reshape(len(first), -1).any(1).mean())
+
+
+def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> float:
+    """Return the expected calibration error: how far confidence is from being right, on average.
+
+    Answers are put into bins of equal width by their confidence; ECE = Σ_b n_b / n · |share right
+    in b − mean confidence in b|. Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
+
+    Args:
+        confidence: Probability of each answer, in [0, 1], `[answers]`.
+        right: Whether it is right, `[answers]`.
+        bins: Number of bins; a bin holds its upper end.
+    """
+    places = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    gaps = np.bincount(places, weights=right - confidence, minlength=bins)
+    return float(np.abs(gaps).sum() / len(confidence))
+
+
+class ClassLine(NamedTuple):
+    """How a class fares: the share of its examples that are answered right.
+
+    Attributes:
+        name: Of the class.
+        examples: Number of its examples.
+        teacher: The teacher's share; None without a teacher.
+        model: The model's share.
+        significant: Whether more was lost than chance explains: of the examples on which exactly
+            one of the two is right, the teacher's exceed the model's by over two standard errors.
+    """
+
+    name: str
+    examples: int
+    teacher: float | None
+    model: float
+    significant: bool
+
+    @property
+    def lost(self) -> float | None:
+        """The teacher's share less the model's."""
+        return None if self.teacher is None else self.teacher - self.model
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers of a model, and of its teacher if there is one, on the same labelled examples.
+
+    Attributes:
+        classes: Their names, in the order of all that follows.
+        examples: Number of examples.
+        right: Of each class the number of its examples that `[both, only the teacher, only the
+            model, neither]` answers right; without a teacher the first and the second are 0. An
+            example of several classes counts in each.
+        confusion: `[classes, classes]`, true classes down; None where an example may have several.
+        teacher_confusion: Likewise of the teacher.
+        ece: Expected calibration error of the model.
+        teacher_ece: Likewise of the teacher.
+        churn: Share of examples that the two answer differently.
+    """
+
+    classes: tuple[str, ...]
+    examples: int
+    right: tuple[tuple[int, int, int, int], ...]
+    confusion: list[list[int]] | None
+    teacher_confusion: list[list[int]] | None
+    ece: float
+    teacher_ece: float | None
+    churn: float | None
+
+    @classmethod
+    def of(
+        cls,
+        classes: Sequence[str],
+        references: np.ndarray,
+        logits: np.ndarray,
+        teacher: np.ndarray | None = None,
+    ) -> Answers:
+        """Compare logits with the truth.
+
+        Args:
+            classes: Names in the order of the logits.
+            references: Classes `[examples]`, or 0/1 vectors `[examples, classes]`.
+            logits: Of the model, `[examples, classes]`.
+            teacher: Of the teacher.
+        """
+        several = references.ndim == 2
+        own = _Side(references, logits)
+        other = None if teacher is None else _Side(references, teacher)
+        truth = references.astype(bool) if several else np.eye(len(classes), dtype=bool)[references]
+        theirs = np.zeros_like(own.found) if other is None else other.found
+        right = [
+            (int((m & t).sum()), int((t & ~m).sum()), int((m & ~t).sum()), int((~m & ~t).sum()))
+            for m, t in ((own.found[has, c], theirs[has, c]) for c, has in enumerate(truth.T))
+        ]
+
+        def table(side: _Side | None) -> list[list[int]] | None:
+            if several or side is None:
+                return None
+            return confusion(references, side.decided, len(classes)).tolist()
+
+        return cls(
+            classes=tuple(classes),
+            examples=len(references),
+            right=tuple(right),
+            confusion=table(own),
+            teacher_confusion=table(other),
+            ece=own.ece,
+            teacher_ece=None if other is None else other.ece,
+            churn=None if other is None else churn(own.decided, other.decided),
+        )
+
+    @classmethod
+    def pooled(cls, parts: Sequence[Answers]) -> Answers:
+        """Add up the answers of several runs; calibration error and churn are means."""
+        first = parts[0]
+        if any(part.classes != first.classes for part in parts):
+            raise ValueError(f"answers of other classes than {list(first.classes)}")
+
+        def added(name: str) -> Any:
+            tables = [getattr(part, name) for part in parts]
+            return None if None in tables else np.sum(tables, axis=0).tolist()
+
+        def mean(name: str) -> Any:
+            values = [getattr(part, name) for part in parts]
+            return None if None in values else float(np.mean(values))
+
+        return cls(
+            classes=first.classes,
+            examples=sum(part.examples for part in parts),
+            right=tuple(tuple(row) for row in added("right")),
+            confusion=added("confusion"),
+            teacher_confusion=added("teacher_confusion"),
+            ece=mean("ece"),
+            teacher_ece=mean("teacher_ece"),
+            churn=mean("churn"),
+        )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Answers:
+        """Rebuild from what `to_dict` gives."""
+        right = tuple(tuple(row) for row in values["right"])
+        return cls(**{**values, "classes": tuple(values["classes"]), "right": right})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, ready for JSON."""
+        return asdict(self)
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a teacher answered too."""
+        return self.churn is not None
+
+    def lines(self) -> list[ClassLine]:
+        """Return how each class fares that has examples."""
+        lines = []
+        for name, (both, teacher, model, neither) in zip(self.classes, self.right, strict=True):
+            count = both + teacher + model + neither
+            if count:
+                theirs = (both + teacher) / count if self.has_teacher else None
+                beyond = self.has_teacher and teacher - model > 2 * (teacher + model) ** 0.5
+                lines.append(ClassLine(name, count, theirs, (both + model) / count, beyond))
+        return lines
+
+    def worst(self) -> ClassLine | None:
+        """Return the class that lost most to the teacher; None without one."""
+        lines = [line for line in self.lines() if line.lost is not None]
+        return max(lines, key=lambda line: line.lost or 0.0, default=None)
+
+    def notes(self) -> list[str]:
+        """Return calibration error, churn and the worst class in words."""
+        notes = [f"Expected calibration error, {BINS} bins: {self.ece:.4f}."]
+        worst = self.worst()
+        if worst is not None and worst.lost is not None:
+            notes = [
+                f"{notes[0][:-1]}, of the teacher {self.teacher_ece:.4f}.",
+                f"Churn: {self.churn:.1%} of the answers differ from the teacher's.",
+                f"Worst class: {worst.name}, {-worst.lost:+.4f}.",
+            ]
+        return notes
+
+    def hidden(self) -> list[str]:
+        """Return a warning for each class whose loss the average hides.
+
+        It lost 0.1 more than all classes' examples together, and more than chance explains.
+        """
+        counts = np.asarray(self.right).sum(0)
+        mean = float(counts[1] - counts[2]) / max(counts.sum(), 1)
+        told = []
+        for line in self.lines():
+            if line.significant and line.lost is not None and line.lost - mean >= HIDDEN:
+                never = ""
+                if self.confusion is not None:
+                    column = self.classes.index(line.name)
+                    if not any(row[column] for row in self.confusion):
+                        never = ", and nothing is taken for it any more"
+                told.append(
+                    f"class {line.name}: {line.model:.1%} of its {line.examples:,} examples are "
+                    f"right, of the teacher {line.teacher:.1%}{never}; over all classes "
+                    f"{mean:.1%} are lost, which hides it"
+                )
+        return told
+
+
+class _Side:
+    """The answers of one model: what it decides, whether it finds each class, how sure it is."""
+
+    def __init__(self, references: np.ndarray, logits: np.ndarray) -> None:
+        logits = logits.astype(np.float64)
+        if references.ndim == 2:
+            self.decided = (logits > 0).astype(np.int64)
+            self.found = self.decided.astype(bool)
+            chance = expit(logits)
+            sure = np.maximum(chance, 1 - chance).ravel()
+            self.ece = calibration_error(sure, (self.decided == references).ravel())
+        else:
+            self.decided = logits.argmax(-1)
+            self.found = np.eye(logits.shape[1], dtype=bool)[self.decided]
+            sure = softmax(logits, axis=-1).max(-1)
+            self.ece = calibration_error(sure, self.decided == references)

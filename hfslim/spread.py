@@ -1,0 +1,69 @@
+"""A figure over several seeds: its mean, how far it spreads, its worst."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean, stdev
+from typing import Any, Literal
+
+__all__ = ["Spread"]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One figure of the runs of several seeds.
+
+    Attributes:
+        figure: What it is.
+        values: One for each seed.
+        seeds: The seeds, in the same order.
+        better: Whether high or low values are.
+
+    Examples:
+        >>> accuracy = Spread("accuracy", (0.9, 0.8, 0.7), (42, 43, 44), "high")
+        >>> accuracy.cells()
+        ('accuracy', '0.8000', '0.1000', '0.7000', '44')
+    """
+
+    figure: str
+    values: Sequence[float]
+    seeds: Sequence[int]
+    better: Literal["high", "low"]
+
+    @property
+    def mean(self) -> float:
+        """Mean over the seeds."""
+        return fmean(self.values)
+
+    @property
+    def std(self) -> float | None:
+        """Standard deviation of a sample, over n − 1; None of a single seed."""
+        return stdev(self.values) if len(self.values) > 1 else None
+
+    @property
+    def worst_seed(self) -> int:
+        """The seed of the worst value."""
+        return self.seeds[self.values.index(self.worst)]
+
+    @property
+    def worst(self) -> float:
+        """The worst value."""
+        return (min if self.better == "high" else max)(self.values)
+
+    def cells(self) -> tuple[str, str, str, str, str]:
+        """Return figure, mean, spread, worst value and worst seed as text."""
+        spread = "-" if self.std is None else f"{self.std:.4f}"
+        worst = (f"{self.worst:.4f}", str(self.worst_seed))
+        return (self.figure, f"{self.mean:.4f}", spread, *worst)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, ready for JSON, with what follows from them."""
+        told = ("mean", "std", "worst", "worst_seed")
+        return {**asdict(self), **{name: getattr(self, name) for name in told}}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Spread:
+        """Rebuild from what `to_dict` gives."""
+        own = (values["figure"], tuple(values["values"]), tuple(values["seeds"]), values["better"])
+        return cls(*own)
