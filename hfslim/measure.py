@@ -4,6 +4,8 @@ Every figure is taken in eval mode without gradients, on inputs that the caller 
 model is handed back in the mode it came in.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -120,7 +122,7 @@ def macs_by_module(model: nn.Module, inputs: Inputs) -> dict[str, int]:
         custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flops},
     )
     inputs = placed(model, inputs)
-    with evaluating(model), counter:
+    with evaluating(model), _frozen(model), counter:
         model(**inputs)
     flops = {path: sum(counts.values()) for path, counts in counter.get_flop_counts().items()}
     # The counter names a module by one of its paths, with the root's class in front.
@@ -130,6 +132,19 @@ def macs_by_module(model: nn.Module, inputs: Inputs) -> dict[str, int]:
         counted = flops.get(f"{root}.{path}" if path else "Global", 0)
         inside[module] = inside.get(module, 0) + counted
     return {path: inside[module] // 2 for path, module in model.named_modules()}
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter ask for a gradient: the counter fails where a module returns one."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def count_parameters(model: nn.Module, embeddings: bool = True) -> int:

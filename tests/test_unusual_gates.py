@@ -1,13 +1,21 @@
-"""Gates where a family keeps its units elsewhere: their gradients, by two ways."""
+"""Units that a family keeps elsewhere: gradients of their gates by two ways, costs foretold."""
 
 import pytest
 import torch
 import zoo
+from structures import uneven
 
+import hfslim
 from hfslim.anatomy import example_inputs, find_units
+from hfslim.measure import count_parameters, macs_by_module
+from hfslim.prune.costs import count
 from hfslim.prune.gates import Gates
 
-CASES = ["text/bert", "text/xlnet", "text/lilt", "text/flaubert"]
+CASES = [
+    *("text/albert", "text/bert", "text/flaubert", "text/lilt", "text/longformer"),
+    *("text/perceiver", "text/xlnet"),
+]
+COSTS = ("parameters", "macs")
 
 
 def _gradients_by_example(model, inputs):
@@ -49,3 +57,14 @@ def test_gates_tell_the_derivative_of_each_example(case):
         for key, expected in _gradients_by_factor(model, one).items():
             assert expected.abs().max() > 1e-6, key
             assert torch.allclose(told[key][example], expected, rtol=1e-3, atol=1e-5), key
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_costs_are_foretold(case):
+    model = zoo.tiny(case)
+    inputs = example_inputs(model, 1, length=8)
+    units, structure = find_units(model), uneven(model)
+    told = {what: count(model, units, what, inputs).of(units, structure) for what in COSTS}
+    hfslim.shrink(model, structure)
+    assert told["parameters"] == count_parameters(model)
+    assert told["macs"] == pytest.approx(macs_by_module(model, inputs)[""], rel=1e-3)

@@ -89,6 +89,7 @@ _PYRAMID = {
 _CONV = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [2, 2]}
 _LATENTS = {
     "num_latents": 8,
+    "num_blocks": 2,
     "d_latents": 32,
     "num_self_attends_per_block": 3,
     "num_self_attention_heads": 4,

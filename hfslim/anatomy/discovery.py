@@ -54,7 +54,7 @@ def find_units(model: nn.Module) -> Units:
         for site in layers
         for i in range(site.size)
         for part in site.parts(i)
-    }
+    } | {f"{site.path}.0": site.path for site in layers if site.runs}
     order = {path: i for i, path in enumerate(finder.modules)}
     sites = [finder.used(_place(site, around)) for site in narrow if site.size] + layers
     for found in find_channels(model, narrow):
@@ -175,15 +175,18 @@ class _Finder:
                 reason = "what its layers add is summed outside of them (pre_norm)"
                 self.refusals.append(Refusal("layers", path, reason))
                 continue
-            if self._uses(path) != 1:
-                reason = "its layers are run several times, with the same weights"
-                self.refusals.append(Refusal("layers", path, reason))
-                continue
+            uses, runs = self._uses(path), ""
+            layers = self.modules[path]
+            if uses > 1 and len(layers) == 1:
+                runs = self._runs(path)
+                if getattr(self.config, runs) != uses:
+                    reason = "its layers are run several times, with the same weights"
+                    self.refusals.append(Refusal("layers", path, reason))
+                    continue
             if not others and self._beside(path, lists):
                 reason = "its layers are spread over several lists"
                 self.refusals.append(Refusal("layers", path, reason))
                 continue
-            layers = self.modules[path]
             if getattr(self.config, "use_weighted_layer_sum", False):
                 reason = "the classifier weighs every layer's output (use_weighted_layer_sum)"
                 self.refusals.append(Refusal("layers", path, reason))
@@ -195,11 +198,14 @@ class _Finder:
             bound = getattr(parent, after_first, None) is not None
             bound |= type(layers[0]).__name__ in layer_lists.FIRST_LAYER_STAYS
             fixed = tuple(i for i, names in enumerate(keys) if names != usual or (bound and i == 0))
-            if len(layers) - len(fixed) > (0 if fixed else 1):
+            size = uses if runs else len(layers)
+            if size - len(fixed) > (0 if fixed else 1):
                 yield Site(
                     kind="layers",
                     path=path,
-                    size=len(layers),
+                    size=size,
+                    uses=1 if runs else uses,
+                    runs=runs,
                     fixed=fixed,
                     beside=tuple(path.removesuffix(first) + other for other in others),
                     streams=layer_lists.STREAMS.get(type(layers[0]).__name__, ()),
@@ -228,12 +234,20 @@ class _Finder:
         return int(any(type(module).__name__ in layer_lists.SEQUENCE_FIRST for module in around))
 
     def _uses(self, path: str) -> int:
+        total, share = self._repeated(path)
+        uses = getattr(self.config, total) if total else 1
+        return uses // (getattr(self.config, share) if share else 1)
+
+    def _runs(self, path: str) -> str:
+        return self._repeated(path)[0]
+
+    def _repeated(self, path: str) -> tuple[str, str]:
         for above in _above(path):
-            module = self.modules.get(above)
-            if type(module).__name__ in layer_lists.REPEATED:
-                total, share = layer_lists.REPEATED[type(module).__name__]
-                return getattr(self.config, total) // (getattr(self.config, share) if share else 1)
-        return 1
+            parent, _, name = above.rpartition(".")
+            named = f"{type(self.modules.get(parent)).__name__}.{name}"
+            if named in layer_lists.REPEATED:
+                return layer_lists.REPEATED[named]
+        return "", ""
 
     def _beside(self, path: str, lists: list[str]) -> bool:
         parent = path.rpartition(".")[0]

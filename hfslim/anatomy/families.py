@@ -212,10 +212,8 @@ ATTENTIONS = {
         counted=True,
         keeps_one=True,
     ),
-    **dict.fromkeys(
-        ("LongformerSelfAttention", "PvtV2SelfAttention"),
-        Attention(refused="its forward reshapes the heads to the hidden size"),
-    ),
+    "LongformerSelfAttention": Attention(replacement="LongformerHeads"),
+    "PvtV2SelfAttention": Attention(refused="its forward reshapes the heads to the hidden size"),
     "MiniMaxLightningAttention": Attention(refused="a norm runs across all heads"),
     "MraSelfAttention": Attention(refused="its attention runs in a CUDA kernel only"),
     "NystromformerSelfAttention": Attention(tensors=(("conv.weight", 0),)),

@@ -18,11 +18,11 @@ TANGLED_LAYERS = {
 """Modules around a list of layers none of which can go, and why."""
 
 REPEATED = {
-    "AlbertLayerGroup": ("num_hidden_layers", "num_hidden_groups"),
-    "PerceiverEncoder": ("num_blocks", ""),
+    "AlbertTransformer.albert_layer_groups": ("num_hidden_layers", "num_hidden_groups"),
+    "PerceiverEncoder.self_attends": ("num_blocks", ""),
 }
-"""Modules that one forward pass runs several times: the config fields whose quotient tells how
-often."""
+"""Modules that one forward pass runs several times, by the class around them and their name: the
+config fields whose quotient tells how often."""
 
 AFTER_FIRST_LAYER = {"DebertaV2Encoder": "conv"}
 """Modules that run right after the first of their parent's layers, which therefore has to stay."""

@@ -127,6 +127,7 @@ class Site:
         streams: Of layers that add to several streams, the arguments that hold them, in the order
             of the outputs.
         batch: The dimension of examples in what is gated.
+        runs: Of layers that are runs of one module, the config field with their number.
     """
 
     kind: Kind
@@ -148,10 +149,11 @@ class Site:
     beside: tuple[str, ...] = ()
     streams: tuple[str, ...] = ()
     batch: int = 0
+    runs: str = ""
 
     def parts(self, index: int) -> tuple[str, ...]:
-        """Return the paths of what makes up one of the layers."""
-        return tuple(f"{path}.{index}" for path in (self.path, *self.beside))
+        """Return the paths of what makes up one of the layers, and goes with it."""
+        return () if self.runs else tuple(f"{path}.{index}" for path in (self.path, *self.beside))
 
     @property
     def feeds(self) -> tuple[Feed, ...]:

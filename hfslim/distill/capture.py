@@ -135,7 +135,7 @@ def layer_modules(model: nn.Module) -> list[nn.Module]:
     lists: dict[str, None] = {}
     for site in find_units(plain_twin(model)):
         if site.kind == "layers":
-            lists[site.path] = None
+            lists[(site.path, *site.beside)[-1]] = None
             continue
         if site.kind == "channels":
             continue  # Convolutions in front of the layers are numbered too.

@@ -59,7 +59,8 @@ def set_depth(model: PreTrainedModel, before: Units, structure: Structure) -> li
     told = []
     for site in lists:
         config = _config_around(model, site.path)
-        alone = all(s is site or _config_around(model, s.path) is not config for s in lists)
+        others = [s for s in lists if s is not site]
+        alone = all(_config_around(model, s.path) is not config for s in others) and site.uses == 1
         if _is_cut(structure, site.path) and alone and any(config is c for c in inside):
             kept = structure.kept("layers", site.path)
             fields = _depth_fields(config, site.size, kept)

@@ -261,9 +261,84 @@ class WavLMHeads(Headless):
         return result, None, position_bias
 
 
+class LongformerHeads(Headless):
+    """Longformer's attention, whose own class shapes its heads to the hidden size.
+
+    Attributes:
+        kept_heads: Positions of the present heads; None where none is missing.
+    """
+
+    kept_heads: tuple[int, ...] | None = None
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    head_dim: int
+    num_heads: int
+    dropout: float
+    one_sided_attn_window_size: int
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor,
+        is_index_masked: torch.Tensor,
+        is_index_global_attn: torch.Tensor | None = None,
+        is_global_attn: bool = False,
+        output_attentions: bool = False,
+    ) -> tuple:
+        """Return the heads side by side, `[batch, positions, features]`, and what is asked for."""
+        stock: Any = self
+        if self.kept_heads is None:
+            return super(Headless, stock).forward(
+                hidden_states,
+                attention_mask,
+                is_index_masked,
+                is_index_global_attn,
+                is_global_attn,
+                output_attentions,
+            )
+        if not self.kept_heads:
+            return self.without_heads(hidden_states)
+        shape = (*hidden_states.shape[:2], self.num_heads, self.head_dim)
+        query = (self.query(hidden_states) / math.sqrt(self.head_dim)).view(shape)
+        key, value = self.key(hidden_states).view(shape), self.value(hidden_states).view(shape)
+        window = self.one_sided_attn_window_size
+        scores = stock._sliding_chunks_query_key_matmul(query, key, window)
+        special = (attention_mask != 0)[:, :, None, None]
+        mask = torch.zeros_like(special, dtype=query.dtype)
+        mask = mask.masked_fill(special, torch.finfo(query.dtype).min)
+        ones = torch.ones_like(mask)
+        scores = scores + stock._sliding_chunks_query_key_matmul(ones, mask, window)
+        many, everywhere, present, absent = 0, None, None, None
+        if is_global_attn:
+            many, everywhere, present, absent = stock._get_global_attn_indices(is_index_global_attn)
+            others = stock._concat_with_global_key_attn_probs(
+                key, query, many, everywhere, present, absent
+            )
+            scores = torch.cat((others, scores), dim=-1)
+        weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32)
+        weights = weights.masked_fill(is_index_masked[:, :, None, None], 0.0).type_as(scores)
+        weights = nn.functional.dropout(weights, p=self.dropout, training=self.training)
+        if not is_global_attn:
+            result = stock._sliding_chunks_matmul_attn_probs_value(weights, value, window)
+            return (result.flatten(2), weights) if output_attentions else (result.flatten(2),)
+        result = stock._compute_attn_output_with_global_indices(
+            value, weights, many, everywhere, present
+        ).flatten(2)
+        overall, overall_weights = stock._compute_global_attn_output_from_hidden(
+            hidden_states.transpose(0, 1), many, present, everywhere, absent, is_index_masked
+        )
+        result[everywhere] = overall[present[0], :, present[1]].flatten(1)
+        weights[everywhere] = 0
+        return (result, weights, overall_weights) if output_attentions else (result,)
+
+
 REPLACEMENTS = {
     cls.__name__: cls
-    for cls in (Headless, BiasedHeads, SharedBiasHeads, CountedHeads, WavLMHeads, Inputless)
+    for cls in (
+        *(Headless, BiasedHeads, SharedBiasHeads, CountedHeads, WavLMHeads, LongformerHeads),
+        Inputless,
+    )
 }
 
 

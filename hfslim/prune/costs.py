@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -69,6 +69,18 @@ class Costs:
         gone = tuple(f"{path}." for path in dropped)
         return [one for one in self.products if not one.module.startswith(gone)]
 
+    def without(self, units: Units, dropped: Set[str]) -> Costs:
+        """Return the costs once layers are dropped: what runs fewer times costs less a unit."""
+        left = {
+            site.path: 1 - sum(f"{site.path}.{i}" in dropped for i in range(site.size)) / site.size
+            for site in units
+            if site.runs and self.resource == "macs"
+        }
+        if not left:
+            return self
+        share = {(site.kind, site.path): left.get(site.layer, 1.0) for site in units}
+        return replace(self, unit={key: int(n * share[key]) for key, n in self.unit.items()})
+
     def of(self, units: Units, structure: Structure) -> int:
         """Return the cost of the model once it is cut to a structure."""
         left = self.total
@@ -83,8 +95,9 @@ class Costs:
             for site in units
             if site.kind != "layers" and site.layer not in dropped
         }
+        unit = self.without(units, dropped).unit
         for key, number in gone.items():
-            left -= number * self.unit.get(key, 0)
+            left -= number * unit.get(key, 0)
         return left - sum(one.cost - one.at(gone) for one in self.left_in(dropped))
 
 
@@ -126,9 +139,7 @@ def count(
         macs[""],
         {(s.kind, s.path): _unit_macs(model, s, macs) for s in _narrow(units)},
         {
-            (s.kind, s.path): tuple(
-                sum(macs.get(path, 0) for path in s.parts(i)) for i in range(s.size)
-            )
+            (s.kind, s.path): tuple(_layer_macs(s, i, macs) for i in range(s.size))
             for s in units
             if s.kind == "layers"
         },
@@ -158,6 +169,12 @@ def _products(model: nn.Module, units: Units, macs: Mapping[str, int] | None) ->
             lengths = {dim: tensor.shape[dim] for dim in by_dim}
             every = ((lengths[d], tuple(sites.items())) for d, sites in by_dim.items())
             yield Product(path, cost, tuple(every))
+
+
+def _layer_macs(site: Site, index: int, macs: Mapping[str, int]) -> int:
+    if site.runs:
+        return macs.get(f"{site.path}.0", 0) // site.size
+    return sum(macs.get(path, 0) for path in site.parts(index))
 
 
 def _unit_parameters(model: nn.Module, site: Site) -> int:

@@ -34,6 +34,12 @@ class ExpectedCost:
         self, units: Units, target: Target, costs: Costs | LatencyTable | None = None
     ) -> None:
         self.units = units
+        runs = [site.path for site in units if site.runs]
+        if runs:
+            raise ValueError(
+                f"l0 cannot weigh the runs of {runs[0]!r}, which share its heads and neurons: "
+                "leave layers out of `units`, or choose another criterion"
+            )
         if isinstance(costs, LatencyTable):
             self._tables = {str(target.resource): costs}
         elif isinstance(costs, Costs):

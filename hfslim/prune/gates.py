@@ -20,14 +20,21 @@ from torch.utils.hooks import RemovableHandle
 
 from hfslim.anatomy import Feed, Site, Units, find_units
 from hfslim.hub import modeling_hfslim
-from hfslim.prune.taps import Tap, by_layer, by_unit, states_after, states_before, with_states
+from hfslim.prune.taps import (
+    OnGradient,
+    Sums,
+    Tap,
+    by_layer,
+    by_unit,
+    states_after,
+    states_before,
+    with_states,
+)
 from hfslim.structure import Kind, Structure
 
 logger = logging.getLogger(__name__)
 
 Key = tuple[Kind, str]
-OnGradient = Callable[[Site, int, torch.Tensor], None]
-"""Called with a site, the index of a layer (0 for other kinds) and `[examples, units]`."""
 OnActivation = Callable[[Site, int, torch.Tensor, torch.Tensor], None]
 """Called with a site, the index of a layer, its input and its output, `[rows, ..., features]`; for
 other kinds both are what the gate multiplies."""
@@ -74,8 +81,9 @@ class Gates:
         self._masks: dict[Key, torch.Tensor] = {}
         self._spread: dict[tuple[Key, Feed], torch.Tensor] = {}
         self._closed_layers: dict[Key, frozenset[int]] = {}
-        self._partial: dict[tuple[Key, int], list[torch.Tensor]] = {}
+        self._sums = Sums()
         self._entered: dict[tuple[Key, int], list[torch.Tensor]] = {}
+        self._turns: Counter[str] = Counter()
         self._handles: list[RemovableHandle] = []
         self._stock: list[tuple[nn.Module, type]] = []
 
@@ -115,7 +123,9 @@ class Gates:
             if site.replacement and type(module) is modeling_hfslim.stock_class(module):
                 self._stock.append((module, type(module)))
                 modeling_hfslim.replace_class(module, site.replacement)
-            if site.kind == "layers":
+            if site.runs:
+                self._attach_runs(site)
+            elif site.kind == "layers":
                 for index in range(site.size):
                     self._attach_layer(site, index)
             for feed in site.feeds:
@@ -135,6 +145,17 @@ class Gates:
                 self._entered[("layers", site.path), index] = states
 
             self._handles.append(first.register_forward_pre_hook(enter, with_kwargs=True))
+
+    def _attach_runs(self, site: Site) -> None:
+        hooks = [self._layer_hook(site, index) for index in range(site.size)]
+
+        def in_turn(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+            turn = self._turns[site.path]
+            self._turns[site.path] += 1
+            return hooks[turn % site.size](module, args, kwargs, output)
+
+        only = self.model.get_submodule(f"{site.path}.0")
+        self._handles.append(only.register_forward_hook(in_turn, with_kwargs=True))
 
     def detach(self) -> None:
         """Take the gates out again; the model is as it was before."""
@@ -185,8 +206,9 @@ class Gates:
     def _count_examples(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         tensors = (v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.ndim)
         self.examples = next(tensors).shape[0]
-        self._partial.clear()
+        self._sums = Sums()
         self._entered.clear()
+        self._turns.clear()
         self.padding = kwargs.get("attention_mask")
         self.anchors.clear()
 
@@ -198,31 +220,6 @@ class Gates:
         """Make the graph reach a tap even where no parameter before it needs a gradient."""
         self.anchors.append(torch.zeros((), device=value.device, requires_grad=True))
         return self.anchors[-1]
-
-    def _sum_uses(self, site: Site, send: OnGradient) -> OnGradient:
-        """Send one gradient for all that a gate multiplies."""
-        uses = len(site.streams) or site.uses * max(len(site.feeds), 1)
-        if uses == 1:
-            return send
-
-        two_streams = bool(site.streams) or (site.kind == "heads" and len(site.feeds) > 1)
-
-        def collect(site: Site, index: int, gradient: torch.Tensor) -> None:
-            key = (site.kind, site.path), index
-            parts = self._partial.setdefault(key, [])
-            parts.append(gradient)
-
-            def finish() -> None:
-                if self._partial.get(key) is parts:
-                    send(site, index, torch.stack(self._partial.pop(key)).sum(0))
-
-            if len(parts) == uses:
-                finish()
-            elif two_streams:
-                # The last layer's second stream may end there, without a gradient.
-                torch.autograd.Variable._execution_engine.queue_callback(finish)
-
-        return collect
 
     def _unit_hook(self, site: Site, feed: Feed) -> Callable[[nn.Module, tuple], tuple | None]:
         key = (site.kind, site.path)
@@ -236,7 +233,7 @@ class Gates:
                 part = feed.of(value.detach(), site.size).movedim(site.batch, 0)
                 self.on_activation(site, 0, part, part)
             if self.on_gradient is not None and torch.is_grad_enabled():
-                examples, send = self.examples, self._sum_uses(site, self.on_gradient)
+                examples, send = self.examples, self._sums.of(site, self.on_gradient)
                 value = Tap.apply(
                     value,
                     None,
@@ -283,7 +280,7 @@ class Gates:
     ) -> torch.Tensor:
         key = (site.kind, site.path)
         if self.on_gradient is not None and torch.is_grad_enabled():
-            examples, send = self.examples, self._sum_uses(site, self.on_gradient)
+            examples, send = self.examples, self._sums.of(site, self.on_gradient)
             after = Tap.apply(
                 after,
                 before,
@@ -316,13 +313,14 @@ def closed_layers(model: nn.Module) -> set[nn.Module]:
     """Return the layers that gates in a model close at this moment."""
     hooks = [getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values()]
     closed = {
-        (path, index)
+        part
         for gates in hooks
         if isinstance(gates, Gates)
         for (_, path), indices in gates._closed_layers.items()
         for index in indices
+        for part in gates.units.site("layers", path).parts(index)
     }
-    return {model.get_submodule(f"{path}.{index}") for path, index in closed}
+    return {model.get_submodule(path) for path in closed}
 
 
 @contextmanager

@@ -63,6 +63,11 @@ def obs_scores(
         rising[order] = costs.clamp_min(0).cummax(0).values + step
         scores[kind, path] = rising.cpu()
     for site in units:
+        if site.runs:
+            raise ValueError(
+                f"obs scores layers by what is in them, and those at {site.path!r} are runs of the "
+                "same module: choose another criterion for layers, such as fisher"
+            )
         if site.kind == "layers":
             inside = [[s for s in units if s.layer == f"{site.path}.{i}"] for i in range(site.size)]
             keys = [[(s.kind, s.path) for s in sites] for sites in inside]

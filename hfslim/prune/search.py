@@ -159,7 +159,8 @@ def _by_budget(pool: _Pool, costs: Costs, target: Target) -> Structure:
     best: tuple[float, Structure] | None = None
     least = costs.total
     for dropped, lost_layers in pool.fewer_layers():
-        heads, neurons = (pool.of(kind, dropped, costs) for kind in ("heads", "neurons"))
+        left = costs.without(pool.units, dropped)
+        heads, neurons = (pool.of(kind, dropped, left) for kind in ("heads", "neurons"))
         everything = pool.structure([*heads, *neurons], dropped)
         fixed = costs.of(pool.units, everything) - sum(u.cost for u in (*heads, *neurons))
         # At least one unit stays: an encoder of which nothing is left is no model.

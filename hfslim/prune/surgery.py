@@ -149,7 +149,7 @@ class _Surgery:
         # Last, because the paths of the sites count the layers as they were.
         for site in lists:
             kept = structure.kept("layers", site.path)
-            for path in (site.path, *site.beside):
+            for path in () if site.runs else (site.path, *site.beside):
                 layers = cast(nn.ModuleList, self.model.get_submodule(path))
                 for module in layers.modules():
                     self._remember(vars(module), module._modules)

@@ -10,6 +10,10 @@ import torch
 from torch import nn
 
 from hfslim.anatomy import Feed, Site
+from hfslim.structure import Kind
+
+OnGradient = Callable[[Site, int, torch.Tensor], None]
+"""Called with a site, the index of a layer (0 for other kinds) and `[examples, units]`."""
 
 
 class Tap(torch.autograd.Function):
@@ -38,6 +42,37 @@ class Tap(torch.autograd.Function):
         value, *base = ctx.saved_tensors
         ctx.show(grad, value - base[0] if base else value)
         return grad, None, None, None
+
+
+class Sums:
+    """Adds up the gradients of all that one gate multiplies, in one pass through the model."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[Kind, str, int], list[torch.Tensor]] = {}
+
+    def of(self, site: Site, send: OnGradient) -> OnGradient:
+        """Return what takes one gradient after the other, and sends their sum."""
+        uses = site.uses * max(len(site.feeds), len(site.streams), 1)
+        if uses == 1:
+            return send
+        two_streams = bool(site.streams) or (site.kind == "heads" and len(site.feeds) > 1)
+
+        def collect(site: Site, index: int, gradient: torch.Tensor) -> None:
+            key = site.kind, site.path, index
+            parts = self._found.setdefault(key, [])
+            parts.append(gradient)
+
+            def finish() -> None:
+                if self._found.get(key) is parts:
+                    send(site, index, torch.stack(self._found.pop(key)).sum(0))
+
+            if len(parts) == uses:
+                finish()
+            elif two_streams:
+                # The last layer's second stream may end there, without a gradient.
+                torch.autograd.Variable._execution_engine.queue_callback(finish)
+
+        return collect
 
 
 def states_before(

@@ -98,6 +98,13 @@ def measure_table(
     Raises:
         RuntimeError: The model does not run its layers as modules.
     """
+    for site in units:
+        if site.runs or site.beside:
+            raise RuntimeError(
+                f"{type(model).__name__} does not run the layers at {site.path!r} as modules of "
+                "their own, so they cannot be timed; state the target in macs, or leave layers out "
+                "of `units`"
+            )
     inputs, step, layers = placed(model, inputs), liked_multiple(model), layers_of(units)
     returns = attention_returns(model, units)
     with evaluating(model), Stopwatch(model, [*layers]) as watch:

@@ -314,7 +314,7 @@ class WeightPruningCallback(FiguresCallback, ExportableState):
                     index = cut.indices(kept, site.size, length)
                     cuts.setdefault(cut.module, {})[cut.dim] = index
             if site.kind == "layers":
-                gone = tuple(f"{site.path}.{index}." for index in removed)
+                gone = tuple(f"{part}." for index in removed for part in site.parts(index))
                 for path in self._held.weights:
                     if path.startswith(gone):
                         cuts[path] = {0: torch.empty(0, dtype=torch.long)}
