@@ -215,7 +215,15 @@ def test_units_of_a_layer_that_is_run_again_and_again_are_found_once():
     assert {(site.kind, site.size, site.uses) for site in units} == {
         ("heads", 4, 12),
         ("neurons", 48, 12),
+        ("layers", 12, 1),
     }
+
+
+def test_runs_of_several_groups_of_layers_are_refused():
+    config = AlbertConfig(
+        hidden_size=32, num_attention_heads=4, intermediate_size=48, num_hidden_groups=2
+    )
+    units = find_units(AutoModelForSequenceClassification.from_config(config))
     with pytest.raises(ValueError, match=r"no layers .*run several times"):
         units.of(["layers"])
 

@@ -11,9 +11,9 @@ from hfslim.structure import KINDS
 ROWS = {f"{row.task}/{row.model_type}": row for row in coverage()}
 
 SPREAD = [
-    *(f"text/{name}" for name in ("albert", "bart", "big_bird", "bloom", "deberta", "flaubert")),
+    *(f"text/{name}" for name in ("albert", "big_bird", "bloom", "deberta", "flaubert")),
     *(f"text/{name}" for name in ("funnel", "gpt2", "ibert", "lilt", "longformer", "mobilebert")),
-    *(f"text/{name}" for name in ("perceiver", "t5", "xlnet")),
+    *(f"text/{name}" for name in ("perceiver", "squeezebert", "t5", "xlnet")),
     *(f"image/{name}" for name in ("levit", "resnet", "swinv2")),
     *(f"audio/{name}" for name in ("sew", "wav2vec2-conformer")),
 ]

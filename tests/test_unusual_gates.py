@@ -13,7 +13,7 @@ from hfslim.prune.gates import Gates
 
 CASES = [
     *("text/albert", "text/bert", "text/flaubert", "text/lilt", "text/longformer"),
-    *("text/perceiver", "text/xlnet"),
+    *("text/perceiver", "text/squeezebert", "text/xlnet"),
 ]
 COSTS = ("parameters", "macs")
 

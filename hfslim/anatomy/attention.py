@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from hfslim.anatomy import families
+from hfslim.anatomy.grouped import cuts_of, feed_of, groups_of
 from hfslim.anatomy.projections import Projection
 from hfslim.anatomy.units import Cut, Feed, Refusal, Site
 
@@ -25,12 +26,14 @@ class Heads:
         queries: Query heads.
         shared: Whether all heads share the one key and value, which then stay.
         inputs: Cuts of the query, key and value projections.
+        projections: Where they are separate, these projections.
     """
 
     units: int
     queries: int
     shared: bool
     inputs: list[Cut]
+    projections: tuple[Projection, ...] = ()
 
 
 def find_heads(path: str, module: nn.Module, config: Any, find: Find) -> Site | Refusal | None:
@@ -62,6 +65,9 @@ def find_heads(path: str, module: nn.Module, config: Any, find: Find) -> Site | 
         if weight is not None and heads.queries > 1 and weight.numel() > size:
             reason = "its query and key norms run across all heads, so no head can go exactly"
             return Refusal("heads", path, reason)
+    blocks = groups_of([*heads.projections, output])
+    if blocks:
+        return _grouped(path, module, known, heads, output, blocks)
     units, group = heads.units, heads.queries // heads.units
     cuts = list(heads.inputs)
     for name in (*families.PER_HEAD_ROWS, *known.rows):
@@ -95,6 +101,33 @@ def find_heads(path: str, module: nn.Module, config: Any, find: Find) -> Site | 
         shared=heads.shared,
         fixed=(0,) if known.keeps_one else (),
         inputs=feeds if known.outputs else (),
+    )
+
+
+def _grouped(
+    path: str,
+    module: nn.Module,
+    known: families.Attention,
+    heads: Heads,
+    output: Projection,
+    blocks: int,
+) -> Site | Refusal:
+    """Return units of one head out of each group of the convolutions around them."""
+    if heads.units % blocks:
+        reason = f"its {heads.units} heads do not divide into the {blocks} groups of its maps"
+        return Refusal("heads", path, reason)
+    size, units = output.inputs // heads.units, heads.units // blocks
+    return Site(
+        kind="heads",
+        path=path,
+        size=units,
+        gate=output.path,
+        width=blocks * size,
+        cuts=cuts_of(heads.projections, output, blocks, size),
+        attributes=_counts(module, Heads(units, heads.units, False, []), size, known),
+        queries=blocks,
+        fixed=(0,) if known.keeps_one else (),
+        inputs=(feed_of(output, blocks, size),),
     )
 
 
@@ -152,7 +185,8 @@ def _separate(
     units //= blocks
     projections = dict.fromkeys((query, key, value))
     rows = (p.rows(*[p.outputs // (units * blocks)] * blocks) for p in projections)
-    return Heads(units, queries, False, [cut for cuts in rows for cut in cuts])
+    cuts = [cut for some in rows for cut in some]
+    return Heads(units, queries, False, cuts, tuple(projections))
 
 
 def _fused(

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from hfslim.anatomy import families, layer_lists
 from hfslim.anatomy.attention import find_heads
 from hfslim.anatomy.channels import find_channels
+from hfslim.anatomy.grouped import cuts_of, feed_of, groups_of
 from hfslim.anatomy.projections import Projection
 from hfslim.anatomy.units import Cut, Refusal, Site, Units
 from hfslim.structure import KINDS
@@ -117,6 +118,19 @@ class _Finder:
                     reason = f"{names.across!r} runs across all of them, so none can go exactly"
                     self.refusals.append(Refusal("neurons", path, reason))
                     break
+                blocks = groups_of([*(i for i in inputs if i), output])
+                if blocks:
+                    yield Site(
+                        kind="neurons",
+                        path=path,
+                        size=output.inputs // blocks,
+                        gate=output.path,
+                        width=blocks,
+                        cuts=cuts_of([i for i in inputs if i], output, blocks, 1),
+                        inputs=(feed_of(output, blocks, 1),),
+                        fixed=(0,),
+                    )
+                    break
                 size = output.inputs
                 if all(i.outputs == size * names.blocks for i in inputs if i):
                     counts = [n for n in families.NEURON_COUNTS if vars(module).get(n) == size]
@@ -209,6 +223,7 @@ class _Finder:
                     fixed=fixed,
                     beside=tuple(path.removesuffix(first) + other for other in others),
                     streams=layer_lists.STREAMS.get(type(layers[0]).__name__, ()),
+                    ends=layer_lists.ENDS.get(type(layers[0]).__name__, ()),
                     batch=self._batch(path),
                 )
 

@@ -219,7 +219,7 @@ ATTENTIONS = {
     "NystromformerSelfAttention": Attention(tensors=(("conv.weight", 0),)),
     "Qwen3_5GatedDeltaNet": _LINEAR,
     "Qwen3NextGatedDeltaNet": _LINEAR,
-    "SqueezeBertSelfAttention": Attention(refused="its projections are grouped convolutions"),
+    "SqueezeBertSelfAttention": Attention(output="^post_attention.conv1d", keeps_one=True),
     "XLNetRelativeAttention": Attention(
         # What it drops out, too, are the attention weights and, of three dimensions, its output.
         carrier=(("dropout", 1, 4),),
@@ -275,6 +275,7 @@ FEED_FORWARDS = [
     FeedForward(("gate_up_proj",), "down_proj", blocks=2),
     FeedForward(("intermediate.dense",), "output.dense"),
     FeedForward(("layout_intermediate.dense",), "layout_output.dense"),
+    FeedForward(("intermediate.conv1d",), "output.conv1d"),
     FeedForward(("intermediate_dense",), "output_dense"),
     FeedForward(("dense.dense",), "output.dense"),
     FeedForward(("fc1",), "fc2", between="dwconv.dwconv"),

@@ -8,6 +8,10 @@ SIDE_BY_SIDE = dict.fromkeys(
 STREAMS = {"LiltLayer": ("hidden_states", "layout_inputs")}
 """Layers that add to several streams: the arguments that hold them, in the order of the outputs."""
 
+ENDS = {"SqueezeBertModule": ("attention", "output")}
+"""Layers that are not called as modules, but by their forward: names of the modules inside that get
+their input and give their output."""
+
 SEQUENCE_FIRST = ("XLNetModel",)
 """Modules inside of which hidden states are `[positions, examples, features]`."""
 

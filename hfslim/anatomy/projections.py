@@ -20,6 +20,7 @@ class Projection:
         outputs: Features that come out.
         along_outputs: Tensors and their dimension that has an entry per output.
         along_inputs: Tensors and their dimension that has an entry per input.
+        groups: Of a convolution over single positions, its groups; 0 of linear maps.
     """
 
     path: str
@@ -27,6 +28,7 @@ class Projection:
     outputs: int
     along_outputs: tuple[tuple[str, int], ...]
     along_inputs: tuple[tuple[str, int], ...]
+    groups: int = 0
 
     @classmethod
     def at(cls, path: str, module: nn.Module | None) -> Projection | None:
@@ -35,6 +37,10 @@ class Projection:
         if isinstance(module, Conv1D):
             inputs, outputs = module.weight.shape
             return cls(path, inputs, outputs, (("weight", 1), ("bias", 0)), (("weight", 0),))
+        if isinstance(module, nn.Conv1d) and (*module.kernel_size, *module.stride) == (1, 1):
+            outputs, inputs = module.out_channels, module.in_channels
+            along = tuple((name, 0) for name, _ in module.named_parameters(recurse=False))
+            return cls(path, inputs, outputs, along, (("weight", 1),), module.groups)
         if module is None or weight is None or weight.ndim != 2:
             return None
         # Quantised look-alikes share these names; embeddings and norms do not.

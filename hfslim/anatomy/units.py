@@ -75,6 +75,7 @@ class Feed:
         start: Entries before the first unit.
         width: Consecutive entries per unit.
         ndim: Number of dimensions of the inputs that count, where the module takes others too.
+        blocks: How many times over there are all units, block after block.
     """
 
     module: str
@@ -82,14 +83,24 @@ class Feed:
     start: int = 0
     width: int = 1
     ndim: int = 0
+    blocks: int = 1
+
+    @property
+    def features(self) -> int:
+        """Entries per unit."""
+        return self.width * self.blocks
 
     def of(self, value: torch.Tensor, units: int) -> torch.Tensor:
-        """Return what an input has of the units, `[..., units · width]`."""
-        return value.movedim(self.dim, -1).narrow(-1, self.start, units * self.width)
+        """Return what an input has of the units, `[..., units · features]`."""
+        part = value.movedim(self.dim, -1).narrow(-1, self.start, units * self.features)
+        if self.blocks == 1:
+            return part
+        by_block = part.unflatten(-1, (self.blocks, units, self.width))
+        return by_block.transpose(-3, -2).flatten(-3)
 
     def spread(self, numbers: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Spread one number per unit, `[units]`, so that an input can be multiplied by it."""
-        numbers = numbers.to(value.device).repeat_interleave(self.width)
+        numbers = numbers.to(value.device).repeat_interleave(self.width).repeat(self.blocks)
         rest = value.shape[self.dim] - self.start - len(numbers)
         whole = torch.cat([numbers.new_ones(self.start), numbers, numbers.new_ones(rest)])
         return whole.reshape(-1, *[1] * (value.ndim - 1 - self.dim % value.ndim))
@@ -126,6 +137,8 @@ class Site:
             last part's output is the layer's.
         streams: Of layers that add to several streams, the arguments that hold them, in the order
             of the outputs.
+        ends: Of layers that are not called as modules, the names of the modules inside that get
+            their input and give their output.
         batch: The dimension of examples in what is gated.
         runs: Of layers that are runs of one module, the config field with their number.
     """
@@ -148,12 +161,18 @@ class Site:
     inputs: tuple[Feed, ...] = ()
     beside: tuple[str, ...] = ()
     streams: tuple[str, ...] = ()
+    ends: tuple[str, ...] = ()
     batch: int = 0
     runs: str = ""
 
     def parts(self, index: int) -> tuple[str, ...]:
         """Return the paths of what makes up one of the layers, and goes with it."""
         return () if self.runs else tuple(f"{path}.{index}" for path in (self.path, *self.beside))
+
+    def seen(self, index: int) -> tuple[str, str]:
+        """Return the paths of the modules that get a layer's input and give its output."""
+        first, *_, last = self.parts(index) * 2
+        return (f"{first}.{self.ends[0]}", f"{last}.{self.ends[1]}") if self.ends else (first, last)
 
     @property
     def feeds(self) -> tuple[Feed, ...]:

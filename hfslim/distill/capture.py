@@ -132,10 +132,10 @@ class Capture:
 def layer_modules(model: nn.Module) -> list[nn.Module]:
     """Return a model's layers, in the order in which they run, stages and towers one by one."""
     modules = dict(model.named_modules())
-    lists: dict[str, None] = {}
+    lists: dict[str, tuple[str, ...]] = {}
     for site in find_units(plain_twin(model)):
         if site.kind == "layers":
-            lists[(site.path, *site.beside)[-1]] = None
+            lists[(site.path, *site.beside)[-1]] = site.ends[1:]
             continue
         if site.kind == "channels":
             continue  # Convolutions in front of the layers are numbered too.
@@ -143,9 +143,12 @@ def layer_modules(model: nn.Module) -> list[nn.Module]:
         prefixes = [".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()]
         whole = [p for p in prefixes if isinstance(modules[p], GradientCheckpointingLayer)]
         for prefix in (whole or prefixes)[-1:]:
-            lists[prefix.rpartition(".")[0]] = None
+            lists.setdefault(prefix.rpartition(".")[0], ())
     order = [path for path in modules if path in lists]
-    return [layer for path in order for layer in modules[path].children()]
+    layers = [
+        ".".join((path, name, *lists[path])) for path in order for name in modules[path]._modules
+    ]
+    return [modules[path] for path in layers]
 
 
 def position_mask(model: Any, inputs: dict[str, Any], positions: int) -> Tensor | None:

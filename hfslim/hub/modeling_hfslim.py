@@ -309,12 +309,11 @@ class LongformerHeads(Headless):
         mask = mask.masked_fill(special, torch.finfo(query.dtype).min)
         ones = torch.ones_like(mask)
         scores = scores + stock._sliding_chunks_query_key_matmul(ones, mask, window)
-        many, everywhere, present, absent = 0, None, None, None
+        indices: Any = (
+            stock._get_global_attn_indices(is_index_global_attn) if is_global_attn else ()
+        )
         if is_global_attn:
-            many, everywhere, present, absent = stock._get_global_attn_indices(is_index_global_attn)
-            others = stock._concat_with_global_key_attn_probs(
-                key, query, many, everywhere, present, absent
-            )
+            others = stock._concat_with_global_key_attn_probs(key, query, *indices)
             scores = torch.cat((others, scores), dim=-1)
         weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32)
         weights = weights.masked_fill(is_index_masked[:, :, None, None], 0.0).type_as(scores)
@@ -322,6 +321,7 @@ class LongformerHeads(Headless):
         if not is_global_attn:
             result = stock._sliding_chunks_matmul_attn_probs_value(weights, value, window)
             return (result.flatten(2), weights) if output_attentions else (result.flatten(2),)
+        many, everywhere, present, absent = indices
         result = stock._compute_attn_output_with_global_indices(
             value, weights, many, everywhere, present
         ).flatten(2)
@@ -412,8 +412,13 @@ def keep_layers(layers: nn.ModuleList | nn.Sequential, kept: Sequence[int]) -> N
                     vars(module)[name] = new
 
 
-def tell_sizes(module: nn.Module) -> None:
-    """Bring the sizes that a linear map tells of itself up to date with its weight."""
+def tell_sizes(module: nn.Module, groups_stay: bool = False) -> None:
+    """Bring the sizes that a linear map tells of itself up to date with its weight.
+
+    Args:
+        module: The map.
+        groups_stay: Whether a convolution has lost channels of each group, not groups.
+    """
     weight = getattr(module, "weight", None)
     if isinstance(module, Conv1D) and weight is not None:
         module.nx, module.nf = weight.shape
@@ -429,7 +434,7 @@ def tell_sizes(module: nn.Module) -> None:
     elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         per_group = module.out_channels // module.groups
         outputs, inputs = module.weight.shape[:2]
-        if module.groups > 1:
+        if module.groups > 1 and not groups_stay:
             module.groups = outputs // per_group
         module.out_channels, module.in_channels = outputs, inputs * module.groups
 

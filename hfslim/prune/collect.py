@@ -202,7 +202,8 @@ class Collector:
     def _projection(self, site: Site) -> torch.Tensor | None:
         """Return the weight that a site's gated features meet, `[outputs, features]`."""
         for cut in site.cuts:
-            if cut.module == site.gate and cut.tensor == "weight":
+            in_order = site.feeds[0].blocks == 1
+            if cut.module == site.gate and cut.tensor == "weight" and in_order:
                 weight = self.gates.model.get_submodule(cut.module).get_parameter("weight")
                 return weight.detach().movedim(cut.dim, -1)
         return None

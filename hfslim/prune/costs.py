@@ -139,7 +139,7 @@ def count(
         macs[""],
         {(s.kind, s.path): _unit_macs(model, s, macs) for s in _narrow(units)},
         {
-            (s.kind, s.path): tuple(_layer_macs(s, i, macs) for i in range(s.size))
+            (s.kind, s.path): tuple(_layer_macs(model, s, i, macs) for i in range(s.size))
             for s in units
             if s.kind == "layers"
         },
@@ -171,10 +171,13 @@ def _products(model: nn.Module, units: Units, macs: Mapping[str, int] | None) ->
             yield Product(path, cost, tuple(every))
 
 
-def _layer_macs(site: Site, index: int, macs: Mapping[str, int]) -> int:
+def _layer_macs(model: nn.Module, site: Site, index: int, macs: Mapping[str, int]) -> int:
     if site.runs:
         return macs.get(f"{site.path}.0", 0) // site.size
-    return sum(macs.get(path, 0) for path in site.parts(index))
+    paths = site.parts(index)
+    if site.ends:
+        paths = tuple(f"{p}.{name}" for p in paths for name in model.get_submodule(p)._modules)
+    return sum(macs.get(path, 0) for path in paths)
 
 
 def _unit_parameters(model: nn.Module, site: Site) -> int:

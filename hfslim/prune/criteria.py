@@ -118,7 +118,11 @@ def _block_influence(seen: Seen) -> torch.Tensor:
 
 
 def _output_norm(seen: Seen) -> torch.Tensor:
-    assert seen.projection is not None
+    if seen.projection is None:
+        raise ValueError(
+            f"kl_fisher needs the matrix that the {seen.site.kind} at {seen.site.path!r} meet, "
+            "and they meet none: choose another criterion, such as fisher"
+        )
     norm = importance.output_norm(seen.added, seen.projection, seen.units, seen.weight)
     return OUTPUT_NORM * norm
 

@@ -135,10 +135,10 @@ class Gates:
         return self
 
     def _attach_layer(self, site: Site, index: int) -> None:
-        first, *_, last = (self.model.get_submodule(path) for path in site.parts(index) * 2)
+        first, last = (self.model.get_submodule(path) for path in site.seen(index))
         hook = self._layer_hook(site, index)
         self._handles.append(last.register_forward_hook(hook, with_kwargs=True))
-        if site.beside:
+        if first is not last:
 
             def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
                 states = states_before(site, module, args, kwargs)
@@ -257,9 +257,8 @@ class Gates:
 
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
             self.fired[key] += 1
-            if site.beside:
-                before = self._entered.pop((key, index))
-            else:
+            before = self._entered.pop((key, index), None)
+            if before is None:
                 before = states_before(site, module, args, kwargs)
             after = states_after(output, len(before))
             if any(b.shape != a.shape for b, a in zip(before, after, strict=True)):
@@ -313,12 +312,12 @@ def closed_layers(model: nn.Module) -> set[nn.Module]:
     """Return the layers that gates in a model close at this moment."""
     hooks = [getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values()]
     closed = {
-        part
+        gates.units.site("layers", path).seen(index)[1]
         for gates in hooks
         if isinstance(gates, Gates)
         for (_, path), indices in gates._closed_layers.items()
         for index in indices
-        for part in gates.units.site("layers", path).parts(index)
+        if not gates.units.site("layers", path).runs
     }
     return {model.get_submodule(path) for path in closed}
 

@@ -168,4 +168,7 @@ def projection(model: nn.Module, site: Site) -> torch.Tensor:
             weight = model.get_submodule(site.gate).get_parameter("weight").detach()
             if weight.ndim == 2:
                 return weight.movedim(cut.dim, -1)
-    raise ValueError(f"{site.gate!r} has no weight matrix that meets the {site.kind} as its inputs")
+    raise ValueError(
+        f"{site.gate!r} has no weight matrix that meets the {site.kind} as its inputs: set "
+        f"another criterion for {site.kind}, such as fisher"
+    )

@@ -176,6 +176,9 @@ class _Surgery:
     def _slice(self, narrowed: Mapping[Site, tuple[int, ...]]) -> None:
         """Cut tensors once along each dimension, where several sites may have units."""
         indices: dict[tuple[str, str, int], torch.Tensor] = {}
+        in_blocks = {
+            cut.module for site in narrowed for cut in site.cuts if site.feeds[0].blocks > 1
+        }
         for site, kept in narrowed.items():
             for cut in site.cuts:
                 where = cut.module, cut.tensor, cut.dim
@@ -192,7 +195,7 @@ class _Surgery:
                 module._buffers[name] = new
             else:
                 module._parameters[name] = nn.Parameter(new, requires_grad=old.requires_grad)
-            modeling_hfslim.tell_sizes(module)
+            modeling_hfslim.tell_sizes(module, groups_stay=path in in_blocks)
 
     def _tell(self, site: Site, kept: tuple[int, ...]) -> None:
         """Bring what modules tell of their units up to date."""

@@ -113,7 +113,7 @@ def by_unit(product: torch.Tensor, examples: int, site: Site, feed: Feed) -> tor
             f"{feed.module} gets {product.shape[0]} rows for {examples} examples, so their "
             "gradients cannot be told apart"
         )
-    product = feed.of(product, site.size).reshape(examples, -1, site.size, feed.width)
+    product = feed.of(product, site.size).reshape(examples, -1, site.size, feed.features)
     return product.sum((1, 3), dtype=torch.float32)
 
 

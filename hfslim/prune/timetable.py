@@ -98,10 +98,10 @@ def measure_table(
     Raises:
         RuntimeError: The model does not run its layers as modules.
     """
-    for site in units:
-        if site.runs or site.beside:
+    for one in units:
+        if one.runs or one.beside or one.ends:
             raise RuntimeError(
-                f"{type(model).__name__} does not run the layers at {site.path!r} as modules of "
+                f"{type(model).__name__} does not run the layers at {one.path!r} as modules of "
                 "their own, so they cannot be timed; state the target in macs, or leave layers out "
                 "of `units`"
             )
