@@ -99,6 +99,8 @@ MISTAKES = {
     "an unknown criterion": (("inspect", "model", "--criterion", "magic"), 2, "'magnitude'"),
     "a criterion that needs data": (("inspect", "model", "--criterion", "fisher"), 1, "data is"),
     "an unknown unit": (("inspect", "model", "--units", "toes"), 2, "'heads'"),
+    "classes without data": (("inspect", "model", "--by-class"), 2, "add --data"),
+    "no scores to compare": (("inspect", "model", "--against", "train.json"), 2, "cannot be read"),
     "a picture of no kind": (("inspect", "model", "--picture", "a.bmp"), 2, ".svg"),
     "an unknown metric": (("compare", "model", "other", *DATA, "--metric", "acc"), 2, "'accuracy'"),
     "data of another kind": (("inspect", "vit", *DATA), 1, "no column 'image or img'"),
@@ -190,6 +192,34 @@ def test_inspect_scores_each_unit_on_the_data(hfslim) -> None:
     assert [row["units"] for row in heads] == [4, 4, 4]
     assert all(len(row["scores"]) == row["units"] for row in done.json["units"])
     assert len({row["kind"] for row in done.json["units"]}) == 3
+
+
+def test_inspect_tells_classes_layers_and_what_another_model_makes_of_it(
+    hfslim, shared: Path
+) -> None:
+    asked = ("inspect", "model", *DATA, "--units", "heads", "--batch-size", "4")
+    found = hfslim(*asked, "--by-class", "--similarity", "--against", "other", "--json").json
+    for row in found["units"]:
+        by_class = torch.tensor(row["by_class"], dtype=torch.float64)
+        total = torch.tensor(row["scores"], dtype=torch.float64)
+        torch.testing.assert_close(by_class.sum(0), total, rtol=1e-6, atol=0)
+    assert sum(one["examples"] for one in found["classes"]) == 16
+    assert [len(row) for row in found["similarity"]] == [3, 3, 3]
+    assert [one["kind"] for one in found["agreement"]] == ["heads"]
+    told = found["predictions"]
+    assert told["examples"] == 10
+    changed = {
+        outcome: sum(one[outcome] for one in told["classes"])
+        for outcome in ("lost", "gained", "other")
+    }
+    assert sum(changed.values()) == len(told["changed"])
+    assert all(one["text"] for one in told["changed"])
+
+    (shared / "seed.json").write_text(hfslim(*asked, "--json").out)
+    printed = hfslim(*asked, "--against", "seed.json", "--by-class", "--picture", "all.png").out
+    assert re.search(r"heads +│ +1\.00( │ +100%){3}", printed)
+    assert "What each class needs" in printed
+    assert (shared / "all.png").stat().st_size > 10_000
 
 
 def test_inspect_without_data_ranks_by_magnitude_and_draws(hfslim, shared: Path) -> None:

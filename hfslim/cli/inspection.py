@@ -1,9 +1,8 @@
-"""`hfslim inspect`: what can be removed from a model, and how much each unit matters."""
+"""`hfslim inspect`: which units, classes and layers matter, and what another model makes of it."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -26,28 +25,37 @@ from hfslim.cli.options import (
 from hfslim.structure import KINDS
 
 if TYPE_CHECKING:
-    import torch
-    from rich.table import Table
+    from rich.console import Console
 
-    from hfslim.anatomy import Units
-    from hfslim.prune.gates import Key
-
-BARS = "▁▂▃▄▅▆▇█"
-BAR_COLUMNS = 24
+    from hfslim.cli.findings import Finding
 
 
 @app.command(
     epilog="Example: `hfslim inspect bert-sst2 --data nyu-mll/glue "
-    "--data dataset_config_name=sst2 --picture importance.svg`"
+    "--data dataset_config_name=sst2 --by-class --picture importance.svg`"
 )
 def inspect(
     model: Model,
     data: Data = None,
     criterion: CriterionNames = None,
     units: UnitKinds = None,
+    by_class: Annotated[
+        bool, typer.Option("--by-class", help="Also tell which units each class needs.")
+    ] = False,
+    similarity: Annotated[
+        bool, typer.Option("--similarity", help="Also tell how alike the layers are (CKA).")
+    ] = False,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL|FILE",
+            help="The teacher, another seed, or what `inspect --json` printed of one: on which "
+            "units the two agree, and which predictions changed from it to MODEL.",
+        ),
+    ] = None,
     picture: Annotated[
         Path | None,
-        typer.Option(dir_okay=False, help="Also draw the importance: a .svg, .png or .pdf file."),
+        typer.Option(dir_okay=False, help="Also draw what is told: a .svg, .png or .pdf file."),
     ] = None,
     max_examples: MaxExamples = 512,
     batch_size: BatchSize = 32,
@@ -61,24 +69,21 @@ def inspect(
     cannot be removed is listed with the reason.
     """
     names = criteria(criterion or (["fisher"] if data else ["magnitude"]))
+    for option, given in (("--by-class", by_class), ("--similarity", similarity)):
+        if given and not data:
+            raise typer.BadParameter("it needs examples: add --data", param_hint=f"'{option}'")
     with working():
         from hfslim.anatomy import find_units
-        from hfslim.prune.batches import Batches
+        from hfslim.cli.subject import Subject
         from hfslim.prune.criteria import criteria_by_kind
-        from hfslim.prune.oneshot import calibrate
 
         if picture is not None:
             from hfslim.heatmap import check_picture
 
             with asked("--picture"):
                 check_picture(picture)
-        if data:
-            bench = workbench(model, data, None, seed, batch_size)
-            loaded = bench.load_model(model)
-            batches: Iterable[Any] = bench.calibration(loaded, max_examples)
-        else:
-            _, loaded = open_model(model)
-            batches = []
+        bench = workbench(model, data, None, seed, batch_size) if data else None
+        loaded = bench.load_model(model) if bench else open_model(model)[1]
         found = find_units(loaded)
         kinds: Any = units or [k for k in KINDS if any(site.kind == k for site in found)]
         with asked("--units"):
@@ -86,74 +91,31 @@ def inspect(
         with asked("--criterion"):
             by_kind = criteria_by_kind(cast(Any, names), kinds)
         shown = sys.stderr.isatty()
-        known = Batches(batches, max_examples)
-        scores = calibrate(loaded, found, known, by_kind, seed, shown, "none").scores
+        subject = Subject(model, loaded, found, by_kind, bench, by_class, max_examples, seed, shown)
+        findings: list[Finding] = [subject.importance(f"{model}: {_spoken(names)}")]
+        if similarity:
+            findings.append(subject.similarity())
+        if against:
+            other_bench = None
+            if data and not against.endswith(".json"):
+                other_bench = workbench(against, data, None, seed, batch_size)
+            findings += subject.against(against, other_bench)
         if picture is not None:
-            from hfslim.heatmap import draw_importance
+            from hfslim.heatmap import draw
 
-            draw_importance(scores, picture, f"{model}: {_spoken(names)}")
-    rows = [
-        {
-            "kind": site.kind,
-            "path": site.path,
-            "units": site.size,
-            "fixed": list(site.fixed),
-            "scores": scores[site.kind, site.path].tolist(),
-        }
-        for site in found
-    ]
-    refused = [vars(refusal) for refusal in found.refusals]
-    values = {"model": model, "criterion": names, "units": rows, "refused": refused}
-    show(
-        as_json,
-        values,
-        lambda console: console.print(_table(found, scores, f"{model}: {_spoken(names)}")),
-    )
+            draw([p for one in findings for p in one.panels()], picture, model)
+
+    def tell(console: Console) -> None:
+        for finding in findings:
+            finding.print(console)
+
+    values: dict[str, Any] = {"model": model, "criterion": names}
+    for finding in findings:
+        values |= finding.values()
+    show(as_json, values, tell)
 
 
 def _spoken(names: str | dict[str, str]) -> str:
     if isinstance(names, str):
         return names
     return ", ".join(f"{kind} by {name}" for kind, name in names.items())
-
-
-def _table(units: Units, scores: Mapping[Key, torch.Tensor], title: str) -> Table:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=escape(title), title_justify="left")
-    for heading in ("units", "layer", "number", "share", "importance", "least important"):
-        table.add_column(heading, justify="right" if heading in ("number", "share") else "left")
-    totals, highest = dict[str, float](), dict[str, float]()
-    for (kind, _), values in scores.items():
-        totals[kind] = totals.get(kind, 0.0) + values.sum().item()
-        highest[kind] = max(highest.get(kind, 0.0), _columns(values).max().item())
-    for site in units:
-        values = scores[site.kind, site.path]
-        share = values.sum().item() / totals[site.kind] if totals[site.kind] else 0.0
-        least = [i for i in values.argsort(stable=True).tolist() if i not in site.fixed][:3]
-        table.add_row(
-            site.kind,
-            escape(site.path),
-            str(site.size),
-            f"{share:.1%}",
-            _bars(_columns(values), highest[site.kind]),
-            ", ".join(map(str, least)),
-        )
-    for refusal in units.refusals:
-        table.add_row(refusal.kind, escape(refusal.path), "–", "–", escape(refusal.reason), "")
-    return table
-
-
-def _columns(values: torch.Tensor) -> torch.Tensor:
-    """Return the values themselves, or the means of neighbours where they are too many."""
-    import torch
-
-    return torch.stack([part.mean() for part in values.tensor_split(min(BAR_COLUMNS, len(values)))])
-
-
-def _bars(values: torch.Tensor, highest: float) -> str:
-    if not highest:
-        return BARS[0] * len(values)
-    heights = (values / highest * (len(BARS) - 1)).round().int().clamp(0, len(BARS) - 1)
-    return "".join(BARS[height] for height in heights)
