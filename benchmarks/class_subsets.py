@@ -3,6 +3,7 @@
     python -m benchmarks.class_subsets RECIPE --model FOLDER --classes NAME NAME …
         --output FILE [--budgets 0.25 0.1] [--seeds 0 1 2] [--max_examples 512] [--key value …]
 
+A seed orders the batches of the recipe's training examples, the first of which calibrate.
 The model is cut to each budget of its multiply-accumulates three times, by examples of all classes,
 of the classes named and of the others; `hfslim.prune` is told nothing else. It is judged on the
 recipe's evaluation examples, among all classes. Cells that are in the file are not run again.
@@ -11,17 +12,19 @@ recipe's evaluation examples, among all classes. Cells that are in the file are 
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
+import torch
 from transformers import PreTrainedModel
 
 import hfslim
 from benchmarks.markdown import Row, circumstances, listed, percent, spread, table
 from benchmarks.rivals.results import Results
 from benchmarks.workbenches import opened
+from hfslim.timing import evaluating
 
 NAME = "classes"
 
@@ -38,11 +41,18 @@ def main() -> None:
     options, overrides = parser.parse_known_args()
     bench, teacher = opened(options.recipe, options.model, overrides)
     names = list(bench.examples.labels.names)
-    truth = np.concatenate([batch["labels"] for batch in bench.batches(bench.eval, 256)])
+    if unknown := set(options.classes) - set(names):
+        parser.error(f"no classes {sorted(unknown)}: the data has {names}")
+    # Images are processed whenever they are read: read them once.
+    held = list(bench.batches(bench.eval, 256))
+    pool = list(bench.calibration(teacher, len(bench.train)))
+    truth = torch.cat([batch.pop("labels") for batch in held])
 
     def accuracies(model: PreTrainedModel) -> list[float]:
-        right = bench.predict(model).logits.argmax(-1) == truth
-        return [float(right[truth == number].mean()) for number in range(len(names))]
+        with evaluating(model):
+            said = torch.cat([model(**batch).logits.argmax(-1) for batch in held])
+        right = (said == truth).double()
+        return [right[truth == number].mean().item() for number in range(len(names))]
 
     results = Results(options.output)
     run = results.begin(
@@ -51,13 +61,13 @@ def main() -> None:
             "recipe": options.recipe,
             "classes": names,
             "chosen": options.classes,
-            "examples": np.bincount(truth).tolist(),
+            "examples": truth.bincount().tolist(),
             "calibration": options.max_examples,
             "teacher": accuracies(teacher),
         }
     )
     for seed in options.seeds:
-        bench.seed = seed
+        data = random.Random(seed).sample(pool, len(pool))
         for budget in options.budgets:
             for group, classes in groups(names, options.classes).items():
                 key = {"method": group, "budget": budget, "seed": seed}
@@ -65,7 +75,7 @@ def main() -> None:
                     continue
                 result = hfslim.prune(
                     bench.load_model(options.model),
-                    bench.calibration(teacher, len(bench.train)),
+                    data,
                     target={"macs": budget},
                     max_examples=options.max_examples,
                     classes=[names[number] for number in classes],

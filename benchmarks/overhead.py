@@ -1,25 +1,32 @@
-"""What hfslim adds to a training step, to a start, and how long scoring and search take.
+"""What hfslim adds to a training step, to a start, and what scoring and search take.
 
-    python benchmarks/overhead.py [--model FOLDER_OR_HUB_ID]
+    python -m benchmarks.overhead [--model FOLDER_OR_HUB_ID] [--rounds 30]
+        [--output benchmarks/results/overhead.json]
 
 Every comparison is paired: the two sides run in turn, and the median of the ratios is told. Without
-a model, a BERT of MiniLM-L6's size with random weights stands in, which costs the same.
+a model, a BERT of MiniLM-L6's size with random weights stands in, which costs the same. Results are
+added to the file, one column for each number of threads.
 """
 
 import argparse
-import platform
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForSequenceClassification, BertConfig
 
 import hfslim
+from benchmarks.markdown import Row, circumstances, table
+from benchmarks.memory import Peak
+from benchmarks.rivals.results import Results
 from hfslim.prune.collect import Collector
 from hfslim.prune.gates import Gates
 
+NAME = "overhead"
 UNITS = ("heads", "neurons")
 MINILM = {
     "num_hidden_layers": 6,
@@ -34,25 +41,69 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="classifier to use; random weights if not given")
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--output", type=Path, default=Path(f"benchmarks/results/{NAME}.json"))
     options = parser.parse_args()
+    torch.manual_seed(0)
     load = AutoModelForSequenceClassification
     model = (
         load.from_pretrained(options.model)
         if options.model
         else load.from_config(BertConfig(**MINILM))
     )
-    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
-    print(f"import hfslim / import transformers: {import_ratio(options.rounds // 3):.3f}")
-    ratio, spread = step_ratio(model, options.rounds)
-    print(f"training step with gates / without, batch 32 × 64 tokens: {ratio:.3f} ({spread})")
-    print(f"scoring and search, 512 texts of 64 tokens: {scoring_seconds(model):.1f} s")
+    results = Results(options.output)
+    run = results.begin({"name": NAME, "model": type(model).__name__})
+    threads = torch.get_num_threads()
+    cell = {"method": f"{threads} thread{'s' if threads > 1 else ''}", "seed": 0, "run": run}
+    cell |= {"import": import_ratio(max(options.rounds // 3, 3))}
+    cell |= {"step": step_ratio(model, options.rounds)}
+    results.add("cells", cell | {"prune": pruning(model)})
+    print(render(results.read()))
 
 
-def import_ratio(rounds: int) -> float:
-    return statistics.median(
-        _import_seconds("hfslim, transformers") / _import_seconds("transformers")
-        for _ in range(max(rounds, 3))
-    )
+def render(data: Row) -> str:
+    """Return the Markdown of the results: a column for each number of threads."""
+    cells = sorted(data["cells"], key=lambda cell: cell["method"])
+
+    def ratio(one: Row) -> str:
+        return f"{one['ratio']:.3f} (quartiles {one['low']:.3f}–{one['high']:.3f})"
+
+    def memory(cell: Row, name: str) -> str:
+        taken = cell[name]["bytes"]
+        return "–" if taken is None else f"{taken / 2**20:,.0f} MiB"
+
+    rows = [
+        [
+            "`import hfslim` with transformers / `import transformers`",
+            *(f"{ratio(c['import'])}, of {c['import']['seconds']:.1f} s" for c in cells),
+        ],
+        [
+            "a training step with gates half closed and scoring / without, batch 32 × 64 tokens",
+            *(f"{ratio(c['step'])}, of {c['step']['seconds']:.2f} s" for c in cells),
+        ],
+        ["the same step's peak of memory above the model's", *(memory(c, "step") for c in cells)],
+        [
+            "scoring, search and cut to half, 512 texts of 64 tokens",
+            *(f"{c['prune']['seconds']:.1f} s" for c in cells),
+        ],
+        ["its peak of memory above the model's", *(memory(c, "prune") for c in cells)],
+    ]
+    head = ["what", *(cell["method"] for cell in cells)]
+    return f"{table(head, rows)}\n`{data['model']}`; {circumstances(data)}\n"
+
+
+def _quartiles(ratios: list[float]) -> dict[str, Any]:
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return {"ratio": middle, "low": low, "high": high}
+
+
+def import_ratio(rounds: int) -> dict[str, Any]:
+    """Start an interpreter with and without hfslim, in turn."""
+    pairs = [
+        (_import_seconds("hfslim, transformers"), _import_seconds("transformers"))
+        for _ in range(rounds)
+    ]
+    seconds = statistics.median(plain for _, plain in pairs)
+    return {**_quartiles([ours / plain for ours, plain in pairs]), "seconds": seconds}
 
 
 def _import_seconds(modules: str) -> float:
@@ -61,7 +112,7 @@ def _import_seconds(modules: str) -> float:
     return float(done.stdout)
 
 
-def step_ratio(model: torch.nn.Module, rounds: int) -> tuple[float, str]:
+def step_ratio(model: torch.nn.Module, rounds: int) -> dict[str, Any]:
     """Time a step without gates and one with gates half closed that score, in turn."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
@@ -86,18 +137,22 @@ def step_ratio(model: torch.nn.Module, rounds: int) -> tuple[float, str]:
     collector.start()
     for _ in range(3):
         step()
-    ratios = []
+    memory = Peak()
+    with gates:
+        step()
+    taken = memory.growth()
+    ratios, seconds = [], []
     for number in range(rounds):
         # The order alternates, so that a drift of the machine's speed cancels.
         plain = step() if number % 2 else None
         with gates:
             gated = step()
-        ratios.append(gated / (step() if plain is None else plain))
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return middle, f"quartiles {low:.3f}–{high:.3f}"
+        seconds.append(step() if plain is None else plain)
+        ratios.append(gated / seconds[-1])
+    return {**_quartiles(ratios), "seconds": statistics.median(seconds), "bytes": taken}
 
 
-def scoring_seconds(model: torch.nn.Module) -> float:
+def pruning(model: torch.nn.Module) -> dict[str, Any]:
     data = [
         {
             "input_ids": torch.randint(1000, (32, 64)),
@@ -106,9 +161,9 @@ def scoring_seconds(model: torch.nn.Module) -> float:
         }
         for _ in range(16)
     ]
-    start = time.perf_counter()
+    start, memory = time.perf_counter(), Peak()
     hfslim.prune(model, data, target={"macs": 0.5}, units=UNITS, progress=False)
-    return time.perf_counter() - start
+    return {"seconds": time.perf_counter() - start, "bytes": memory.growth()}
 
 
 if __name__ == "__main__":

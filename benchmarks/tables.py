@@ -1,9 +1,10 @@
-"""Write the tables of docs/benchmarks.md from the results.
+"""Write the tables of docs/benchmarks.md and README.md from the results.
 
     python -m benchmarks.tables [--check] [--print FILE]
 
 A table stands between `<!-- results: FILE -->` and `<!-- end -->`; FILE is a JSON file of
-`benchmarks/results`. With --check nothing is written, and a page that differs is an error.
+`benchmarks/results`. `<!-- summary: FILE FILE … -->` begins a short one of several comparisons with
+other methods. With --check nothing is written, and a page that differs is an error.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks import class_subsets
+from benchmarks import class_subsets, overhead
 from benchmarks.markdown import Row
 from benchmarks.rivals import tables as rivals
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "benchmarks.md"
+PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "README.md")
 RESULTS = ROOT / "benchmarks" / "results"
-PLACE = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-RENDER = {class_subsets.NAME: class_subsets.render}
+PLACE = re.compile(r"(<!-- (results|summary): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+RENDER = {class_subsets.NAME: class_subsets.render, overhead.NAME: overhead.render}
 """What makes the tables of a file, by the `name` in it; of others, `rivals.render`."""
 
 
@@ -36,22 +37,29 @@ def main() -> None:
     if options.print:
         print(render(json.loads(options.print.read_text(encoding="utf-8"))))
         return
-    page = PAGE.read_text(encoding="utf-8")
-    fresh = fill(page)
-    if options.check and page != fresh:
-        sys.exit(f"error: {PAGE} differs from {RESULTS}: run python -m benchmarks.tables")
-    PAGE.write_text(fresh, encoding="utf-8")
+    for path in PAGES:
+        page = path.read_text(encoding="utf-8")
+        fresh = fill(page)
+        if options.check and page != fresh:
+            sys.exit(f"error: {path} differs from {RESULTS}: run python -m benchmarks.tables")
+        path.write_text(fresh, encoding="utf-8")
 
 
 def fill(page: str) -> str:
     """Return a page with every table made anew."""
 
     def table(place: re.Match[str]) -> str:
-        file = RESULTS / place[2]
-        data = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"cells": []}
-        return f"{place[1]}{render(data)}\n{place[3]}"
+        files = [read(name) for name in place[3].split()]
+        text = rivals.summary(files) if place[2] == "summary" else render(files[0])
+        return f"{place[1]}{text}\n{place[4]}"
 
     return PLACE.sub(table, page)
+
+
+def read(name: str) -> Row:
+    """Return the results of a file, or none."""
+    file = RESULTS / name
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"cells": []}
 
 
 def render(data: Row) -> str:

@@ -10,8 +10,10 @@ Further keys override the recipe, as in `--data.max_eval_samples 1000`.
 
 import argparse
 import copy
+import sys
 import tempfile
 import time
+from contextlib import redirect_stdout
 
 import torch
 from transformers import TrainingArguments
@@ -61,13 +63,15 @@ def main() -> None:
                 rows = sparsify(model, data, **asked, method=method, progress=False).sparsity
                 seconds = time.perf_counter() - start
                 after = bench.evaluate(model)[bench.metric]
-                print(f"| {goal} | {method} | {after:.4f} | {seconds:.1f} |", end=" ", flush=True)
+                row = [goal, method, f"{after:.4f}", f"{seconds:.1f}", "–"]
                 if options.recovery:
                     parts, held = bench.trainer_parts(), WeightPruningCallback()
-                    SlimTrainer(model=model, args=arguments, callbacks=[held], **parts).train()
+                    trainer = SlimTrainer(model=model, args=arguments, callbacks=[held], **parts)
+                    with redirect_stdout(sys.stderr):  # where the Trainer tells its own figures
+                        trainer.train()
                     assert weight_sparsity(model) == rows, "a zero was lost"
-                    print(f"{bench.evaluate(model)[bench.metric]:.4f}", end=" ")
-                print("|", flush=True)
+                    row[-1] = f"{bench.evaluate(model)[bench.metric]:.4f}"
+                print(f"| {' | '.join(row)} |", flush=True)
 
 
 if __name__ == "__main__":

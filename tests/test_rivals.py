@@ -1,8 +1,10 @@
 """The benchmark against other methods: equal terms, results that last, tables that match them."""
 
+import copy
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ from models import tiny
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 
 import benchmarks.rivals.__main__ as command
+import hfslim
 from benchmarks import tables
 from benchmarks.rivals import depgraph
-from benchmarks.rivals.data import Setting, Task
+from benchmarks.rivals.cells import recover
+from benchmarks.rivals.data import RememberedTeacher, Setting, Task
 from benchmarks.rivals.methods import METHODS, PLACEMENTS
 from benchmarks.rivals.problem import Problem, score
 from benchmarks.rivals.results import Results
@@ -103,6 +107,32 @@ def test_layer_removal_keeps_the_depth_nearest_to_the_budget(budget: float, laye
     assert cut.config.num_hidden_layers == layers
 
 
+@pytest.mark.parametrize("family", ["bert", "vit", "whisper"])
+def test_a_small_student_is_new_narrower_and_within_the_budget(family: str) -> None:
+    task = problem(tiny(family))
+    student = METHODS["small student"]["narrow"](task, 0.5)
+    assert 0.4 < task.kept(student) <= 0.5
+    whole, small = ({s.path: s.size for s in hfslim.find_units(m)} for m in (task.teacher, student))
+    assert all(small[path] <= size for path, size in whole.items())
+    trained, fresh = (m.get_submodule("classifier").weight for m in (task.teacher, student))
+    assert trained.shape == fresh.shape
+    assert not torch.allclose(trained, fresh)
+
+
+def test_labels_alone_leave_the_teacher_out(teacher: str) -> None:
+    setting = Setting(RECIPE, train=192, evaluation=8, calibration=16, selection=16)
+    task = Task.prepare("digits", setting, load_recipe(RECIPE), teacher)
+    other = replace(task, remembered=RememberedTeacher(task.teacher.config, torch.randn(192, 10)))
+    heads = {}
+    for taught in (True, False):
+        for name, one in (("teacher", task), ("noise", other)):
+            model = copy.deepcopy(task.teacher)
+            recover(one, model, 0, taught)
+            heads[taught, name] = model.get_submodule("classifier").weight.detach()
+    assert torch.equal(heads[False, "teacher"], heads[False, "noise"])
+    assert not torch.allclose(heads[True, "teacher"], heads[True, "noise"])
+
+
 def test_a_score_weighs_every_example_the_same_whatever_the_batches() -> None:
     task = problem(tiny("vit"), examples=6)
     (batch,) = task.calibration
@@ -187,6 +217,21 @@ def test_recovery_and_selection_share_no_example(teacher: str) -> None:
     assert calibration < train
 
 
+def test_rounding_of_a_teachers_loss_is_no_other_setting(tmp_path: Path) -> None:
+    results = Results(tmp_path / "some.json")
+    results.begin({"teacher": {"accuracy": 0.5, "loss": 0.123456789}})
+    results.begin({"teacher": {"accuracy": 0.5, "loss": 0.123456799}})
+    with pytest.raises(SystemExit, match="give another --output"):
+        results.begin({"teacher": {"accuracy": 0.501, "loss": 0.123456789}})
+
+
+def test_only_settings_that_are_asked_for_are_tried(teacher: str, tmp_path: Path) -> None:
+    output = tmp_path / "digits.json"
+    command.main(arguments(teacher, output, "--methods", "layers", "--settings", "evenly"))
+    (choice,) = json.loads(output.read_text())["choices"]
+    assert [one["setting"] for one in choice["tried"]] == list(PLACEMENTS)[:2]
+
+
 def test_results_are_kept_when_two_processes_finish_the_same_cell(tmp_path: Path) -> None:
     results = Results(tmp_path / "some.json")
     results.begin({"name": "text"})
@@ -213,7 +258,7 @@ def test_a_table_gives_mean_and_sample_deviation_over_seeds() -> None:
     latency = {"batch": 1, "speedup": 1.5, "low": 1.4, "high": 1.625}
     cells = [
         cell("layers", 0.5, 0, 0.5, 0.6),
-        {**cell("hfslim", 0.5, 0, 0.70, 0.80), "latency": [latency]},
+        {**cell("hfslim", 0.5, 0, 0.70, 0.80), "latency": [latency], "cut_bytes": 7 * 2**20},
         cell("hfslim", 0.5, 1, 0.72, 0.80),
         cell("hfslim", 0.5, 2, 0.74, 0.80),
     ]
@@ -234,26 +279,40 @@ def test_a_table_gives_mean_and_sample_deviation_over_seeds() -> None:
     }
     rows = [line for line in tables.render(data).splitlines() if line.startswith("| 0.5 ")]
     assert rows == [
-        "| 0.5 | hfslim | 0.500 | 0.700 | 72.0 ± 2.0 | 80.0 ± 0.0 | 1.50 (1.40–1.62) | 3 s |",
-        "| 0.5 | layers | 0.500 | 0.700 | 50.0 | 60.0 | – | 3 s |",
+        "| 0.5 | hfslim | 0.500 | 0.700 | 72.0 ± 2.0 | 80.0 ± 0.0 | 1.50 (1.40–1.62) | 3 s | "
+        "7 MiB |",
+        "| 0.5 | layers | 0.500 | 0.700 | 50.0 | 60.0 | – | 3 s | – |",
     ]
 
 
-def test_the_tables_of_the_page_match_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tables_of_the_pages_match_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["tables", "--check"])
-    places = re.findall(r"<!-- results: (\S+) -->", tables.PAGE.read_text())
+    pages = "".join(page.read_text() for page in tables.PAGES)
+    places = re.findall(r"<!-- results: (\S+) -->", pages)
     assert set(places) >= {file.name for file in tables.RESULTS.glob("*.json")}
+    assert "<!-- summary: text.json image.json speech.json -->" in pages
     tables.main()
 
 
+@pytest.mark.parametrize("which", [0, 1])
 def test_a_page_that_differs_from_the_results_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    which: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = tmp_path / "benchmarks.md"
-    changed = tables.PAGE.read_text().replace("<!-- end -->", "| 0.5 | hfslim |\n<!-- end -->", 1)
+    page = tmp_path / "page.md"
+    text = tables.PAGES[which].read_text()
+    changed = text.replace("<!-- end -->", "| 0.5 | hfslim |\n<!-- end -->", 1)
     page.write_text(changed)
-    monkeypatch.setattr(tables, "PAGE", page)
+    monkeypatch.setattr(tables, "PAGES", [page])
     monkeypatch.setattr(sys, "argv", ["tables", "--check"])
     with pytest.raises(SystemExit, match="differs"):
         tables.main()
     assert page.read_text() == changed
+
+
+def test_every_file_of_results_names_hardware_versions_seeds_and_date() -> None:
+    for file in tables.RESULTS.glob("*.json"):
+        data = json.loads(file.read_text())
+        for cell in data["cells"]:
+            assert isinstance(cell["seed"], int)
+            run = data["runs"][cell["run"]]
+            assert run.keys() >= {"date", "commit", "cpu", "threads", "python", "torch"}

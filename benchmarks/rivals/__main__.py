@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "teacher": describe_teacher(task),
         }
     )
-    runner = Runner(task, results, run, options.budgets, FIRST_SEED)
+    runner = Runner(task, results, run, options.budgets, FIRST_SEED, options.settings)
     for seed in options.seeds:
         for budget in options.budgets:
             for method in options.methods:
@@ -66,6 +66,7 @@ class Runner:
     run: int
     budgets: Sequence[float]
     first_seed: int
+    settings: str
 
     def cell(self, method: str, budget: float, seed: int) -> None:
         """Run a cell, add it to the results and say so."""
@@ -87,7 +88,8 @@ class Runner:
 
     def setting(self, method: str, budget: float) -> str:
         """Return a method's best setting: of all at the middle budget, of its best at others."""
-        candidates = list(METHODS[method])
+        every = list(METHODS[method])
+        candidates = [name for name in every if self.settings in name] or every
         if len(candidates) == 1:
             return candidates[0]
         key = {"method": method, "budget": budget}
@@ -116,6 +118,9 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.75, 0.5, 0.33, 0.25])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument(
+        "--settings", metavar="TEXT", default="", help="try only the settings whose name holds it"
+    )
     parser.add_argument("--output", type=Path, help=f"file of the results, in {RESULTS} by default")
     for field in fields(Setting):
         if field.name != "recipe":

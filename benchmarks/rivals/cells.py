@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from typing import Any
 
 from transformers import PreTrainedModel, set_seed
 
+from benchmarks.memory import Peak
 from benchmarks.rivals.data import Task
-from benchmarks.rivals.methods import METHODS
+from benchmarks.rivals.methods import LABELS_ALONE, METHODS
 from benchmarks.rivals.problem import score
 from hfslim.distill import DistillationConfig, DistillationTrainer
 from hfslim.measure import compare, count_parameters
@@ -70,16 +73,17 @@ def run_cell(
     """Cut, score, recover and score again; with the latency beside the teacher's if `timed`."""
     problem = task.problem(seed)
     set_seed(seed)
-    start = time.perf_counter()
+    start, memory = time.perf_counter(), Peak()
     model = METHODS[method][setting](problem, budget)
     cell: dict[str, Any] = {
         "cut_seconds": time.perf_counter() - start,
+        "cut_bytes": memory.growth(),
         "macs": problem.kept(model),
         "parameters": count_parameters(model) / count_parameters(task.teacher),
         "before": asdict(score(model, task.evaluation)),
     }
     start = time.perf_counter()
-    recover(task, model, seed)
+    recover(task, model, seed, method not in LABELS_ALONE)
     cell["recovery_seconds"] = time.perf_counter() - start
     cell["after"] = asdict(score(model, task.evaluation))
     if timed:
@@ -87,12 +91,16 @@ def run_cell(
     return cell
 
 
-def recover(task: Task, model: PreTrainedModel, seed: int) -> None:
-    """Distil the teacher into a cut model, by the recipe's arguments, the same for every method."""
+def recover(task: Task, model: PreTrainedModel, seed: int, taught: bool = True) -> None:
+    """Distil the teacher into a cut model, by the recipe's arguments, the same for every method.
+
+    Where it is not `taught`, the loss by the labels is all there is.
+    """
     with tempfile.TemporaryDirectory() as folder:
         arguments = DistillationConfig(
             **{
                 **task.arguments,
+                **({} if taught else {"alpha": 0.0}),
                 "output_dir": folder,
                 "use_cpu": uses_cpu(),
                 "seed": seed,
@@ -105,13 +113,15 @@ def recover(task: Task, model: PreTrainedModel, seed: int) -> None:
                 "allow_untrained_teacher": True,
             }
         )
-        DistillationTrainer(
+        trainer = DistillationTrainer(
             model=model,
             args=arguments,
             teacher=task.remembered,
             train_dataset=[{**row, "row": index} for index, row in enumerate(task.train)],
             data_collator=task.collate,
-        ).train()
+        )
+        with redirect_stdout(sys.stderr):  # where the Trainer tells its own figures
+            trainer.train()
     model.eval()
 
 

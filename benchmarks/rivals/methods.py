@@ -1,5 +1,6 @@
 """The methods, by name; of those with several settings the best on training examples is taken."""
 
+import copy
 from collections.abc import Mapping
 from functools import partial
 
@@ -60,10 +61,42 @@ PLACEMENTS = {
     "the first": _first,
 }
 
+
+def small_student(problem: Problem, budget: float) -> PreTrainedModel:
+    """Make a new model of the family and depth, evenly narrower, its weights not trained.
+
+    Each layer has the budget's share of the heads, at least one, and the neurons that it leaves.
+    """
+    fresh = type(problem.teacher)(copy.deepcopy(problem.teacher.config)).eval()
+    units = hfslim.find_units(fresh).of(["heads", "neurons"])
+
+    def narrow(neurons: float) -> PreTrainedModel:
+        share = {"heads": budget, "neurons": neurons}
+        kept: dict[str, dict[str, tuple[range, int]]] = {"heads": {}, "neurons": {}}
+        for site in units:
+            number = max(round(share[site.kind] * site.size), 1)
+            kept[site.kind][site.path] = range(number), site.size
+        return hfslim.shrink(copy.deepcopy(fresh), Structure.of(kept))
+
+    low, high = 0.0, 1.0
+    for _ in range(10):
+        middle = (low + high) / 2
+        if problem.kept(narrow(middle)) <= budget:
+            low = middle
+        else:
+            high = middle
+    return narrow(low)
+
+
 METHODS: Mapping[str, Mapping[str, Cut]] = {
     "hfslim": {"defaults": cut_by_hfslim},
     "torch-pruning": depgraph.settings(),
     "layers": {name: partial(remove_layers, placement=name) for name in PLACEMENTS},
+    "fine-tuned": {name: partial(remove_layers, placement=name) for name in PLACEMENTS},
+    "small student": {"narrow": small_student},
     "magnitude": {"hfslim, criterion magnitude": partial(cut_by_hfslim, criterion="magnitude")},
     "random": {"hfslim, criterion random": partial(cut_by_hfslim, criterion="random")},
 }
+
+LABELS_ALONE = frozenset({"fine-tuned"})
+"""Methods whose models are trained on the labels, without the teacher."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +37,7 @@ class Results:
         """
         with self._changed() as data:
             for key, value in json.loads(json.dumps(benchmark)).items():
-                if data.setdefault(key, value) != value:
+                if not _same(data.setdefault(key, value), value):
                     raise SystemExit(
                         f"error: {self.path} holds cells for {key} {data[key]!r}, this run has "
                         f"{value!r}: give another --output"
@@ -65,6 +66,17 @@ class Results:
             fresh = self.path.with_suffix(".tmp")
             fresh.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
             fresh.replace(self.path)
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Tell whether two values are alike; floats but for the rounding of other threads' sums."""
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        return first.keys() == second.keys() and all(_same(first[k], second[k]) for k in first)
+    if isinstance(first, list) and isinstance(second, list):
+        return len(first) == len(second) and all(map(_same, first, second))
+    if isinstance(first, float) and isinstance(second, float):
+        return math.isclose(first, second, rel_tol=1e-4)
+    return first == second
 
 
 def _find(data: Mapping[str, Any], kind: str, key: Mapping[str, Any]) -> dict[str, Any] | None:

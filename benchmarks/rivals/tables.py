@@ -7,6 +7,46 @@ from collections.abc import Callable, Sequence
 
 from benchmarks.markdown import Row, circumstances, percent, spread, table
 
+TITLES = {
+    "text": "MiniLM-L6, tweets in 3 classes",
+    "image": "ViT of 1.2 M parameters, Fashion-MNIST",
+    "speech": "Whisper tiny.en encoder, voice prompts in 5 languages",
+}
+FOREMOST = ("hfslim", "torch-pruning", "layers")
+"""The methods of the short table."""
+
+
+def summary(files: Sequence[Row]) -> str:
+    """Return one short table of several benchmarks: means over seeds, the best in bold."""
+    rows = []
+    for data in files:
+        title = f"{TITLES[data['name']]}, teacher {percent(data['teacher']['accuracy'])}"
+        groups = dict(_groups(data))
+        for budget in sorted({budget for budget, _ in groups}, reverse=True):
+            own = [groups.get((budget, method), []) for method in FOREMOST]
+            fast = [one for cell in own[0] for one in cell.get("latency", ()) if one["batch"] == 32]
+            rows.append(
+                [
+                    title,
+                    f"{budget:.0%}".replace("%", " %"),
+                    *(_side_by_side(own, when) for when in ("before", "after")),
+                    f"{fast[0]['speedup']:.2f}" if fast else "–",
+                ]
+            )
+            title = ""
+    head = ["model and data", "kept", "right after the cut", "recovered", "speedup, batch 32"]
+    return table(head, rows)
+
+
+def _side_by_side(groups: Sequence[Sequence[Row]], when: str) -> str:
+    means = [
+        statistics.fmean(cell[when]["accuracy"] for cell in cells) if cells else 0.0
+        for cells in groups
+    ]
+    texts = [percent(mean) if mean else "–" for mean in means]
+    best = percent(max(means))
+    return " / ".join(f"**{text}**" if text == best else text for text in texts)
+
 
 def render(data: Row) -> str:
     """Return the Markdown of one benchmark: accuracy, cost, settings and circumstances."""
@@ -21,7 +61,7 @@ def _accuracy(data: Row) -> str:
     }
     batches = sorted({one["batch"] for latency in timed.values() for one in latency})
     head = ["MACs asked", "method", "MACs kept", "parameters", "right after the cut", "recovered"]
-    head += [f"speedup, batch {batch}" for batch in batches] + ["time to cut"]
+    head += [f"speedup, batch {batch}" for batch in batches] + ["time to cut", "memory to cut"]
     teacher = data["teacher"]["accuracy"]
     rest = ["–"] * (len(head) - 5)
     rows = [["1", "teacher", "1", "1", percent(teacher), *rest]]
@@ -37,6 +77,7 @@ def _accuracy(data: Row) -> str:
                 spread([cell["after"]["accuracy"] for cell in cells]),
                 *(_speedup(speed.get(batch)) for batch in batches),
                 _mean(cells, lambda cell: cell["cut_seconds"], "{:.0f} s"),
+                _memory(cells),
             ]
         )
     return table(head, rows)
@@ -79,6 +120,12 @@ def _groups(data: Row) -> list[tuple[tuple[float, str], list[Row]]]:
 
 def _mean(cells: Sequence[Row], read: Callable[[Row], float], form: str) -> str:
     return form.format(statistics.fmean(read(cell) for cell in cells))
+
+
+def _memory(cells: Sequence[Row]) -> str:
+    """Give the greatest of the seeds, where it was taken."""
+    taken = [cell["cut_bytes"] for cell in cells if cell.get("cut_bytes") is not None]
+    return f"{max(taken) / 2**20:.0f} MiB" if taken else "–"
 
 
 def _speedup(one: Row | None) -> str:
