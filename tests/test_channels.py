@@ -18,7 +18,6 @@ from hfslim.prune.gates import Gates, gated
 from hfslim.structure import Structure
 
 FAMILIES = ("resnet", "regnet", "mobilenet_v2", "hgnet_v2", "poolformer")
-LAYERS = dict.fromkeys(("resnet", "regnet", "poolformer"), ("layers",))
 STEM = "resnet.embedder.embedder.convolution"
 
 
@@ -31,7 +30,7 @@ def _batch(model, size=4):
 def test_gated_equals_cut_equals_reloaded_and_the_price_is_right(family, tmp_path):
     model = zoo.tiny(f"image/{family}")
     inputs, units = example_inputs(model, 2), find_units(model)
-    assert {site.kind for site in units} == {"channels", *LAYERS.get(family, ())}
+    assert {site.kind for site in units} == {"channels", "layers"}
     structure = units.complete(uneven(model))
     one = example_inputs(model, 1)
     priced = {r: costs.count(model, units, r, one) for r in ("macs", "parameters")}
@@ -80,6 +79,7 @@ def test_a_unit_of_a_grouped_convolution_is_a_group():
         ("vit", "vit.embeddings.patch_embeddings.projection", "a norm runs across them"),
         ("levit", "levit.patch_embeddings.embedding_layer_4.convolution", "hidden width"),
         ("focalnet", "focalnet.encoder.stages.0.layers.0.modulation.focal_layers.0.0", "groups"),
+        ("bit", "bit.embedder.convolution", "are computed as the model runs"),
     ],
 )
 def test_channels_that_cannot_go_exactly_are_refused_with_the_reason(family, path, reason):
@@ -174,19 +174,48 @@ def test_batch_norms_take_their_statistics_anew():
     assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("kind", ["channels", "layers"])
 @torch.no_grad()
-def test_pruning_renews_batch_norms():
+def test_pruning_renews_batch_norms(kind):
     model = zoo.tiny("image/resnet")
+    target = {"macs": 0.7} if kind == "channels" else {"sparsity": 0.5}
     result = hfslim.prune(
-        model, [_batch(model)], target={"macs": 0.7}, units=["channels"], progress=False
+        model, [_batch(model)], target=target, units=[kind], criterion="magnitude", progress=False
     )
     cut = zoo.tiny("image/resnet")
     hfslim.shrink(cut, result.structure)
     old, new = cut.state_dict(), model.state_dict()
-    last = "resnet.encoder.stages.1.layers.1.layer.2.normalization.running_mean"
+    last = "resnet.encoder.stages.1.layers.0.layer.2.normalization.running_mean"
     assert not torch.equal(old[last], new[last])
     renew_batch_norms(cut, [_batch(model)])
     torch.testing.assert_close(cut.state_dict()[last], new[last])
+
+
+STAYS = {
+    "mobilenet_v2": [(0, 2, 5, 9, 12, 15)],
+    "textnet": [(1,), (0,), (0,), (0,)],
+    "bit": [(0,), (0,)],
+    "swiftformer": [(), (), (), ()],
+}
+
+
+@pytest.mark.parametrize("family", STAYS)
+def test_blocks_that_change_the_shape_or_add_nothing_stay(family):
+    lists = [site for site in find_units(zoo.tiny(f"image/{family}")) if site.kind == "layers"]
+    assert [site.fixed for site in lists] == STAYS[family]
+
+
+@torch.no_grad()
+def test_a_depth_that_the_config_tells_but_is_not_built_by_is_told_apart(tmp_path):
+    """TextNet's config counts its layers, and its model is built by the sizes of kernels."""
+    model = zoo.tiny("image/textnet")
+    path, inputs = "textnet.encoder.stages.1.stage", example_inputs(model, 2)
+    assert model.config.depths == [3, 4, 4, 4]
+    hfslim.shrink(model, Structure.of({"layers": {path: ([0, 1, 3], 4)}}))
+    model.save_pretrained(tmp_path)
+    again = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    assert model.config.hfslim["layers"] == {path: [0, 1, 3]}
+    torch.testing.assert_close(again(**inputs).logits, model(**inputs).logits)
 
 
 class TestAxes:

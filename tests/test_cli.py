@@ -1,6 +1,6 @@
 """Every verb does what its help says, and tells a mistake in one line with its exit code."""
 
-import importlib
+import importlib.util
 import json
 import os
 import re
@@ -156,6 +156,19 @@ def test_a_mistake_is_told_in_one_line_with_its_code(hfslim, case: str) -> None:
     assert (done.code, done.out) == (code, "")
     assert hint in line
     assert "Traceback" not in done.err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is there")
+@pytest.mark.parametrize("labels", [{}, {"label_names": ["no", "yes"]}])
+def test_a_model_of_timm_names_the_extra_that_it_needs(hfslim, shared: Path, labels: dict) -> None:
+    (shared / "timm").mkdir(exist_ok=True)
+    config = {"model_type": "timm_wrapper", "architecture": "resnet18", "num_classes": 2, **labels}
+    (shared / "timm" / "config.json").write_text(json.dumps(config))
+    done = hfslim("measure", "timm")
+    assert (done.code, done.err.strip()) == (
+        1,
+        "error: a model of timm needs timm and torchvision: pip install 'hfslim[timm]'",
+    )
 
 
 def test_an_error_nobody_foresaw_names_its_kind_and_how_to_see_more(hfslim, monkeypatch) -> None:

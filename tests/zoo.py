@@ -263,6 +263,10 @@ TYPES: dict[str, dict[str, Any]] = {
     "resnet": _CONV,
     "shieldgemma2": {"yes_token_index": 5, "no_token_index": 6},
     "swiftformer": {"embed_dims": [16, 16, 32, 32], "depths": [2, 2, 2, 2], "image_size": 64},
+    "timm_wrapper": {
+        "architecture": "mobilevit_xxs",
+        "pretrained_cfg": {"input_size": [3, 64, 64]},
+    },
     "textnet": {
         "hidden_sizes": [16, 16, 16, 32, 32],
         "stem_out_channels": 16,

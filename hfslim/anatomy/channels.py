@@ -69,7 +69,8 @@ def _channels(model: PreTrainedModel) -> Iterator[Site | Refusal]:
         return
     places = _places(seen)
     done = set()
-    for name in seen.makers:
+    convolutions = [f"{p}.weight" for p, m in model.named_modules() if isinstance(m, CONVOLUTIONS)]
+    for name in dict.fromkeys((*seen.makers, *(n for n in convolutions if n in seen.labels))):
         for maker in seen.axes.resolve(seen.labels[name][0]) or ():
             group, _ = seen.axes.units(maker.axis)
             if group not in done:

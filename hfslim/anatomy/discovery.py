@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from hfslim.anatomy.attention import find_heads
 from hfslim.anatomy.channels import find_channels
 from hfslim.anatomy.grouped import cuts_of, feed_of, groups_of
 from hfslim.anatomy.projections import Projection
+from hfslim.anatomy.residual import adds_to_input, are_residual
 from hfslim.anatomy.units import Cut, Refusal, Site, Units
 from hfslim.structure import KINDS
 
@@ -205,13 +206,7 @@ class _Finder:
                 reason = "the classifier weighs every layer's output (use_weighted_layer_sum)"
                 self.refusals.append(Refusal("layers", path, reason))
                 continue
-            keys = [frozenset(name for name, _ in layer.named_parameters()) for layer in layers]
-            # Where two kinds tie, the later one is usual: the special layer is the first.
-            usual = max(reversed(keys), key=keys.count)
-            after_first = layer_lists.AFTER_FIRST_LAYER.get(type(parent).__name__, "")
-            bound = getattr(parent, after_first, None) is not None
-            bound |= type(layers[0]).__name__ in layer_lists.FIRST_LAYER_STAYS
-            fixed = tuple(i for i, names in enumerate(keys) if names != usual or (bound and i == 0))
+            fixed = self._fixed(path, list(layers))
             size = uses if runs else len(layers)
             if size - len(fixed) > (0 if fixed else 1):
                 yield Site(
@@ -227,11 +222,24 @@ class _Finder:
                     batch=self._batch(path),
                 )
 
+    def _fixed(self, path: str, layers: Sequence[nn.Module]) -> tuple[int, ...]:
+        """Return the layers of a list that have to stay."""
+        if are_residual(layers):
+            return tuple(i for i, one in enumerate(layers) if not adds_to_input(one))
+        keys = [frozenset(name for name, _ in layer.named_parameters()) for layer in layers]
+        # Where two kinds tie, the later one is usual: the special layer is the first.
+        usual = max(reversed(keys), key=keys.count)
+        parent = self.modules[path.rpartition(".")[0]]
+        after_first = layer_lists.AFTER_FIRST_LAYER.get(type(parent).__name__, "")
+        bound = getattr(parent, after_first, None) is not None
+        bound |= type(layers[0]).__name__ in layer_lists.FIRST_LAYER_STAYS
+        return tuple(i for i, names in enumerate(keys) if names != usual or (bound and i == 0))
+
     def _holds_layers(self, path: str, inner: set[str]) -> bool:
         layers = list(self.modules[path].children())
         if not layers or any(re.search(families.STAGE, type(layer).__name__) for layer in layers):
             return False
-        if all(re.search(families.RESIDUAL_BLOCKS, type(layer).__name__) for layer in layers):
+        if are_residual(layers):
             return True
         if all(_is_layer(layer) for layer in layers):
             # Some layers may have no unit that is offered; those of speech front ends are no such.
@@ -266,7 +274,7 @@ class _Finder:
 
     def _beside(self, path: str, lists: list[str]) -> bool:
         parent = path.rpartition(".")[0]
-        if isinstance(self.modules[parent], nn.ModuleList):
+        if isinstance(self.modules[parent], nn.ModuleList) or are_residual(self.modules[path]):
             return False
         return any(p != path and p.rpartition(".")[0] == parent for p in lists)
 

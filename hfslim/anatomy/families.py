@@ -321,7 +321,3 @@ NEURON_COUNTS = ("intermediate_size", "intermediate_dim")
 
 STAGE = r"Stage$|^PvtV2EncoderLayer$"
 """Class names of modules that look like layers, but are stages of them."""
-
-RESIDUAL_BLOCKS = r"^(ResNet(Basic|BottleNeck)|RegNet[XY]|PoolFormer)Layer$"
-"""Class names of convolutional blocks that add to their input, and so may go; of a stage's first,
-which may change the shape, a shortcut with weights tells."""

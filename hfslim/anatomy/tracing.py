@@ -1,43 +1,20 @@
-"""Follow the features of a model from the tensors that make them to those that take them."""
+"""Run a model on tensors without contents, to see which of its features meet."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from hfslim.anatomy.axes import Axes, Label, blocks
+from hfslim.anatomy.axes import Axes
+from hfslim.anatomy.following import Follower, Labels
 
-Labels = list[Label]
-
-ACROSS = "a norm runs across them"
-RESHAPED = "they are taken apart and put together anew"
-SAME = {
-    *("clone", "detach", "alias", "_to_copy", "contiguous", "lift_fresh", "native_dropout"),
-    *("fill_", "zero_", "hardswish", "hardswish_", "log_sigmoid_forward"),
-}
-"""Operations that leave every feature where it is, beside those that torch tags as pointwise."""
-BATCH_NORMS = {
-    *("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm"),
-    *("_native_batch_norm_legit", "_batch_norm_with_update", "batch_norm"),
-}
-SPATIAL = ("pool", "upsample", "constant_pad", "reflection_pad", "replication_pad")
-"""Parts of the names of operations that work on positions, channel by channel."""
-REDUCING = {"mean", "sum", "amax", "amin", "_softmax", "_log_softmax", "var", "std", "norm"}
-
-
-@dataclass
-class _Followed:
-    """A tensor, what lies along each dimension, and the parameter that it is a view of, if any."""
-
-    tensor: torch.Tensor
-    labels: Labels
-    name: str = ""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,6 +38,8 @@ class Trace:
 def trace(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Trace:
     """Run a model on tensors without contents, and note which features meet.
 
+    A model that looks into its tensors as it runs (SEW-D) runs on its weights and its inputs.
+
     Args:
         model: The model; neither it nor its weights are touched.
         inputs: Arguments of its forward.
@@ -69,277 +48,33 @@ def trace(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Trace:
         What was seen.
 
     Raises:
-        Exception: The model cannot run without contents.
+        Exception: The model cannot run.
     """
-    memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        empty = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
-    hollow = copy.deepcopy(model, memo).eval()
-    for module in hollow.modules():
+    tensors = (*model.parameters(), *model.buffers())
+    try:
+        empty = {id(tensor): _emptied(tensor) for tensor in tensors}
+        return _follow(model, empty, {name: value.to("meta") for name, value in inputs.items()})
+    except Exception as error:
+        logger.debug("cannot run without contents", exc_info=error)
+        return _follow(model, {id(tensor): tensor for tensor in tensors}, inputs)
+
+
+def _emptied(tensor: torch.Tensor) -> torch.Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
+
+
+def _follow(
+    model: nn.Module, tensors: dict[int, torch.Tensor], inputs: Mapping[str, torch.Tensor]
+) -> Trace:
+    """Follow the features of a copy that has other tensors, by the ids of the model's own."""
+    double = copy.deepcopy(model, dict[int, Any](tensors)).eval()
+    for module in double.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             hooks.clear()
-    follower = _Follower(hollow)
-    empty_inputs = {name: value.to("meta") for name, value in inputs.items()}
+    follower = Follower(double)
     with torch.no_grad(), follower:
-        logits = hollow(**empty_inputs)[0]
-    follower.axes.bind(follower.of(logits).labels, "they are the model's output")
-    named = {name: follower.seen[id(t)].labels for name, t in _tensors(hollow).items()}
+        logits = double(**inputs)[0]
+    follower.axes.bind(follower.labels(logits), "they are the model's output")
+    named = {name: follower.labels(tensor) for name, tensor in follower.tensors.items()}
     return Trace(follower.axes, named, tuple(follower.makers), follower.takers)
-
-
-def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    return dict(model.named_parameters()) | dict(model.named_buffers())
-
-
-class _Follower(TorchDispatchMode):
-    """Labels every tensor that a forward pass makes."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.axes = Axes()
-        self.seen: dict[int, _Followed] = {}
-        self.makers: dict[str, None] = {}
-        self.takers: list[tuple[str, int]] = []
-        for name, tensor in _tensors(model).items():
-            labels: Labels = [self.axes.new(n, free=True) for n in tensor.shape]
-            self.seen[id(tensor)] = _Followed(tensor, labels, name)
-        for where in (model.named_parameters, model.named_buffers):
-            for name, tensor in where(remove_duplicate=False):
-                if self.seen[id(tensor)].name != name:
-                    shared = f"they are shared with {self.seen[id(tensor)].name!r}"
-                    self.axes.bind(self.seen[id(tensor)].labels, shared)
-
-    def of(self, tensor: torch.Tensor) -> _Followed:
-        return self.seen.get(id(tensor)) or _Followed(tensor, [None] * tensor.ndim)
-
-    def labels(self, tensor: torch.Tensor) -> Labels:
-        return self.of(tensor).labels
-
-    def keep(self, tensor: torch.Tensor, labels: Labels, name: str = "") -> None:
-        # Holding on to the tensor keeps its id from being used again.
-        self.seen[id(tensor)] = _Followed(tensor, labels, name)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = func._schema.name.partition("::")[2]
-        rule = self._rule(name, func)
-        if rule is None:
-            with self:
-                result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        result = func(*args, **kwargs)
-        if rule is None:
-            where = f"they pass through {name!r}"
-            self.axes.bind((one for t in _among((args, kwargs)) for one in self.labels(t)), where)
-        else:
-            rule(result, *args, **kwargs)
-        return result
-
-    def _rule(self, name: str, func: Any) -> Callable[..., None] | None:
-        if hasattr(self, f"on_{name}"):
-            return getattr(self, f"on_{name}")
-        if name in SAME or torch.Tag.pointwise in func.tags:
-            return self._entry_by_entry
-        if name in BATCH_NORMS:
-            return self._batch_norm
-        if name in REDUCING:
-            return self._reduce
-        if any(part in name for part in SPATIAL):
-            return self._spatial
-        return None
-
-    def _entry_by_entry(self, result: Any, *args: Any, **kwargs: Any) -> None:
-        result = result[0] if isinstance(result, tuple) else result
-        tensors = [t for t in _among((args, kwargs)) if t.ndim]
-        labels: Labels = []
-        for dim in range(-result.ndim, 0):
-            there = [t for t in tensors if t.ndim >= -dim and t.shape[dim] == result.shape[dim] > 1]
-            for other in there[1:]:
-                if self.labels(there[0])[dim] or self.labels(other)[dim]:
-                    self.axes.tie(self.labels(there[0])[dim], self.labels(other)[dim])
-            labels.append(self.labels(there[0])[dim] if there else None)
-        name = self.of(tensors[0]).name if len(tensors) == 1 else ""
-        self.keep(result, labels, name if tensors and result is tensors[0] else "")
-
-    def _batch_norm(self, result: Any, x: torch.Tensor, *vectors: Any, **_: Any) -> None:
-        for vector in vectors[:4]:
-            if isinstance(vector, torch.Tensor):
-                self.axes.tie(self.labels(x)[1], self.labels(vector)[0])
-        self.keep(result[0] if isinstance(result, tuple | list) else result, self.labels(x))
-
-    def on_native_group_norm(
-        self, result: Any, x: torch.Tensor, weight: Any, bias: Any, *sizes: int
-    ) -> None:
-        _, channels, _, groups, _ = sizes
-        for vector in (weight, bias):
-            if vector is not None:
-                self.axes.tie(self.labels(x)[1], self.labels(vector)[0])
-        if groups != channels:
-            self.axes.bind(self.labels(x)[1:], ACROSS)
-        self.keep(result[0], self.labels(x))
-
-    def on_native_layer_norm(
-        self, result: Any, x: torch.Tensor, shape: Sequence[int], *_: Any
-    ) -> None:
-        self.axes.bind(self.labels(x)[-len(shape) :], ACROSS)
-        self.keep(result[0], self.labels(x))
-
-    def on_convolution(
-        self,
-        result: torch.Tensor,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        *how: Any,
-    ) -> None:
-        transposed, groups = how[3], how[5]
-        makes, takes, *_ = self.labels(weight)
-        name = self.of(weight).name
-        if transposed or not name:
-            why = "the weights that they meet are transposed or computed"
-            self.axes.bind([*self.labels(x), *self.labels(weight)], why)
-            return
-        if groups == 1:
-            self.axes.tie(self.labels(x)[1], takes)
-            self.takers.append((name, 1))
-        else:
-            units = self.axes.new(groups)
-            self.axes.group(self.labels(x)[1], units)
-            self.axes.group(makes, units)
-        if bias is not None:
-            self.axes.tie(makes, self.labels(bias)[0])
-        self.makers[name] = None
-        self.keep(result, [self.labels(x)[0], makes, *[None] * (result.ndim - 2)])
-
-    def on_mm(self, result: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
-        name = self.of(weight).name
-        if not name or self.of(x).name:
-            self.axes.bind([*self.labels(x), *self.labels(weight)], "they are multiplied together")
-            return
-        self.axes.tie(self.labels(x)[1], self.labels(weight)[0])
-        self.takers.append((name, -1))
-        self.makers[name] = None
-        self.keep(result, [self.labels(x)[0], self.labels(weight)[1]])
-
-    def on_addmm(self, result: Any, bias: Any, x: Any, weight: Any, **_: Any) -> None:
-        self.on_mm(result, x, weight)
-        self.axes.tie(self.labels(bias)[-1], self.labels(result)[1])
-
-    def _spatial(self, result: Any, x: torch.Tensor, *args: Any, **_: Any) -> None:
-        for one in result if isinstance(result, tuple) else (result,):
-            same = [a == b for a, b in zip(x.shape, one.shape, strict=True)]
-            # What was padded or pooled is no feature axis, unless it is labelled.
-            gone = [label for label, kept in zip(self.labels(x), same, strict=True) if not kept]
-            self.axes.bind(gone, "their number changes on the way")
-            labels = zip(self.labels(x), same, strict=True)
-            self.keep(one, [label if kept else None for label, kept in labels])
-
-    def _reduce(self, result: torch.Tensor, x: torch.Tensor, *args: Any, **_: Any) -> None:
-        dims = args[0] if args and args[0] is not None else range(x.ndim)
-        gone = {d % x.ndim for d in ([dims] if isinstance(dims, int) else dims)}
-        self.axes.bind((self.labels(x)[d] for d in gone), "they are added up or averaged")
-        keeps = result.ndim == x.ndim
-        labels = [None if d in gone else label for d, label in enumerate(self.labels(x))]
-        self.keep(result, [one for d, one in enumerate(labels) if keeps or d not in gone])
-
-    def on_permute(self, result: torch.Tensor, x: torch.Tensor, dims: Sequence[int]) -> None:
-        self.keep(result, [self.labels(x)[d] for d in dims])
-
-    def on_transpose(self, result: torch.Tensor, x: torch.Tensor, a: int, b: int) -> None:
-        dims = list(range(x.ndim))
-        dims[a], dims[b] = dims[b], dims[a]
-        self.on_permute(result, x, dims)
-
-    def on_t(self, result: torch.Tensor, x: torch.Tensor) -> None:
-        self.keep(result, self.labels(x)[::-1], self.of(x).name)
-
-    def on_view(self, result: torch.Tensor, x: torch.Tensor, *_: Any, **__: Any) -> None:
-        self.keep(result, self._reshaped(x, result.shape))
-
-    on__unsafe_view = on_reshape = on_unsqueeze = on_squeeze = on__reshape_alias = on_view
-
-    def on_expand(self, result: torch.Tensor, x: torch.Tensor, *_: Any, **__: Any) -> None:
-        added: Labels = [None] * (result.ndim - x.ndim)
-        sizes = zip(self.labels(x), x.shape, strict=True)
-        self.keep(result, added + [label if n > 1 else None for label, n in sizes])
-
-    def on_slice(self, result: Any, x: torch.Tensor, dim: int = 0, *_: Any, **__: Any) -> None:
-        if result.shape[dim] != x.shape[dim]:
-            self._drop(result, x, dim, keepdim=True)
-        else:
-            self.keep(result, self.labels(x))
-
-    def on_select(self, result: Any, x: torch.Tensor, dim: int, _: int) -> None:
-        self._drop(result, x, dim, keepdim=False)
-
-    def on_roll(self, result: Any, x: torch.Tensor, _: Any, dims: Sequence[int] = ()) -> None:
-        self.axes.bind((self.labels(x)[d] for d in dims or range(x.ndim)), RESHAPED)
-        self.keep(result, self.labels(x))
-
-    def _drop(self, result: torch.Tensor, x: torch.Tensor, dim: int, keepdim: bool) -> None:
-        labels = list(self.labels(x))
-        self.axes.bind([labels[dim]], "only some of them are used at one place")
-        if keepdim:
-            labels[dim] = None
-        else:
-            del labels[dim % x.ndim]
-        self.keep(result, labels)
-
-    def on_cat(self, result: torch.Tensor, parts: Sequence[torch.Tensor], dim: int = 0) -> None:
-        parts = [part for part in parts if part.numel() or part.ndim > 1]
-        labels = list(self.labels(parts[0]))
-        for other in parts[1:]:
-            for d, label in enumerate(self.labels(other)):
-                if d != dim % result.ndim and (label or labels[d]):
-                    self.axes.tie(labels[d], label)
-        along = [self.axes.resolve(self.labels(part)[dim]) for part in parts]
-        if any(along):
-            for i, label in enumerate(along):
-                if label is None:
-                    along[i] = label = self.axes.new(parts[i].shape[dim])
-                    self.axes.bind([label], "they lie beside features that are no channels")
-            labels[dim] = tuple(one for label in along for one in label or ())
-        else:
-            labels[dim] = None
-        self.keep(result, labels)
-
-    def _reshaped(self, x: torch.Tensor, shape: Sequence[int]) -> Labels:
-        """Label the dimensions that a view merges and splits."""
-        labels: Labels = [None] * len(shape)
-        for old, new in blocks(x.shape, shape):
-            there = [self.labels(x)[d] for d in old]
-            if not any(there) or not new:
-                continue
-            outer = self.axes.resolve(there[0])
-            inner = x.shape[old[0]]
-            if len(old) == len(new) == 1:
-                labels[new[0]] = there[0]
-            elif len(new) == 1 and outer and not any(there[1:]):
-                inner = shape[new[0]] // inner
-                labels[new[0]] = tuple(type(s)(s.axis, s.inner * inner) for s in outer)
-            elif (
-                len(old) == 1
-                and outer
-                and len(outer) == 1
-                and self.axes.size(outer[0].axis) == shape[new[0]]
-            ):
-                labels[new[0]] = self.axes.resolve((type(outer[0])(outer[0].axis),))
-            else:
-                self.axes.bind(there, RESHAPED)
-        return labels
-
-
-def _among(values: Any) -> list[torch.Tensor]:
-    if isinstance(values, torch.Tensor):
-        return [values]
-    if isinstance(values, dict):
-        values = values.values()
-    return [t for v in values for t in _among(v)] if _is_many(values) else []
-
-
-def _is_many(values: Any) -> bool:
-    return isinstance(values, list | tuple) or type(values).__name__ == "dict_values"

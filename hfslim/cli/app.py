@@ -98,6 +98,8 @@ def _told(message: str, code: int) -> int:
 
 def _in_a_line(error: Exception) -> str:
     text = " ".join(str(error).split())
+    if isinstance(error, ImportError) and "timm" in text:
+        return "a model of timm needs timm and torchvision: pip install 'hfslim[timm]'"
     if isinstance(error, ValueError | OSError | RuntimeError) and text:
         return text
     return f"{type(error).__name__}: {text} ({DEBUG}=1 shows where)"

@@ -155,12 +155,15 @@ def _is_built(model: PreTrainedModel, layers: dict[str, list[int]]) -> bool:
     except Exception as error:
         logger.debug("no stock model: %s", error)
         return False
-    tensors, modules = _tensors(stock), dict(stock.named_modules(remove_duplicate=False))
+    tensors, own = _tensors(stock), _tensors(model)
+    modules = dict(stock.named_modules(remove_duplicate=False))
+    # A config may hold a depth that its model is not built by.
+    if tensors.keys() != own.keys():
+        return False
     return all(
-        name in tensors
-        and tensor.ndim == tensors[name].ndim
+        tensor.ndim == tensors[name].ndim
         and all(new <= old for new, old in zip(tensor.shape, tensors[name].shape, strict=True))
-        for name, tensor in _tensors(model).items()
+        for name, tensor in own.items()
     ) and all(
         modeling_hfslim.no_larger(value, vars(modules[path])[name])
         for path, module in model.named_modules(remove_duplicate=False)

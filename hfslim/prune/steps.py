@@ -167,7 +167,7 @@ def decide(
 def cut(model: PreTrainedModel, structure: Structure, calibration: Calibration) -> None:
     """Remove what a structure does not keep from the model that was calibrated, or a copy of it.
 
-    Where channels go, batch norms take their statistics anew from the calibration data.
+    Where channels or layers go, batch norms take their statistics anew from the calibration data.
 
     Raises:
         RuntimeError: The cut model would not equal the gated one. The model is unchanged.
@@ -176,7 +176,7 @@ def cut(model: PreTrainedModel, structure: Structure, calibration: Calibration) 
     how = calibration.reconstruction
     with reconstructed(model, calibration.units, structure, calibration.moments, how):
         shrink(model, structure)
-    if any(e.kind == "channels" and len(e.kept) < e.total for e in structure):
+    if any(e.kind in ("channels", "layers") and len(e.kept) < e.total for e in structure):
         renew_batch_norms(model, calibration.batches)
 
 
