@@ -120,9 +120,9 @@ class CheckpointMixin(_Base):
         finally:
             self._sigterm.stop()
 
-    def _run_epoch(self, **kwargs: Any) -> None:
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(**kwargs)
+            super()._run_epoch(*args, **kwargs)
         else:
             # The stock Trainer would take one step more when it resumes a run that is complete.
             self.control.should_training_stop = True

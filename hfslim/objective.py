@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig, Trainer
 from transformers.trainer_pt_utils import find_batch_size
 
+from hfslim.shares import Share, real_examples, running, share_of, trimmed
+
 if TYPE_CHECKING:
     _Base = Trainer
 else:
@@ -139,7 +141,8 @@ class MeanLossMixin(_Base):
     """Gives a Trainer the supervised loss as a mean over the examples of each optimizer step.
 
     The gradient is the same for one batch of 16, four accumulated batches of 4 and two processes
-    with 8 each, also where batches differ in size. In evaluation the loss is the batch's mean.
+    with 8 each, also where batches differ in size. Examples that accelerate repeats, so that all
+    processes have as many, count nothing. In evaluation the loss is the batch's mean.
 
     The model runs without labels, so its own loss is not used. Label smoothing applies to
     single-label classification.
@@ -149,6 +152,8 @@ class MeanLossMixin(_Base):
     """
 
     loss_is_scaled_for_ga = True
+    _left: int = 0
+    _stands_in: bool = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -168,12 +173,31 @@ class MeanLossMixin(_Base):
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = torch.zeros(2, device=device)
-        for batch in batches:
+        self._left, self._stands_in = len(batches), False
+        for number, batch in enumerate(batches, 1):
             examples = find_batch_size(batch)
+            if number == len(batches):
+                real = real_examples(self.accelerator, examples)
+                self._stands_in = real == 0
+                if real < examples:
+                    trimmed(batch, max(real, 1))
+                examples = real
             labels = batch.get("labels")
-            counts[0] += 0 if labels is None else labelled(labels).to(device)
+            if examples and labels is not None:
+                counts[0] += labelled(labels).to(device)
             counts[1] += examples
         return batches, self.accelerator.reduce(counts, reduction="sum")
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Run a batch forward and backward, as `transformers.Trainer.training_step`."""
+        self._left -= 1
+        counts = not (self._stands_in and self._left == 0)
+        examples = 1.0 if num_items_in_batch is None else num_items_in_batch[1].item()
+        share = Share(self.accelerator.num_processes / max(examples, 1.0), counts)
+        with running(self.model, share):  # type: ignore[arg-type]  # there is a model
+            return super().training_step(model, inputs, num_items_in_batch)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> None:
         """Leave the count to `get_batch_samples`; without it a loss is the mean of its batch."""
@@ -224,6 +248,9 @@ class MeanLossMixin(_Base):
         if config.problem_type is None:
             config.problem_type = problem
         smoothing = self.label_smoother.epsilon if self.label_smoother and live.training else 0.0
+        if counts is None:
+            real = max(real_examples(self.accelerator, len(logits)), 1)
+            logits, labels = logits[:real], labels[:real]
         losses = hard_loss(logits, labels.to(logits.device), problem, smoothing)
         return self.share(losses, labelled(labels) if counts is None else counts[0], counts is None)
 
@@ -239,6 +266,9 @@ class MeanLossMixin(_Base):
             A scalar; the number of processes is multiplied in, as their gradients get averaged.
         """
         processes = 1 if local else self.accelerator.num_processes
+        share = share_of(self.model)  # type: ignore[arg-type]  # there is a model
+        if share is not None and not share.counts:
+            processes = 0
         return losses.sum() * (processes / count.clamp(min=1).to(losses.device))
 
 

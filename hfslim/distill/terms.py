@@ -21,6 +21,7 @@ from hfslim.distill import features
 from hfslim.distill.capture import Capture, Seen, position_mask
 from hfslim.distill.layers import Pairs, dynamic_pairs, static_pairs
 from hfslim.prune.gates import closed_layers
+from hfslim.shares import share_of
 from hfslim.timing import evaluating
 
 __all__ = ["FEATURE_LOSSES", "FeatureTerms"]
@@ -158,7 +159,8 @@ class FeatureTerms:
                     last = seen.attentions[-1], taught.attentions[-1]
                     parts.append(features.attention_kl(*last, mask))
             result[name] = torch.stack(parts).mean(0)
-        if self.layer_map == "dynamic" and seen.hidden:
+        share = share_of(self.student)
+        if self.layer_map == "dynamic" and seen.hidden and (share is None or share.counts):
             self._add_costs(seen, taught, mask)
         return result
 

@@ -18,6 +18,7 @@ from hfslim.prune.criteria import CRITERIA, Criterion, Rows, Seen, check_labels
 from hfslim.prune.finite import check_finite
 from hfslim.prune.gates import Gates, Key
 from hfslim.prune.importance import Scores
+from hfslim.shares import share_of
 from hfslim.structure import Kind
 from hfslim.timing import evaluating, placed
 
@@ -147,15 +148,25 @@ class Collector:
         Scores(scores, 1).mean()
         return scores
 
+    def _counts(self) -> bool:
+        share = share_of(self.gates.model)
+        return share is None or share.counts
+
+    def _scale(self, examples: int) -> float:
+        """Return what makes the gradient of the loss one of a sum over examples."""
+        if not self.mean_loss:
+            return 1.0
+        share = share_of(self.gates.model)
+        return examples if share is None else 1 / share.weight
+
     def _by_predictions(self, criterion: Criterion) -> bool:
         return criterion.loss == "predictions" or self.unlabelled
 
     def _on_gradient(self, site: Site, index: int, gradient: torch.Tensor) -> None:
         criterion = self.criteria[site.kind]
         wanted = criterion.temperature if self._by_predictions(criterion) else None
-        if criterion.gradient and wanted == self._temperature:
-            mean = self.mean_loss and wanted is None
-            gradient = gradient * len(gradient) if mean else gradient
+        if criterion.gradient and wanted == self._temperature and self._counts():
+            gradient = gradient * (self._scale(len(gradient)) if wanted is None else 1.0)
             score = criterion.gradient
             self._add(site, index, lambda rows: score(gradient[rows]))
 
@@ -163,7 +174,7 @@ class Collector:
         self, site: Site, index: int, before: torch.Tensor, after: torch.Tensor
     ) -> None:
         score = self.criteria[site.kind].activation
-        if score is None:
+        if score is None or not self._counts():
             return
         before, after = (x.reshape(self.gates.examples, -1, x.shape[-1]) for x in (before, after))
         weight = self.gates.padding
@@ -185,7 +196,8 @@ class Collector:
             self.by_class[number].add(site, index, part)
 
     def _on_output(self, output: Any) -> None:
-        self.scores.count += self.gates.examples
+        if self._counts():
+            self.scores.count += self.gates.examples
         for number, one in enumerate(self.by_class):
             one.count += int((self.labels == number).sum())
         if not torch.is_grad_enabled():
