@@ -159,8 +159,7 @@ class FeatureTerms:
                     last = seen.attentions[-1], taught.attentions[-1]
                     parts.append(features.attention_kl(*last, mask))
             result[name] = torch.stack(parts).mean(0)
-        share = share_of(self.student)
-        if self.layer_map == "dynamic" and seen.hidden and (share is None or share.counts):
+        if self.layer_map == "dynamic" and seen.hidden:
             self._add_costs(seen, taught, mask)
         return result
 
@@ -310,4 +309,5 @@ class FeatureTerms:
                 for t in self.teacher_layers
             ]
         )
-        self._costs = self._costs + costs
+        share = share_of(self.student)
+        self._costs = self._costs + costs * (share is None or share.counts)

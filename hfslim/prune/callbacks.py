@@ -137,7 +137,7 @@ class PruningCallback(FiguresCallback, ExportableState):
             self._learned = LearnedGates(gates, cost, self._seed, self._decisions.steps)
         if state.global_step:
             self._restore(state)
-        gates.set(self.structure)
+        gates.set(agreed(self.structure))
         gates.attach()
 
     def on_step_begin(self, args: Arguments, state: TrainerState, *_: Any, **__: Any) -> None:

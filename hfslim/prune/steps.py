@@ -205,22 +205,23 @@ def price(
 
 
 def agreed(structure: Structure) -> Structure:
-    """Return the first rank's structure.
+    """Return a structure that all ranks chose.
 
     Raises:
-        RuntimeError: This rank found another one, so the ranks' weights have diverged.
+        RuntimeError: They chose several; raised on every rank.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return structure
-    shared: list[Any] = [structure.to_dict()]
-    torch.distributed.broadcast_object_list(shared, src=0)
-    first = Structure.from_dict(shared[0])
-    if first.digest() != structure.digest():
+    digests: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(digests, structure.digest())
+    if len(set(digests)) > 1:
+        chosen = ", ".join(f"rank {rank} {digest}" for rank, digest in enumerate(digests))
         raise RuntimeError(
-            f"rank {torch.distributed.get_rank()} chose structure {structure.digest()}, rank 0 "
-            f"{first.digest()}: the ranks' weights or scores have diverged"
+            f"the ranks chose different structures ({chosen}), so their weights or scores have "
+            "diverged: load the same model and checkpoint on every process, and train the wrapped "
+            "model"
         )
-    return first
+    return structure
 
 
 def check_reachable(units: Units, target: Target, costs: Prices, uniform: bool = False) -> None:

@@ -1,12 +1,13 @@
 """One process or several: the same structure, the same losses, the same weights."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from distributed import one_answer
-from distributed.launch import launch
+from distributed.launch import launch, launched
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,20 @@ def test_every_criterion_gives_one_answer_on_any_number_of_processes(
             assert found["losses"] == pytest.approx(expected["losses"], abs=1e-5), name
             assert found["weights"].keys() == expected["weights"].keys()
             for key, value in expected["weights"].items():
-                difference = (found["weights"][key] - value).abs().max().item()
-                assert difference <= 1e-5, (name, key, difference)
+                difference = (found["weights"][key] - value).abs()
+                assert (difference <= 1e-5).all(), (name, key)
     trained = [found["losses"] for name, found in alone.items() if name.endswith("training")]
     assert all(len(losses) == 8 * 4 + 2 for losses in trained)
+
+
+@pytest.mark.distributed
+def test_ranks_that_disagree_all_stop_with_the_structure_of_each(monkeypatch: Any) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=":")
+    done = launched(Path(__file__).with_name("disagree.py"), processes=2)
+    assert done.returncode != 0
+    for rank in (0, 1):
+        assert re.search(
+            rf"rank {rank}: the ranks chose different structures "
+            r"\(rank 0 [0-9a-f]{16}, rank 1 [0-9a-f]{16}\), so their weights or scores",
+            done.stderr,
+        ), done.stderr[-3000:]
