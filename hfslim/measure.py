@@ -119,7 +119,10 @@ def macs_by_module(model: nn.Module, inputs: Inputs) -> dict[str, int]:
     """
     counter = FlopCounterMode(
         display=False,
-        custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flops},
+        custom_mapping={
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flops,
+            torch.ops.aten._grouped_mm: _grouped_flops,
+        },
     )
     inputs = placed(model, inputs)
     with evaluating(model), _frozen(model), counter:
@@ -258,6 +261,12 @@ def _sdpa_flops(
     batch, heads, query_tokens, head_size = query
     key_tokens = key[2]
     return 2 * batch * heads * query_tokens * key_tokens * (head_size + value[3])
+
+
+def _grouped_flops(rows: torch.Size, experts: torch.Size, *_: Any, **__: Any) -> int:
+    # torch 2.13 has no formula for the products of experts. Each of the rows, `[rows, inputs]`,
+    # goes to one of the experts, `[experts, inputs, outputs]`.
+    return 2 * rows.numel() * experts[-1]
 
 
 def _names_an_embedding(parameter_name: str) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
-Kind = Literal["heads", "neurons", "channels", "layers"]
+Kind = Literal["heads", "neurons", "channels", "experts", "layers"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 

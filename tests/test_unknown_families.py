@@ -135,6 +135,7 @@ def test_the_template_of_the_guide_teaches_a_family(monkeypatch, tmp_path):
         ("heads", "exact"),
         ("neurons", "exact"),
         ("channels", "absent"),
+        ("experts", "absent"),
         ("layers", "exact"),
         ("heads+neurons+layers", "exact"),
     }

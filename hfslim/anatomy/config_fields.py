@@ -13,6 +13,15 @@ DEPTH_FIELDS = (
 WIDTH_FIELDS = ("intermediate_size", "encoder_ffn_dim", "hidden_dim", "d_ff", "n_inner", "ffn_dim")
 """Config fields that set the number of neurons of every layer."""
 
+EXPERT_WIDTH_FIELDS = ("moe_intermediate_size", "intermediate_size")
+"""Config fields that set the number of neurons of every expert."""
+
+EXPERT_COUNT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""Config fields that set the number of experts of every layer that has any."""
+
+CHOSEN_EXPERTS_FIELD = "num_experts_per_tok"
+"""Config field with the number of experts that each token goes to."""
+
 PER_LAYER_FIELDS = (
     "layer_types",
     "mlp_layer_types",

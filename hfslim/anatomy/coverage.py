@@ -13,7 +13,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-COLUMNS = ("heads", "neurons", "channels", "layers", "dimensions")
+COLUMNS = ("heads", "neurons", "channels", "experts", "layers", "dimensions")
 SIGNS = {"exact": "yes", "refused": "refused", "failed": "no", "absent": "–", "untried": ""}
 """Outcomes, and how the table shows them."""
 

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from hfslim.anatomy import families, layer_lists
 from hfslim.anatomy.attention import find_heads
 from hfslim.anatomy.channels import find_channels
+from hfslim.anatomy.experts import find_experts
 from hfslim.anatomy.grouped import cuts_of, feed_of, groups_of
 from hfslim.anatomy.projections import Projection
 from hfslim.anatomy.residual import adds_to_input, are_residual
@@ -25,7 +26,7 @@ from hfslim.structure import KINDS
 
 
 def find_units(model: nn.Module) -> Units:
-    """List what can be removed from a classifier: heads, FFN neurons, channels, layers.
+    """List what can be removed from a classifier: heads, FFN neurons, channels, experts, layers.
 
     Heads that share keys and values are one unit, and so are channels that are added to each
     other. Sites that already lost every unit are left out. Nothing is changed; of a model with
@@ -49,7 +50,7 @@ def find_units(model: nn.Module) -> Units:
             "adapters first (`merge_and_unload()`)"
         )
     finder = _Finder(model)
-    narrow = finder.own([*finder.heads(), *finder.neurons()])
+    narrow = finder.own([*finder.heads(), *finder.neurons(), *finder.experts()])
     layers = list(finder.layers({site.path for site in narrow}))
     around = {
         part: f"{site.path}.{i}"
@@ -145,6 +146,14 @@ class _Finder:
                         fixed=(0,) if middle else (),
                     )
                     break
+
+    def experts(self) -> Iterator[Site]:
+        for path in self.modules:
+            for found in find_experts(path, self.modules):
+                if isinstance(found, Refusal):
+                    self.refusals.append(found)
+                else:
+                    yield found
 
     def own(self, sites: Iterable[Site]) -> list[Site]:
         """Leave out sites with weights that other modules use as well."""

@@ -16,6 +16,7 @@ SOUGHT: dict[Kind, str] = {
     "heads": "module with projections like 'q_proj', 'k_proj', 'v_proj' and 'out_proj'",
     "neurons": "module with projections like 'fc1' and 'fc2' or 'up_proj' and 'down_proj'",
     "channels": "convolution whose outputs go to convolutions or linear maps, channel by channel",
+    "experts": "module with tensors 'gate_up_proj' and 'down_proj' of all experts, beside a router",
     "layers": "ModuleList of layers that hold heads or neurons",
 }
 """What a model lacks where a kind of unit is not found."""
@@ -116,12 +117,13 @@ class Site:
             FFN projections, or the list of layers.
         size: Number of units.
         gate: Path of the module whose input carries the units side by side: the attention output
-            projection or the second FFN projection; of channels the first that takes them. Empty
-            for layers, which are gated themselves.
+            projection or the second FFN projection; of channels the first that takes them; of
+            experts, and neurons inside them, the module that holds all experts. Empty for layers,
+            which are gated themselves.
         width: Features per unit in that input.
         cuts: The tensors to slice. Empty for layers.
-        attributes: Integer attributes of the module at `path` that count units, with the amount
-            that each unit adds.
+        attributes: Integer attributes that count units, as paths from the module at `path` (`^` for
+            the one around it), with the amount that each unit adds.
         replacement: Name of the class in `hfslim.hub.modeling_hfslim` that must stand in for the
             module's own, because that one cannot run with some heads missing. Empty if none.
         headless: Settings of the class that stands in once no head is left.
@@ -141,6 +143,12 @@ class Site:
             their input and give their output.
         batch: The dimension of examples in what is gated.
         runs: Of layers that are runs of one module, the config field with their number.
+        experts: Whether the units are experts or lie inside them, so that what they cost depends on
+            each other.
+        router: Of experts, path of the module that chooses among them.
+        chosen: How many of the experts each token goes to.
+        clipped: Attributes, as paths from the module at `path`, that tell this number, which falls
+            where fewer experts are left.
     """
 
     kind: Kind
@@ -164,6 +172,10 @@ class Site:
     ends: tuple[str, ...] = ()
     batch: int = 0
     runs: str = ""
+    experts: bool = False
+    router: str = ""
+    chosen: int = 0
+    clipped: tuple[str, ...] = ()
 
     def parts(self, index: int) -> tuple[str, ...]:
         """Return the paths of what makes up one of the layers, and goes with it."""
@@ -183,7 +195,12 @@ class Site:
     @property
     def needs_one(self) -> bool:
         """Whether at least one unit must stay."""
-        return self.kind in ("layers", "channels")
+        return self.kind in ("layers", "channels") or self.experts
+
+    @property
+    def coupled(self) -> bool:
+        """Whether what a unit costs depends on how many of other sites are left."""
+        return self.kind == "channels" or self.experts
 
     @property
     def removable(self) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -13,9 +14,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from hfslim.anatomy import families
-from hfslim.anatomy.config_fields import HEAD_SIZE_FIELDS, WIDTH_FIELDS
+from hfslim.anatomy.config_fields import (
+    CHOSEN_EXPERTS_FIELD,
+    EXPERT_COUNT_FIELDS,
+    EXPERT_WIDTH_FIELDS,
+    HEAD_SIZE_FIELDS,
+    WIDTH_FIELDS,
+)
 from hfslim.anatomy.discovery import find_units
-from hfslim.anatomy.units import Units
+from hfslim.anatomy.units import Site, Units
 from hfslim.hub import modeling_hfslim
 from hfslim.hub.depth import Depth, set_depth
 from hfslim.hub.modeling_hfslim import stock_class
@@ -188,43 +195,66 @@ def _kept_layers(
 
 def _uniform_widths(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     """Propose config changes that may express every width, the smallest change first."""
-    yield {}
     sites = find_units(model).sites
-    neurons = {site.size for site in sites if site.kind == "neurons"}
-    heads = {(s.size, s.width, s.shared) for s in sites if s.kind == "heads"}
-    width: dict[str, Any] = {}
-    if len(neurons) == 1:
-        names = (name for name in WIDTH_FIELDS if hasattr(model.config, name))
-        width = dict.fromkeys(list(names)[:1], neurons.pop())
-        if width:
-            yield width
+    parts = [
+        _neurons(model, [s for s in sites if s.kind == "neurons" and not s.experts], WIDTH_FIELDS),
+        _heads(model, [s for s in sites if s.kind == "heads"]),
+        _neurons(
+            model, [s for s in sites if s.kind == "neurons" and s.experts], EXPERT_WIDTH_FIELDS
+        ),
+        _experts(model, [s for s in sites if s.kind == "experts"]),
+    ]
+    config = model.config
+    new = [p for p in parts if any(getattr(config, name, None) != p[name] for name in p)]
+    for number in range(len(new) + 1):
+        for some in itertools.combinations(new, number):
+            yield {name: value for part in some for name, value in part.items()}
+
+
+def _neurons(model: PreTrainedModel, sites: list[Site], fields: Sequence[str]) -> dict[str, Any]:
+    """Return the config field that may tell how many neurons each of some sites has."""
+    sizes = {site.size * site.width for site in sites}
+    names = [name for name in fields if hasattr(model.config, name)]
+    return {names[0]: sizes.pop()} if len(sizes) == 1 and names else {}
+
+
+def _heads(model: PreTrainedModel, sites: list[Site]) -> dict[str, Any]:
+    """Return the config fields that may tell how many heads each of some sites has."""
     # Many families read a head size that their config does not declare.
     field = next((n for n in HEAD_SIZE_FIELDS if hasattr(model.config, n)), "head_dim")
-    if len(heads) == 1:
-        size, features, shared = heads.pop()
-        module = model.get_submodule(next(s.path for s in sites if s.kind == "heads"))
-        head_dim = next((vars(module).get(name) for name in families.HEAD_DIM), None)
-        if head_dim:
-            counts = {
-                "num_attention_heads": size * features // head_dim,
-                field: head_dim,
-            }
-            if hasattr(model.config, "num_key_value_heads"):
-                counts["num_key_value_heads"] = 1 if shared else size
-            yield counts
-            if width:
-                yield width | counts
+    heads = {(s.size, s.width, s.shared) for s in sites}
+    if len(heads) != 1:
+        return {}
+    size, features, shared = heads.pop()
+    module = model.get_submodule(sites[0].path)
+    head_dim = next((vars(module).get(name) for name in families.HEAD_DIM), None)
+    if not head_dim:
+        return {}
+    counts = {"num_attention_heads": size * features // head_dim, field: head_dim}
+    if hasattr(model.config, "num_key_value_heads"):
+        counts["num_key_value_heads"] = 1 if shared else size
+    return counts
+
+
+def _experts(model: PreTrainedModel, sites: list[Site]) -> dict[str, Any]:
+    """Return the config fields that may tell how many experts each of some sites has."""
+    numbers = {(site.size, site.chosen) for site in sites}
+    names = [name for name in EXPERT_COUNT_FIELDS if hasattr(model.config, name)]
+    if len(numbers) != 1 or not names:
+        return {}
+    size, chosen = numbers.pop()
+    return {names[0]: size, CHOSEN_EXPERTS_FIELD: chosen}
 
 
 def _takes(model: PreTrainedModel, config: PreTrainedConfig, fields: dict[str, Any]) -> bool:
-    """Write fields into a config, and tell whether a stock model can be built of it."""
+    """Write fields into a config, and tell whether a stock model with the same parts is built."""
     try:
         config.update(fields)
-        stock_model(model, config)
+        # Jamba builds no mixture of one expert.
+        return set(_tensors(model)) <= set(_tensors(stock_model(model, config)))
     except Exception as error:
         logger.debug("no stock model with %s: %s", fields, error)
         return False
-    return True
 
 
 def _replacement(module: nn.Module) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from hfslim.anatomy import Site, Units
+from hfslim.anatomy import Site, Units, mixtures
 from hfslim.measure import count_parameters, macs_by_module
 from hfslim.prune.gates import Key
 from hfslim.structure import Structure
@@ -20,25 +20,27 @@ Resource = Literal["macs", "parameters"]
 
 @dataclass(frozen=True)
 class Product:
-    """What one tensor costs: as much as its dimensions multiplied, several of which hold channels.
+    """What one tensor costs: as much as its dimensions multiplied, several of which hold units.
 
     Attributes:
         module: Path of its module.
         cost: Cost of the whole.
-        dims: Of each dimension with channels its length, and the entries per unit of each site.
+        dims: Of each dimension with units its length, and the entries per unit of each site.
+        used: Of each dimension how much is used at most: of experts those that a token goes to.
     """
 
     module: str
     cost: int
     dims: tuple[tuple[int, tuple[tuple[Key, int], ...]], ...]
+    used: tuple[int, ...]
 
     def at(self, gone: Mapping[Key, int]) -> int:
         """Return the cost once so many units of each site are gone."""
         left = [
-            length - sum(gone.get(key, 0) * width for key, width in sites)
-            for length, sites in self.dims
+            min(length - sum(gone.get(key, 0) * width for key, width in sites), used)
+            for (length, sites), used in zip(self.dims, self.used, strict=True)
         ]
-        return self.cost * math.prod(left) // math.prod(length for length, _ in self.dims)
+        return self.cost * math.prod(left) // math.prod(self.used)
 
     @property
     def sites(self) -> set[Key]:
@@ -53,9 +55,10 @@ class Costs:
     Attributes:
         resource: What is counted.
         total: Cost of the whole model.
-        unit: Cost of one unit at each site of heads or neurons.
+        unit: Cost of one unit at each site of heads or neurons, those inside experts left out.
         layer: Cost of each layer of each list, everything inside it included.
-        products: What holds channels, tensor by tensor; what one costs depends on the others.
+        products: What holds channels or experts, tensor by tensor; what one costs depends on the
+            others.
     """
 
     resource: Resource
@@ -148,27 +151,35 @@ def count(
 
 
 def _narrow(units: Units) -> list[Site]:
-    return [site for site in units if site.kind in ("heads", "neurons")]
+    return [site for site in units if site.kind != "layers" and not site.coupled]
 
 
 def _products(model: nn.Module, units: Units, macs: Mapping[str, int] | None) -> Iterator[Product]:
-    """Yield what each tensor with channels costs: multiply-accumulates if given, or entries."""
+    """Yield what each tensor with coupled units costs: multiply-accumulates if given, or entries.
+
+    A token costs as much as the experts that it goes to, however many there are.
+    """
     dims: dict[tuple[str, str], dict[int, dict[Key, int]]] = {}
+    chosen: dict[tuple[str, int], int] = {}
     for site in units:
-        for cut in site.cuts if site.kind == "channels" else ():
+        for cut in site.cuts if site.coupled else ():
             by_site = dims.setdefault((cut.module, cut.tensor), {}).setdefault(cut.dim, {})
             key = (site.kind, site.path)
             by_site[key] = by_site.get(key, 0) + sum(cut.widths)
+        if macs is not None and site.kind == "experts":
+            chosen[site.gate, 0] = site.chosen
     for (path, name), by_dim in dims.items():
         tensor = getattr(model.get_submodule(path), name)
         if macs is None:
             cost = tensor.numel() if isinstance(tensor, nn.Parameter) else 0
         else:
-            cost = macs.get(path, 0) if name == "weight" else 0
+            cost = macs.get(path, 0) if name in ("weight", mixtures.EXPERTS_OUTPUT) else 0
         if cost:
-            lengths = {dim: tensor.shape[dim] for dim in by_dim}
-            every = ((lengths[d], tuple(sites.items())) for d, sites in by_dim.items())
-            yield Product(path, cost, tuple(every))
+            every = ((tensor.shape[dim], tuple(sites.items())) for dim, sites in by_dim.items())
+            used = (
+                min(chosen.get((path, dim), n), n) for dim in by_dim if (n := tensor.shape[dim])
+            )
+            yield Product(path, cost, tuple(every), tuple(used))
 
 
 def _layer_macs(model: nn.Module, site: Site, index: int, macs: Mapping[str, int]) -> int:

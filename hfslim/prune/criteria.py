@@ -192,10 +192,19 @@ CRITERIA: dict[str, Criterion] = {
 }
 
 
-def usual_criterion(kinds: Iterable[Kind], when: str = "calibration") -> str:
-    """Return the criterion to use where none is asked for: `obs` where it fits, else `fisher`."""
+def usual_criterion(
+    kinds: Iterable[Kind], when: str = "calibration", sites: Iterable[Site] = ()
+) -> str:
+    """Return the criterion to use where none is asked for: `obs` where it fits, else `fisher`.
+
+    Args:
+        kinds: The kinds of units to score.
+        when: `calibration` or `training`.
+        sites: All sites of the model, if they are known.
+    """
     obs = CRITERIA["obs"]
-    return "obs" if when in obs.when and set(kinds) <= set(obs.kinds) else "fisher"
+    fits = when in obs.when and set(kinds) <= set(obs.kinds)
+    return "obs" if fits and not any(site.experts for site in sites) else "fisher"
 
 
 def criteria_by_kind(

@@ -26,6 +26,9 @@ class ExpectedCost:
         target: What the model may cost.
         costs: What the units cost; None where the target is a sparsity.
 
+    Raises:
+        ValueError: What the units cost depends on each other.
+
     Attributes:
         names: What is limited: the resource, or the kinds of units that a sparsity names.
     """
@@ -39,6 +42,12 @@ class ExpectedCost:
             raise ValueError(
                 f"l0 cannot weigh the runs of {runs[0]!r}, which share its heads and neurons: "
                 "leave layers out of `units`, or choose another criterion"
+            )
+        coupled = [f"{site.kind} at {site.path!r}" for site in units if site.coupled]
+        if coupled:
+            raise ValueError(
+                f"criterion l0: what the {coupled[0]} cost depends on other units, so their gates "
+                "cannot be learned under a budget; use criterion='fisher'"
             )
         if isinstance(costs, LatencyTable):
             self._tables = {str(target.resource): costs}

@@ -1,9 +1,10 @@
 """Reversible multipliers on the units of a live model.
 
 A gate on a head or a neuron multiplies its slice of the input of the projection that follows, a
-gate on a channel its slice of the input of everything that takes it; a gate on a layer scales what
-the layer adds to the residual stream. Nothing is registered on the model: parameters, buffers and
-`state_dict` keys stay as they are, and the model may be wrapped, checkpointed or trained meanwhile.
+gate on a channel its slice of the input of everything that takes it; a gate on an expert takes it
+out of its router's choice; a gate on a layer scales what the layer adds to the residual stream.
+Nothing is registered on the model: parameters, buffers and `state_dict` keys stay as they are, and
+the model may be wrapped, checkpointed or trained meanwhile.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from hfslim.anatomy import Feed, Site, Units, find_units
 from hfslim.hub import modeling_hfslim
+from hfslim.prune.experts import Handle, gate_experts
 from hfslim.prune.taps import (
     OnGradient,
     Sums,
@@ -84,7 +85,7 @@ class Gates:
         self._sums = Sums()
         self._entered: dict[tuple[Key, int], list[torch.Tensor]] = {}
         self._turns: Counter[str] = Counter()
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[Handle] = []
         self._stock: list[tuple[nn.Module, type]] = []
 
     def set(self, structure: Structure) -> None:
@@ -131,7 +132,10 @@ class Gates:
             for feed in site.feeds:
                 hook = self._unit_hook(site, feed)
                 module = self.model.get_submodule(feed.module)
-                self._handles.append(module.register_forward_pre_hook(hook))
+                if site.experts:
+                    self._handles += gate_experts(self.model, site, hook, self._masks)
+                else:
+                    self._handles.append(module.register_forward_pre_hook(hook))
         return self
 
     def _attach_layer(self, site: Site, index: int) -> None:

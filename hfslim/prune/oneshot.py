@@ -122,10 +122,10 @@ def prune(
         target: `{"macs": f}`, `{"parameters": f}` or `{"latency": f}`, the fraction of the whole
             model's figure to keep, latency as measured on the model's device at `inputs`; or
             `{"sparsity": f}` or `{"sparsity": {kind: f}}`, the fraction of units to remove.
-        units: Kinds of units that may go: `heads`, `neurons`, `channels`, `layers`.
+        units: Kinds of units that may go: `heads`, `neurons`, `channels`, `experts`, `layers`.
         criterion: A name of `hfslim.prune.CRITERIA`, which tells its source, the kinds of units
             that it is for and whether it needs labels; a dict gives each kind its own. `obs` if
-            not given, `fisher` where channels may go.
+            not given, `fisher` where channels, experts or neurons inside experts may go.
         inputs: The input at which multiply-accumulates are counted and latency is measured, as
             tensors or as shapes such as `{"input_ids": [1, 128]}`; one example of `example_inputs`
             if not given.
@@ -163,10 +163,11 @@ def prune(
     chosen = None if classes is None else class_numbers(model.config, classes)
     batches = Batches(data, max_examples, chosen)
     check_merged(model)
-    sites = find_units(model).of(units)
+    everything = find_units(model)
+    sites = everything.of(units)
     if uniform:
         check_plain(model, sites)
-    criteria = criteria_by_kind(criterion or usual_criterion(units), units)
+    criteria = criteria_by_kind(criterion or usual_criterion(units, sites=everything), units)
     costs = price(model, sites, goal.targets[0], inputs, progress)
     for one in goal.targets:
         check_reachable(sites, one, costs, uniform)

@@ -21,6 +21,9 @@ from hfslim.structure import Entry, Kind, Structure
 
 logger = logging.getLogger(__name__)
 
+NARROW: tuple[Kind, ...] = ("heads", "neurons", "channels", "experts")
+"""Kinds of units that lie inside layers."""
+
 
 def search(
     units: Units,
@@ -35,7 +38,7 @@ def search(
     none included, the heads of greatest importance per cost stay, and what is left of the budget
     is spent on neurons in the same way. The combination that loses the least importance wins
     (Kwon et al. 2022, arXiv 2204.09656, section 4.1, with layers, and heads of unequal cost).
-    At least one head or neuron stays, where there are any. With channels among the units, whose
+    At least one head or neuron stays, where there are any. With channels or experts, whose
     costs depend on each other, see `numbers_to_lose`; for a latency, which is not linear in the
     units, `widths_within`.
     Ties go to the lower index, so that the same scores give the same structure everywhere.
@@ -96,16 +99,17 @@ class _Pool:
         return self.scores[site.kind, site.path][index]
 
     def of(self, kind: Kind, dropped: frozenset[str], costs: Costs | None = None) -> list[_Unit]:
-        """List the units of a kind outside of dropped layers, the most worthwhile first."""
+        """List what may go of a kind outside of dropped layers, the most worthwhile first."""
         unit = costs.unit if costs else {}
         result = [
             _Unit(site, i, self.score(site, i), unit.get((kind, site.path), 0) if costs else 1)
             for site in self.units
             if site.kind == kind and site.layer not in dropped
-            for i in sorted(self.present[kind, site.path])
+            for i in sorted(self.present[kind, site.path].difference(site.fixed))
         ]
         # Of what must not go whole, the best comes first.
-        best = {u.site: u for u in sorted(result, key=lambda u: u.score) if u.site.needs_one}
+        whole = (u for u in sorted(result, key=lambda u: u.score) if not u.site.fixed)
+        best = {u.site: u for u in whole if u.site.needs_one}
         return sorted(result, key=lambda unit: (best.get(unit.site) != unit, -unit.density))
 
     def fewer_layers(self) -> Iterator[tuple[frozenset[str], float]]:
@@ -123,7 +127,7 @@ class _Pool:
             chosen[unit.site.kind, unit.site.path].add(unit.index)
         entries = []
         for site in self.units:
-            indices = chosen[site.kind, site.path]
+            indices = chosen[site.kind, site.path].union(site.fixed)
             if site.kind == "layers":
                 indices = {
                     i
@@ -154,7 +158,7 @@ def layers_to_go(
 def _by_budget(pool: _Pool, costs: Costs, target: Target) -> Structure:
     # A budget that is met exactly is met, even where the product falls short by rounding.
     budget = math.floor(target.kept * costs.total + 1e-9 * costs.total)
-    if any(site.kind == "channels" for site in pool.units):
+    if any(site.coupled for site in pool.units):
         return _by_coupled_budget(pool, costs, target, budget)
     best: tuple[float, Structure] | None = None
     least = costs.total
@@ -184,17 +188,16 @@ def _by_coupled_budget(pool: _Pool, costs: Costs, target: Target, budget: int) -
     best: tuple[float, Structure] | None = None
     least = costs.total
     for dropped, lost_layers in pool.fewer_layers():
-        kinds: tuple[Kind, ...] = ("heads", "neurons", "channels")
-        units = [unit for kind in kinds for unit in pool.of(kind, dropped, costs)]
+        units = [unit for kind in NARROW for unit in pool.of(kind, dropped, costs)]
         cost = costs.of(pool.units, pool.structure(units, dropped))
         going: dict[Key, list[_Unit]] = {}
-        gone = {(u.site.kind, u.site.path): u.site.size for u in units}
+        gone = {(u.site.kind, u.site.path): len(u.site.removable) for u in units}
         for unit in sorted(units, key=lambda unit: (unit.score, -unit.index)):
             key = (unit.site.kind, unit.site.path)
             going.setdefault(key, []).append(unit)
             gone[key] -= 1
         for among in going.values():
-            if among[0].site.needs_one:
+            if among[0].site.needs_one and not among[0].site.fixed:
                 among.pop()
         scores = {key: [unit.score for unit in among] for key, among in going.items()}
         numbers, saved = numbers_to_lose(costs, scores, gone, dropped, cost - budget)
@@ -255,16 +258,18 @@ def _by_sparsity(pool: _Pool, target: Target) -> Structure:
         )
     going = frozenset(path for path, _ in pool.layers_to_go[: max(number - gone, 0)])
     dropped = pool.layers_gone | going
-    kinds: tuple[Kind, ...] = ("heads", "neurons", "channels")
-    for kind in kinds:
+    for kind in NARROW:
         there = pool.of(kind, dropped)
-        total = sum(site.size for site in pool.units if site.kind == kind)
-        keep = total - round(target.sparsity.get(kind, 0.0) * total)
-        needed = len({unit.site for unit in there if unit.site.needs_one})
+        sites = [site for site in pool.units if site.kind == kind]
+        total = sum(site.size for site in sites)
+        fixed = sum(len(site.fixed) for site in sites if site.layer not in dropped)
+        keep = total - fixed - round(target.sparsity.get(kind, 0.0) * total)
+        needed = len({u.site for u in there if u.site.needs_one and not u.site.fixed})
         if keep < needed:
             raise UnreachableTargetError(
                 f"target sparsity of {kind} {target.sparsity[kind]:g} cannot be reached: of "
                 f"{total} {kind} one must stay in each of {needed} places"
+                + (f", and {fixed} are fixed" if fixed else "")
             )
         kept += there[:keep]
     return pool.structure(kept, dropped)

@@ -195,10 +195,12 @@ def price(
         return None
     stated = stated_inputs(model, inputs)
     if target.resource == "latency":
-        if any(site.kind == "channels" for site in units):
+        coupled = sorted({site.kind for site in units if site.coupled})
+        if coupled:
             raise ValueError(
-                "what a channel takes depends on all that it meets, so there is no latency table "
-                'for channels: cut to a target of "macs" and measure'
+                f"what one of the {coupled[0]} takes depends on all that it meets, so there is no "
+                f'latency table for {" and ".join(coupled)} here: cut to a target of "macs" or '
+                '"parameters" and measure'
             )
         return latency_table(model, units, stated, progress)
     return pricing.count(model, units, target.resource, stated)

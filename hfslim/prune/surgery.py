@@ -208,8 +208,14 @@ class _Surgery:
             if isinstance(value, dict) and name.endswith("_cache"):
                 # LeViT keeps its position bias from one call in eval mode to the next.
                 vars(module)[name] = {}
-        for name, by in site.attributes:
-            setattr(module, name, by * len(kept))
+        told = {name: by * len(kept) for name, by in site.attributes}
+        told |= dict.fromkeys(site.clipped, min(site.chosen, len(kept)))
+        around = self.model.get_submodule(site.path.rpartition(".")[0])
+        for path, value in told.items():
+            owner, _, name = path.rpartition(".")
+            holder = around if name[0] == "^" else module.get_submodule(owner)
+            self._remember(vars(holder))
+            setattr(holder, name.removeprefix("^"), value)
 
     def _replace(self, site: Site, kept: tuple[int, ...], returns: Settings) -> None:
         module = self.model.get_submodule(site.path)

@@ -80,6 +80,8 @@ def check_plain(model: PreTrainedModel, units: Units) -> None:
             f"uniform=True: this {family} was cut before to a structure that its config cannot say"
         )
     kinds = list(dict.fromkeys(site.kind for site in units))
+    if "experts" in kinds:
+        raise ValueError("uniform=True is for heads, neurons and layers: leave experts out")
     plain = [kind for kind in kinds if _is_plain(model, units, kind)]
     if plain != kinds:
         wrong = [kind for kind in kinds if kind not in plain]

@@ -1,0 +1,133 @@
+"""Find mixtures of experts: whole experts, and the neurons inside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from hfslim.anatomy import mixtures
+from hfslim.anatomy.units import Cut, Refusal, Site
+from hfslim.structure import Kind
+
+_OUTPUT = mixtures.EXPERTS_OUTPUT
+
+
+def find_experts(path: str, modules: Mapping[str, nn.Module]) -> Iterator[Site | Refusal]:
+    """Yield the experts of a module and the neurons inside them, or why they are not offered.
+
+    All experts of a module lie in the same tensors, `[experts, …, …]`, so each has as many neurons
+    as the others, and the kernels for that take multiples of eight: eight neurons in a row, of all
+    experts, are one unit.
+
+    Args:
+        path: Where the module is that holds the tensors.
+        modules: All modules of the model, by path.
+    """
+    module: Any = modules[path]
+    reason = mixtures.SORTED_EXPERTS.get(type(module).__name__)
+    if reason:
+        kinds: tuple[Kind, ...] = ("neurons", "experts")
+        yield from (Refusal(kind, path, reason) for kind in kinds)
+    if not is_fused(module):
+        return
+    first = mixtures.EXPERTS_INPUT[0 if module.has_gate else 1]
+    blocks = 2 if module.has_gate else 1
+    tensors = _tensors(module)
+    if not all(name in tensors and tensors[name].ndim == 3 for name in (first, _OUTPUT)):
+        return
+    total, size = tensors[_OUTPUT].shape[0], tensors[_OUTPUT].shape[2 - module.is_transposed]
+    # Gate and up lie one after the other, or by turns.
+    width = math.gcd(size, mixtures.NEURONS_AT_ONCE)
+    widths = (width,) * blocks if module.is_concatenated else (blocks * width,)
+    rows, columns = (2, 1) if module.is_transposed else (1, 2)
+    cuts = [Cut(path, first, rows, widths), Cut(path, _OUTPUT, columns, (width,))]
+    bias = f"{first}{mixtures.EXPERTS_BIAS}"
+    if module.has_bias:
+        cuts.append(Cut(path, bias, 1, widths))
+    block = modules[path.rpartition(".")[0]]
+    told = [("", vars(module)), ("^", vars(block))]
+    yield Site(
+        kind="neurons",
+        path=path,
+        size=size // width,
+        gate=path,
+        width=width,
+        cuts=tuple(cuts),
+        attributes=tuple(
+            (f"{where}{name}", width)
+            for where, settings in told
+            for name in mixtures.NEURON_COUNTS
+            if settings.get(name) == size
+        ),
+        experts=True,
+    )
+    yield _experts(path, modules, total)
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Tell whether a module holds experts in the way of transformers, one tensor for all."""
+    told = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+    return hasattr(type(module), "_apply_gate") and all(name in vars(module) for name in told)
+
+
+def _experts(path: str, modules: Mapping[str, nn.Module], total: int) -> Site | Refusal:
+    block = path.rpartition(".")[0]
+    routers = [
+        name
+        for name, _ in modules[block].named_children()
+        if _first(modules[f"{block}.{name}"], mixtures.CHOSEN_EXPERTS)
+        and any(t.shape[:1] == (total,) for t in _tensors(modules[f"{block}.{name}"]).values())
+    ]
+    if len(routers) != 1:
+        return Refusal("experts", block, f"found no module beside {path!r} that chooses of them")
+    router = modules[f"{block}.{routers[0]}"]
+    if (_first(router, mixtures.EXPERT_GROUPS) or 1) > 1:
+        return Refusal("experts", block, "its router chooses groups of experts first")
+    cuts = [
+        Cut(where, name, 0)
+        for where in (f"{block}.{routers[0]}", path)
+        for name, tensor in _tensors(modules[where]).items()
+        if tensor.shape[:1] == (total,)
+    ]
+    around = {
+        "": modules[block],
+        f"{routers[0]}.": router,
+        f"{path[len(block) + 1 :]}.": modules[path],
+    }
+    told = [(f"{p}{name}", m, name) for p, m in around.items() for name in vars(m)]
+    chosen = _first(router, mixtures.CHOSEN_EXPERTS)
+    return Site(
+        kind="experts",
+        path=block,
+        size=total,
+        gate=path,
+        cuts=tuple(cuts),
+        attributes=tuple(
+            (where, 1)
+            for where, module, name in told
+            if name in mixtures.EXPERT_COUNTS and vars(module)[name] == total
+        ),
+        clipped=tuple(
+            where
+            for where, module, name in told
+            if name in mixtures.CHOSEN_EXPERTS and vars(module)[name] == chosen
+        ),
+        chosen=chosen,
+        router=f"{block}.{routers[0]}",
+        fixed=(0, 1) if type(router).__name__ in mixtures.TWO_EXPERTS_STAY else (),
+        experts=True,
+    )
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    found = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def _first(module: nn.Module, names: tuple[str, ...]) -> int:
+    values: Iterator[Any] = (vars(module).get(name) for name in names)
+    return next((value for value in values if isinstance(value, int) and value), 0)
