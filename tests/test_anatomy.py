@@ -78,7 +78,7 @@ def test_layers_that_the_classifier_weighs_are_refused_with_the_reason():
         units.of(["layers"])
 
 
-def test_heads_under_a_norm_across_them_are_refused_with_the_reason():
+def test_heads_under_a_norm_across_them_leave_queries_and_keys():
     config = Olmo2Config(
         vocab_size=64,
         hidden_size=32,
@@ -89,8 +89,10 @@ def test_heads_under_a_norm_across_them_are_refused_with_the_reason():
     )
     units = find_units(Olmo2ForSequenceClassification(config))
     assert _sizes(units, "neurons") == [48, 48]
-    with pytest.raises(ValueError, match="norms run across all heads"):
-        units.of(["heads"])
+    heads = units.of(["heads"])
+    assert _sizes(heads, "heads") == [4, 4]
+    cut = {name for site in heads for one in site.cuts for name in one.module.split(".")[-1:]}
+    assert cut == {"v_proj", "o_proj"}
 
 
 def test_a_model_without_the_units_asked_for_is_refused():

@@ -54,17 +54,15 @@ def find_heads(path: str, module: nn.Module, config: Any, find: Find) -> Site | 
     output = find(path, [known.output] if known.output else families.ATTENTION_OUTPUT)
     if output is None or not output.inputs:
         return None
+    norms = _across_heads(module)
+    if norms:
+        return _normed(path, module, norms, find, output)
     heads = _fused(path, module, known, find, output) or _separate(
         path, module, known, find, output
     )
     if heads is None or isinstance(heads, Refusal):
         return heads
     size = output.inputs // heads.queries
-    for name in families.ACROSS_HEADS:
-        weight = getattr(getattr(module, name, None), "weight", None)
-        if weight is not None and heads.queries > 1 and weight.numel() > size:
-            reason = "its query and key norms run across all heads, so no head can go exactly"
-            return Refusal("heads", path, reason)
     blocks = groups_of([*heads.projections, output])
     if blocks:
         return _grouped(path, module, known, heads, output, blocks)
@@ -101,6 +99,43 @@ def find_heads(path: str, module: nn.Module, config: Any, find: Find) -> Site | 
         shared=heads.shared,
         fixed=(0,) if known.keeps_one else (),
         inputs=feeds if known.outputs else (),
+    )
+
+
+def _across_heads(module: nn.Module) -> list[str]:
+    """Return the names of norms that run across all heads."""
+    size, found = _head_size(module), []
+    for name in families.ACROSS_HEADS:
+        weight = getattr(getattr(module, name, None), "weight", None)
+        if weight is not None and weight.numel() > (size or weight.numel()):
+            found.append(name)
+    return found
+
+
+def _normed(
+    path: str, module: nn.Module, norms: list[str], find: Find, output: Projection
+) -> Site | Refusal | None:
+    """Return heads whose queries and keys stay, because a norm runs across them all."""
+    size, value = _head_size(module), find(path, families.VALUE)
+    if value is None:
+        return None
+    units, queries = value.outputs // size, output.inputs // size
+    if not units:
+        return None
+    if queries % units:
+        reason = "its query and key norms run across all heads, so no head can go exactly"
+        return Refusal("heads", path, reason)
+    width = queries // units * size
+    return Site(
+        kind="heads",
+        path=path,
+        size=units,
+        gate=output.path,
+        width=width,
+        cuts=(*value.rows(size), *output.columns(width)),
+        attributes=_counts(module, Heads(units, queries, False, []), size, families.Attention()),
+        queries=queries // units,
+        norms=tuple(f"{path}.{name}" for name in norms),
     )
 
 

@@ -78,7 +78,7 @@ PER_HEAD_TENSORS = (
 """Further tensors with a head axis: path from the attention, dimension (Swin, DeBERTa)."""
 
 ACROSS_HEADS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "q_ln", "k_ln")
-"""Norms that, where they span all heads, make the removal of one head inexact (OLMo2)."""
+"""Norms that, where they span all heads, need the queries and keys of those that go (OLMo2)."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ ATTENTIONS = {
         keeps_one=True,
     ),
     "LongformerSelfAttention": Attention(replacement="LongformerHeads"),
-    "PvtV2SelfAttention": Attention(refused="its forward reshapes the heads to the hidden size"),
+    "PvtV2SelfAttention": Attention(replacement="PvtV2Heads"),
     "MiniMaxLightningAttention": Attention(refused="a norm runs across all heads"),
     "MraSelfAttention": Attention(refused="its attention runs in a CUDA kernel only"),
     "NystromformerSelfAttention": Attention(tensors=(("conv.weight", 0),)),

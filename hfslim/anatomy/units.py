@@ -139,6 +139,7 @@ class Site:
             last part's output is the layer's.
         streams: Of layers that add to several streams, the arguments that hold them, in the order
             of the outputs.
+        norms: Of heads, norms that run across all of them, whose inputs stay.
         ends: Of layers that are not called as modules, the names of the modules inside that get
             their input and give their output.
         batch: The dimension of examples in what is gated.
@@ -169,6 +170,7 @@ class Site:
     inputs: tuple[Feed, ...] = ()
     beside: tuple[str, ...] = ()
     streams: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
     ends: tuple[str, ...] = ()
     batch: int = 0
     runs: str = ""

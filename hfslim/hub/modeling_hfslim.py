@@ -261,6 +261,55 @@ class WavLMHeads(Headless):
         return result, None, position_bias
 
 
+class AcrossHeads(nn.Module):
+    """A norm of queries or keys that runs across all heads, of which only some go on.
+
+    Attributes:
+        kept_heads: Positions of those that go on, or of their groups.
+        head_count: How many there are.
+    """
+
+    kept_heads: tuple[int, ...] = ()
+    head_count = 1
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Normalise all, and return what is left, `[..., features]`."""
+        by_head = super().forward(hidden_states).unflatten(-1, (self.head_count, -1))
+        return by_head[..., list(self.kept_heads), :].flatten(-2)
+
+
+class PvtV2Heads(Headless):
+    """PVTv2's attention, whose own class shapes its heads to the hidden size.
+
+    Attributes:
+        kept_heads: Positions of the present heads; None where none is missing.
+    """
+
+    kept_heads: tuple[int, ...] | None = None
+
+    def forward(
+        self, hidden_states: torch.Tensor, height: int, width: int, output_attentions: bool = False
+    ) -> tuple:
+        """Return the output, `[batch, positions, features]`, and the weights if asked for."""
+        stock: Any = self
+        if self.kept_heads is None:
+            return super(Headless, stock).forward(hidden_states, height, width, output_attentions)
+        if not self.kept_heads:
+            return self.without_heads(hidden_states)
+        seen = hidden_states
+        if stock.linear_attention or stock.spatial_reduction_ratio > 1:
+            image = hidden_states.transpose(1, 2).unflatten(2, (height, width))
+            image = stock.pool(image) if stock.linear_attention else image
+            seen = stock.layer_norm(stock.spatial_reduction(image).flatten(2).transpose(1, 2))
+            seen = stock.act(seen) if stock.linear_attention else seen
+        query = stock.transpose_for_scores(stock.query(hidden_states))
+        key, value = (stock.transpose_for_scores(p(seen)) for p in (stock.key, stock.value))
+        scores = query @ key.transpose(-1, -2) / math.sqrt(stock.attention_head_size)
+        weights = stock.attn_drop(scores.softmax(-1))
+        result = stock.proj_drop(stock.proj((weights @ value).transpose(1, 2).flatten(2)))
+        return (result, weights) if output_attentions else (result,)
+
+
 class LongformerHeads(Headless):
     """Longformer's attention, whose own class shapes its heads to the hidden size.
 
@@ -337,7 +386,7 @@ REPLACEMENTS = {
     cls.__name__: cls
     for cls in (
         *(Headless, BiasedHeads, SharedBiasHeads, CountedHeads, WavLMHeads, LongformerHeads),
-        Inputless,
+        *(PvtV2Heads, AcrossHeads, Inputless),
     )
 }
 

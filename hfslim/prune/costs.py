@@ -212,6 +212,10 @@ def _unit_macs(model: nn.Module, site: Site, macs: Mapping[str, int]) -> int:
     if site.kind == "heads":
         # What remains of the module are the products of attention, and, where the module does not
         # run its projections as modules, these too.
-        inside = (macs.get(p, 0) for p in shares if p.startswith(f"{site.path}."))
-        total += (macs[site.path] - sum(inside)) / site.size
+        inside = [p for p in shares if p.startswith(f"{site.path}.")]
+        if site.norms:
+            # Queries and keys stay.
+            parts = model.get_submodule(site.path).named_children()
+            inside = [f"{site.path}.{name}" for name, _ in parts]
+        total += (macs[site.path] - sum(macs.get(p, 0) for p in inside)) / site.size
     return int(total)

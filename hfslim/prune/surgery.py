@@ -218,6 +218,12 @@ class _Surgery:
             setattr(holder, name.removeprefix("^"), value)
 
     def _replace(self, site: Site, kept: tuple[int, ...], returns: Settings) -> None:
+        for path in site.norms if kept else ():
+            norm = self.model.get_submodule(path)
+            had = getattr(norm, "kept_heads", None) or range(site.size)
+            count = getattr(norm, "head_count", site.size)
+            now = tuple(had[i] for i in kept)
+            self._become(norm, "AcrossHeads", kept_heads=now, head_count=count)
         module = self.model.get_submodule(site.path)
         by = site.replacement or ("" if kept else "Headless")
         if not by:
