@@ -10,7 +10,17 @@ import hfslim
 from hfslim.anatomy import find_units
 
 # Falcon and GPT-2 take positions from the mask or the index, so that sides differ even when stock.
-DECODERS = ("llama", "qwen3", "gemma", "gemma2", "gemma3_text", "mistral", "gpt_neox", "phi3")
+DECODERS = (
+    "llama",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "mistral",
+    "gpt_neox",
+    "phi3",
+    "mixtral",
+)
 
 
 def _padded(side, length=12, longest=16):

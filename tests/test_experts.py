@@ -5,6 +5,7 @@ import sweep
 import torch
 import zoo
 from structures import Unchanged, uneven
+from transformers import Trainer, TrainingArguments
 
 import hfslim
 from hfslim.anatomy import example_inputs, find_units
@@ -35,6 +36,8 @@ def _keeping(**kept):
         ("qwen2_moe", False),
         # Sigmoids, with a bias for the choice that is a buffer; first layers without experts.
         ("deepseek_v3", False),
+        # Its router keeps its weights in a module of its own.
+        ("hunyuan_v1_moe", False),
         # Two experts, one after the other, each by a softmax of its own.
         ("phimoe", True),
     ],
@@ -146,6 +149,26 @@ def test_experts_go_for_parameters():
     kept, total = result.structure.counts()["experts"]
     assert kept < total
     assert count_parameters(model) <= 0.8 * before
+
+
+def test_experts_go_while_a_trainer_trains(tmp_path):
+    model = zoo.tiny("text/mixtral")
+    before = count_parameters(model)
+    ids = torch.randint(3, zoo.VOCABULARY, (16, 12), generator=torch.Generator().manual_seed(0))
+    rows = [{"input_ids": row, "labels": row[0] % 3} for row in ids]
+    callback = hfslim.PruningCallback(target={"parameters": 0.7}, units=["experts"])
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=4,
+        num_train_epochs=3,
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+    )
+    Trainer(model, arguments, train_dataset=rows, callbacks=[callback]).train()
+    kept, total = callback.structure.counts()["experts"]
+    assert kept < total
+    assert count_parameters(model) <= 0.7 * before
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,16 @@ def _scores(units, seed):
     return {(s.kind, s.path): torch.rand(s.size, generator=draw).double() for s in units}
 
 
+def test_fixed_units_stay_however_little_they_matter():
+    units = Units(tuple(replace(s, fixed=(2,)) if s.kind == "heads" else s for s in _units()))
+    scores = _scores(units, 0)
+    for layer in range(LAYERS):
+        scores["heads", f"l.{layer}.a"][2] = 0.0
+    found = search(units, scores, Target("latency", 0.4), _table())
+    kept = found.kept("layers", "l")
+    assert all(2 in found.kept("heads", f"l.{layer}.a") for layer in kept)
+
+
 def _lost(units, structure, scores):
     layers = structure.kept("layers", "l")
     gone = sum(scores["layers", "l"][i].item() for i in range(LAYERS) if i not in layers)

@@ -1,6 +1,7 @@
 import itertools
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -211,6 +212,21 @@ def test_fixed_layers_stay():
     scores = {("layers", "l"): torch.tensor([0.0, 1.0, 0.0, 2.0])}
     found = search(units, scores, Target("sparsity", sparsity={"layers": 0.25}))
     assert found.kept("layers", "l") == (0, 2, 3)
+
+
+@pytest.mark.parametrize("target", [_macs(0.4), Target("sparsity", sparsity={"heads": 0.5})])
+def test_fixed_heads_stay_whatever_their_scores(target):
+    units = Units(tuple(replace(s, fixed=(0,)) if s.kind == "heads" else s for s in _units()))
+    scores = _scores(units, 0)
+    for layer in range(LAYERS):
+        scores["heads", f"l.{layer}.a"][0] = 0.0
+    costs = _costs(units)
+    found = search(units, scores, target, costs)
+    assert all(0 in found.kept("heads", f"l.{layer}.a") for layer in range(LAYERS))
+    if target.resource == "macs":
+        assert costs.of(units, found) <= 0.4 * costs.total
+    else:
+        assert found.counts()["heads"] == (LAYERS * HEADS // 2, LAYERS * HEADS)
 
 
 def test_a_budget_needs_costs():

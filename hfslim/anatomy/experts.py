@@ -14,6 +14,7 @@ from hfslim.anatomy.units import Cut, Refusal, Site
 from hfslim.structure import Kind
 
 _OUTPUT = mixtures.EXPERTS_OUTPUT
+KINDS_INSIDE: tuple[Kind, ...] = ("neurons", "experts")
 
 
 def find_experts(path: str, modules: Mapping[str, nn.Module]) -> Iterator[Site | Refusal]:
@@ -30,9 +31,11 @@ def find_experts(path: str, modules: Mapping[str, nn.Module]) -> Iterator[Site |
     module: Any = modules[path]
     reason = mixtures.SORTED_EXPERTS.get(type(module).__name__)
     if reason:
-        kinds: tuple[Kind, ...] = ("neurons", "experts")
-        yield from (Refusal(kind, path, reason) for kind in kinds)
+        yield from (Refusal(kind, path, reason) for kind in KINDS_INSIDE)
     if not is_fused(module):
+        return
+    if getattr(module, "_is_expert_parallel", False):
+        yield from (Refusal(k, path, "its experts are spread over processes") for k in KINDS_INSIDE)
         return
     first = mixtures.EXPERTS_INPUT[0 if module.has_gate else 1]
     blocks = 2 if module.has_gate else 1
@@ -78,26 +81,24 @@ def _experts(path: str, modules: Mapping[str, nn.Module], total: int) -> Site | 
     block = path.rpartition(".")[0]
     routers = [
         name
-        for name, _ in modules[block].named_children()
-        if _first(modules[f"{block}.{name}"], mixtures.CHOSEN_EXPERTS)
-        and any(t.shape[:1] == (total,) for t in _tensors(modules[f"{block}.{name}"]).values())
+        for name, module in modules[block].named_children()
+        if _first(module, mixtures.CHOSEN_EXPERTS)
+        and any(tensor.shape[:1] == (total,) for tensor in module.state_dict().values())
     ]
     if len(routers) != 1:
         return Refusal("experts", block, f"found no module beside {path!r} that chooses of them")
     router = modules[f"{block}.{routers[0]}"]
     if (_first(router, mixtures.EXPERT_GROUPS) or 1) > 1:
         return Refusal("experts", block, "its router chooses groups of experts first")
+    inside = [name for name, _ in modules[block].named_modules() if name]
+    parts = [n for n in inside if f"{n}.".startswith((f"{routers[0]}.", path[len(block) + 1 :]))]
     cuts = [
-        Cut(where, name, 0)
-        for where in (f"{block}.{routers[0]}", path)
-        for name, tensor in _tensors(modules[where]).items()
+        Cut(f"{block}.{part}", name, 0)
+        for part in parts
+        for name, tensor in _tensors(modules[f"{block}.{part}"]).items()
         if tensor.shape[:1] == (total,)
     ]
-    around = {
-        "": modules[block],
-        f"{routers[0]}.": router,
-        f"{path[len(block) + 1 :]}.": modules[path],
-    }
+    around = {"": modules[block]} | {f"{part}.": modules[f"{block}.{part}"] for part in parts}
     told = [(f"{p}{name}", m, name) for p, m in around.items() for name in vars(m)]
     chosen = _first(router, mixtures.CHOSEN_EXPERTS)
     return Site(

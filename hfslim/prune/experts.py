@@ -72,11 +72,15 @@ class GatedRouter:
 
     def __init__(self, router: nn.Module, site: Site, masks: Masks) -> None:
         self.site, self.masks = site, masks
-        own = [cut.tensor for cut in site.cuts if cut.module == site.router]
-        told = site.router[len(site.path) + 1 :] + "."
-        self.tensors = own
-        self.counts = [n.removeprefix(told) for n, _ in site.attributes if n.startswith(told)]
-        self.clipped = [n.removeprefix(told) for n in site.clipped if n.startswith(told)]
+        inside = site.router[len(site.path) + 1 :] + "."
+        self.counts = [n.removeprefix(inside) for n, _ in site.attributes if n.startswith(inside)]
+        self.clipped = [n.removeprefix(inside) for n in site.clipped if n.startswith(inside)]
+        own = [(f"{cut.module}.", cut.tensor) for cut in site.cuts]
+        self.tensors = [
+            (router.get_submodule(module[len(site.router) + 1 : -1]), name)
+            for module, name in own
+            if module.startswith(f"{site.router}.")
+        ]
         self._stock: dict[str, Any] = {}
         self._kept: torch.Tensor | None = None
         self._handles: list[RemovableHandle] = [
@@ -96,8 +100,9 @@ class GatedRouter:
         kept = self._kept = mask.nonzero().flatten()
         here = vars(router)
         self._stock = {name: here[name] for name in (*self.counts, *self.clipped)}
-        slices = {name: getattr(router, name) for name in self.tensors}
-        here.update({name: t.index_select(0, kept.to(t.device)) for name, t in slices.items()})
+        for module, name in self.tensors:
+            whole = getattr(module, name)
+            vars(module)[name] = whole.index_select(0, kept.to(whole.device))
         here.update(dict.fromkeys(self.counts, len(kept)))
         here.update({name: min(here[name], len(kept)) for name in self.clipped})
 
@@ -105,8 +110,8 @@ class GatedRouter:
         kept, self._kept = self._kept, None
         if kept is None:
             return output
-        for name in self.tensors:
-            del vars(router)[name]
+        for module, name in self.tensors:
+            del vars(module)[name]
         vars(router).update(self._stock)
         if output is None:
             return None

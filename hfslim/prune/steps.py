@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,11 +85,12 @@ def calibrate(
     check_reconstruction(reconstruction)
     eliminated = [kind for kind, name in criteria.items() if CRITERIA[name].eliminates]
     around = find_units(model) if "layers" in eliminated else units
-    projected = _projected(model, around, needed=bool(eliminated))
     moments: dict[Key, Moments] = {}
     scores: dict[Key, torch.Tensor] = {}
-    if eliminated or (reconstruction != "none" and len(projected)):
-        moments = gather(model, projected, batches, progress)
+    if eliminated or reconstruction != "none":
+        projected = _projected(model, around, eliminated)
+        if len(projected):
+            moments = gather(model, projected, batches, progress)
     if eliminated:
         every = obs_scores(model, around, moments)
         scores = {key: value for key, value in every.items() if key[0] in eliminated}
@@ -101,13 +102,13 @@ def calibrate(
     return Calibration(units, scores, batches, moments, reconstruction)
 
 
-def _projected(model: PreTrainedModel, units: Units, needed: bool) -> Units:
+def _projected(model: PreTrainedModel, units: Units, eliminated: Sequence[Kind]) -> Units:
     """Return the sites whose units meet a weight matrix, and tell of the others.
 
     Raises:
         ValueError: There are others, and scores need them.
     """
-    sites = []
+    sites, without = [], []
     for site in units:
         if site.kind not in ("heads", "neurons"):
             continue
@@ -115,10 +116,13 @@ def _projected(model: PreTrainedModel, units: Units, needed: bool) -> Units:
             projection(model, site)
             sites.append(site)
         except ValueError as error:
-            if needed:
+            if site.kind in eliminated or "layers" in eliminated:
                 raise ValueError(f"criterion obs: {error}; use criterion='fisher'") from error
-            logger.warning("%s, so its weights are not reconstructed", error)
-    if needed and not sites:
+            without.append(str(error))
+    if without:
+        places = "" if len(without) == 1 else f" (and {len(without) - 1} more)"
+        logger.warning("%s%s, so its weights are not reconstructed", without[0], places)
+    if eliminated and not sites:
         raise ValueError(
             "criterion obs: the model has no heads and neurons to score its layers by; use "
             "criterion='fisher'"

@@ -321,8 +321,9 @@ def _by_shape(
 
 
 def _widths(site: Site, step: int) -> tuple[int, ...]:
-    """Choose the widths of a site to measure: none, all, and some between."""
+    """Choose the widths of a site to measure: as little as may be, all, and some between."""
     step = step if site.kind == "neurons" else 1
     between = np.linspace(0, site.size, min(MEASURED_WIDTHS, site.size // step + 2))
     widths = {min(round(width / step) * step, site.size) for width in between}
-    return tuple(sorted({0, *widths, site.size}))
+    least = len(site.fixed)
+    return tuple(sorted({least, site.size, *(width for width in widths if width > least)}))

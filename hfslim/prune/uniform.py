@@ -129,7 +129,8 @@ class _Pool:
                     f"{site.path!r} has {site.size}, others {self.sizes[site.kind]}"
                 )
             values = self.scores[site.kind, site.path]
-            ranked = sorted(range(site.size), key=lambda i: (-values[i], i))
+            fixed = set(site.fixed)
+            ranked = sorted(range(site.size), key=lambda i: (i not in fixed, -values[i], i))
             self.ranked[site.kind, site.path] = ranked
         self.widths: dict[str, Sequence[int]] = {
             kind: sorted({*range(every, self.sizes[kind], every), self.sizes[kind]})

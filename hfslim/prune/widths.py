@@ -144,10 +144,12 @@ class _Pool:
         for site in sites:
             key = (site.kind, site.path)
             values = scores[key].tolist()
-            ranked = sorted(self.within.kept(*key), key=lambda i: (-values[i], i))
+            fixed = set(site.fixed)
+            ranked = sorted(self.within.kept(*key), key=lambda i: (i not in fixed, -values[i], i))
             self.ranked[key] = ranked
             step = self.table.step if site.kind == "neurons" else 1
-            widths = sorted({*range(0, len(ranked), step), len(ranked)})
+            every_width = sorted({*range(0, len(ranked), step), len(ranked)})
+            widths = [width for width in every_width if width >= len(fixed)]
             lost = np.cumsum([0.0, *(values[i] for i in reversed(ranked))])[::-1]
             curve = self.table.site[key]
             every = [
