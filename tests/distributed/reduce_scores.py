@@ -7,6 +7,7 @@ import torch
 from models import tiny
 
 from hfslim.anatomy import example_inputs, find_units
+from hfslim.prune import importance_by_class
 from hfslim.prune.batches import Batches
 from hfslim.prune.criteria import CRITERIA, criteria_by_kind
 from hfslim.prune.steps import calibrate
@@ -14,14 +15,23 @@ from hfslim.prune.steps import calibrate
 CALIBRATED = [name for name, entry in CRITERIA.items() if "calibration" in entry.when]
 
 
-def scores_of(share: slice, criterion: str) -> dict:
+def shared(share: slice) -> tuple:
     model = tiny("bert")
     batch = example_inputs(model, batch_size=7, length=8) | {"labels": torch.arange(7) % 3}
-    data = [{name: value[share] for name, value in batch.items()}]
+    return model, [{name: value[share] for name, value in batch.items()}]
+
+
+def scores_of(share: slice, criterion: str) -> dict:
+    model, data = shared(share)
     kinds = [kind for kind in CRITERIA[criterion].kinds if kind != "channels"]
     criteria = criteria_by_kind(criterion, kinds)
     units = find_units(model).of(kinds)
     return calibrate(model, units, Batches(data, 7), criteria, progress=False).scores
+
+
+def by_class(share: slice) -> dict:
+    parts = importance_by_class(*shared(share), criterion="taylor", progress=False)
+    return {**parts.by_class, "examples": parts.examples}
 
 
 if __name__ == "__main__":
@@ -31,5 +41,6 @@ if __name__ == "__main__":
     # Shares of unequal size: the mean must weigh examples, not ranks.
     share = (slice(0, 5), slice(5, 7))[rank]
     scores = {name: scores_of(share, name) for name in CALIBRATED}
+    scores["by class"] = by_class(share)
     torch.save(scores, Path(sys.argv[1]) / f"{rank}.pt")
     torch.distributed.destroy_process_group()

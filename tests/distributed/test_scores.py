@@ -11,9 +11,12 @@ def test_two_processes_score_like_one(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=":")
     launch(Path(reduce_scores.__file__), tmp_path, processes=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    assert list(first) == list(second) == reduce_scores.CALIBRATED
-    for name in reduce_scores.CALIBRATED:
-        one = reduce_scores.scores_of(slice(0, 7), name)
+    assert list(first) == list(second) == [*reduce_scores.CALIBRATED, "by class"]
+    for name in first:
+        if name == "by class":
+            one = reduce_scores.by_class(slice(0, 7))
+        else:
+            one = reduce_scores.scores_of(slice(0, 7), name)
         assert one.keys() == first[name].keys() == second[name].keys()
         for key, value in one.items():
             assert torch.equal(first[name][key], second[name][key])
