@@ -23,9 +23,10 @@ def shared(share: slice) -> tuple:
 
 def scores_of(share: slice, criterion: str) -> dict:
     model, data = shared(share)
-    kinds = [kind for kind in CRITERIA[criterion].kinds if kind != "channels"]
+    found = find_units(model)
+    kinds = [kind for kind in CRITERIA[criterion].kinds if any(s.kind == kind for s in found)]
     criteria = criteria_by_kind(criterion, kinds)
-    units = find_units(model).of(kinds)
+    units = found.of(kinds)
     return calibrate(model, units, Batches(data, 7), criteria, progress=False).scores
 
 
