@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
-Kind = Literal["heads", "neurons", "channels", "experts", "layers"]
+Kind = Literal["heads", "neurons", "channels", "experts", "layers", "dimensions"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
@@ -88,6 +88,10 @@ class Structure:
             return self._by_site[kind, path].kept
         except KeyError:
             raise KeyError(f"no {kind} at {path!r} in this structure") from None
+
+    def has(self, kind: Kind) -> bool:
+        """Tell whether the structure names a site of a kind."""
+        return any(entry.kind == kind for entry in self.entries)
 
     def within(self, other: Structure) -> bool:
         """Tell whether every unit kept here is kept by `other` too."""

@@ -111,7 +111,8 @@ class Work(Workbench):
         if cut is not None:
             model = self.load(new_head=True)
             torch.nn.Module.to(model, self.evaluation.device)
-            units, goal = find_units(model).of(cut.units), Target.parse(cut.target, cut.units)
+            units = find_units(model, "dimensions" in cut.units).of(cut.units)
+            goal = Target.parse(cut.target, cut.units)
             inputs = self.inputs(model, cut.batch_size)
             shown = PartialState().is_main_process
             check_reachable(units, goal, price(model, units, goal, inputs, shown))

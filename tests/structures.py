@@ -15,11 +15,11 @@ from hfslim.structure import KINDS, Kind, Structure
 
 
 def uneven(
-    model: nn.Module, seed: int = 0, drop_layer: bool = True, kinds: Sequence[Kind] = KINDS
+    model: nn.Module, seed: int = 0, drop_layer: bool = True, kinds: Sequence[Kind] = KINDS[:-1]
 ) -> Structure:
     """Cut every site to another size: one without heads, one without neurons, one layer gone."""
     draw = random.Random(seed)
-    units = [site for site in find_units(model) if site.kind in kinds]
+    units = [site for site in find_units(model, "dimensions" in kinds) if site.kind in kinds]
     sites: dict = {kind: {} for kind in KINDS}
     dropped = set()
     for site in units:

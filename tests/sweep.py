@@ -40,6 +40,7 @@ import hfslim
 from hfslim.anatomy import Site, Units, example_inputs, find_units
 from hfslim.anatomy.coverage import measured, page
 from hfslim.prune.gates import gated
+from hfslim.prune.plain import Stream, stream_of
 from hfslim.prune.surgery import shrink
 from hfslim.structure import KINDS, Kind, Structure
 
@@ -81,7 +82,7 @@ def sweep(case: str, kinds: Sequence[Kind] = KINDS) -> Iterator[Row]:
             if attention == "eager" or "does not support" not in str(error):
                 yield Row(case, attention, "build", "error", reason=_short(error))
             continue
-        units = find_units(model)
+        units = find_units(model, "dimensions" in kinds)
         found = [kind for kind in kinds if any(site.kind == kind for site in units)]
         for kind in kinds:
             yield _outcome(case, attention, (kind,), units)
@@ -149,16 +150,20 @@ def prove(case: str, attention: str, kinds: tuple[Kind, ...], folder: Path) -> t
 
 
 def _is_plain(case: str, attention: str, kinds: tuple[Kind, ...], folder: Path) -> bool:
-    """Cut one unit of every site, and tell whether the type's own config describes the result."""
+    """Cut one unit of every site, and tell whether the type's own config describes the result.
+
+    Dimensions go as many at once as the config can say, with heads where these have to.
+    """
     model = zoo.tiny(case, attention)
-    kept = {
-        (site.kind, site.path): [i for i in range(site.size) if i != site.removable[-1]]
-        for site in find_units(model).of(kinds)
-        if site.removable and site.size > 1
-    }
+    stream = stream_of(model) if "dimensions" in kinds else None
+    if "dimensions" in kinds:
+        if kinds != ("dimensions",) or stream is None:
+            return False
+        kinds = ("heads", "dimensions")
     sites: dict[Kind, Any] = {kind: {} for kind in kinds}
-    for (kind, path), indices in kept.items():
-        sites[kind][path] = (indices, len(indices) + 1)
+    for site in find_units(model, stream is not None).of(kinds):
+        if site.removable and site.size > 1:
+            sites[site.kind][site.path] = (_fewer(site, stream), site.size)
     shrink(model, Structure.of(sites))
     if getattr(model.config, "hfslim", None):
         return False
@@ -169,10 +174,19 @@ def _is_plain(case: str, attention: str, kinds: tuple[Kind, ...], folder: Path) 
     return True
 
 
+def _fewer(site: Site, stream: Stream | None) -> list[int]:
+    if stream is None:
+        return [i for i in range(site.size) if i != site.removable[-1]]
+    heads, dimensions = stream.narrower[-1]
+    if site.kind == "heads":
+        return list(range(heads))
+    return list(range(dimensions if site.path in stream.sites else site.size))
+
+
 def _check_effects(
     model: PreTrainedModel, inputs: dict[str, Any], whole: torch.Tensor, kinds: tuple[Kind, ...]
 ) -> None:
-    for site in find_units(model).of(kinds):
+    for site in find_units(model, "dimensions" in kinds).of(kinds):
         if not site.removable:
             continue
         one = site.removable[-1:] if site.kind == "layers" else site.removable[1:]

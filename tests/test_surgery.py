@@ -28,7 +28,7 @@ def test_a_cut_that_goes_wrong_is_taken_back(monkeypatch, tensor):
         for cut in site.cuts
     )
     wrong = Units(tuple(replace(s, cuts=cuts) if s == site else s for s in units))
-    monkeypatch.setattr(surgery, "find_units", lambda _: wrong)
+    monkeypatch.setattr(surgery, "find_units", lambda *_: wrong)
     kept = {"heads": {ATTENTION: ([0, 2], 4)}, "layers": {"bert.encoder.layer": ([1, 2], 3)}}
     with Unchanged(model), pytest.raises(RuntimeError, match="differs from the gated one"):
         hfslim.shrink(model, Structure.of(kept))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Iterator, Sequence
 
 from torch import nn
@@ -11,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hfslim.anatomy.axes import Axes
 from hfslim.anatomy.inputs import example_inputs
-from hfslim.anatomy.tracing import Trace, trace
+from hfslim.anatomy.tracing import Trace, once_per_shape, trace
 from hfslim.anatomy.units import Cut, Feed, Refusal, Site
 
 logger = logging.getLogger(__name__)
@@ -19,10 +18,6 @@ logger = logging.getLogger(__name__)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 SENSES = ("pixel_values", "input_values", "input_features")
 """Inputs that convolutions see channel by channel; of texts they see hidden states."""
-
-_Shapes = tuple[tuple[str, tuple[int, ...]], ...]
-_seen: weakref.WeakKeyDictionary[nn.Module, tuple[_Shapes, list[Site | Refusal]]]
-_seen = weakref.WeakKeyDictionary()
 
 
 def find_channels(model: nn.Module, others: Sequence[Site]) -> list[Site | Refusal]:
@@ -43,13 +38,10 @@ def find_channels(model: nn.Module, others: Sequence[Site]) -> list[Site | Refus
         return []
     if not any(isinstance(module, CONVOLUTIONS) for module in model.modules()):
         return []
-    shapes = tuple((name, tuple(tensor.shape)) for name, tensor in model.state_dict().items())
-    if model not in _seen or _seen[model][0] != shapes:
-        _seen[model] = shapes, list(_channels(model))
     known = {(cut.module, cut.tensor, cut.dim) for site in others for cut in site.cuts}
     weights = {(module, tensor) for module, tensor, _ in known}
     result: list[Site | Refusal] = []
-    for found in _seen[model][1]:
+    for found in _all_channels(model):
         cuts = found.cuts if isinstance(found, Site) else ()
         if not any((cut.module, cut.tensor) in weights for cut in cuts):
             result.append(found)
@@ -57,6 +49,11 @@ def find_channels(model: nn.Module, others: Sequence[Site]) -> list[Site | Refus
             reason = "they are the hidden width of attention or feed-forward layers"
             result.append(Refusal("channels", found.path, reason))
     return result
+
+
+@once_per_shape
+def _all_channels(model: PreTrainedModel) -> list[Site | Refusal]:
+    return list(_channels(model))
 
 
 def _channels(model: PreTrainedModel) -> Iterator[Site | Refusal]:
@@ -67,7 +64,7 @@ def _channels(model: PreTrainedModel) -> Iterator[Site | Refusal]:
         reason = f"the model cannot be traced: {type(error).__name__}: {error}"
         yield Refusal("channels", "", reason[:200])
         return
-    places = _places(seen)
+    places = seen.places()
     done = set()
     convolutions = [f"{p}.weight" for p, m in model.named_modules() if isinstance(m, CONVOLUTIONS)]
     for name in dict.fromkeys((*seen.makers, *(n for n in convolutions if n in seen.labels))):
@@ -78,21 +75,6 @@ def _channels(model: PreTrainedModel) -> Iterator[Site | Refusal]:
                 found = _site(model, seen, name, group, places[group])
                 if found is not None:
                     yield found
-
-
-def _places(seen: Trace) -> dict[int, list[Cut]]:
-    """Return where the units of each group of axes lie."""
-    places: dict[int, list[Cut]] = {}
-    for name, labels in seen.labels.items():
-        module, _, tensor = name.rpartition(".")
-        for dim, label in enumerate(labels):
-            start = 0
-            for one in seen.axes.resolve(label) or ():
-                group, entries = seen.axes.units(one.axis)
-                cut = Cut(module, tensor, dim, (entries * one.inner,), start)
-                places.setdefault(group, []).append(cut)
-                start += seen.axes.size(one.axis) * one.inner
-    return places
 
 
 def _site(

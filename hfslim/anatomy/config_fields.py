@@ -22,6 +22,15 @@ EXPERT_COUNT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts")
 CHOSEN_EXPERTS_FIELD = "num_experts_per_tok"
 """Config field with the number of experts that each token goes to."""
 
+STREAM_FIELDS = (
+    *("hidden_size", "embedding_size", "pooler_hidden_size", "output_hidden_size"),
+    *("d_model", "dim", "n_embd", "embed_dim", "emb_dim", "classifier_proj_size", "conv_dim"),
+)
+"""Config fields that set the width of the residual stream, or of what is as wide."""
+
+GROUP_FIELDS = ("num_conv_pos_embedding_groups",)
+"""Config fields with the number of groups that a convolution of the residual stream has."""
+
 PER_LAYER_FIELDS = (
     "layer_types",
     "mlp_layer_types",

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from hfslim.anatomy import families, layer_lists
 from hfslim.anatomy.attention import find_heads
 from hfslim.anatomy.channels import find_channels
+from hfslim.anatomy.dimensions import find_dimensions
 from hfslim.anatomy.experts import find_experts
 from hfslim.anatomy.grouped import cuts_of, feed_of, groups_of
 from hfslim.anatomy.projections import Projection
@@ -25,8 +26,8 @@ from hfslim.anatomy.units import Cut, Refusal, Site, Units
 from hfslim.structure import KINDS
 
 
-def find_units(model: nn.Module) -> Units:
-    """List what can be removed from a classifier: heads, FFN neurons, channels, experts, layers.
+def find_units(model: nn.Module, dimensions: bool = False) -> Units:
+    """List what can be removed: heads, FFN neurons, channels, experts, layers, dimensions.
 
     Heads that share keys and values are one unit, and so are channels that are added to each
     other. Sites that already lost every unit are left out. Nothing is changed; of a model with
@@ -34,6 +35,8 @@ def find_units(model: nn.Module) -> Units:
 
     Args:
         model: A transformers model, pruned before or not.
+        dimensions: Whether to look for dimensions of the residual stream too, by following the
+            forward pass.
 
     Returns:
         The sites, and the places that are not offered, with the reason.
@@ -60,7 +63,11 @@ def find_units(model: nn.Module) -> Units:
     } | {f"{site.path}.0": site.path for site in layers if site.runs}
     order = {path: i for i, path in enumerate(finder.modules)}
     sites = [finder.used(_place(site, around)) for site in narrow if site.size] + layers
-    for found in find_channels(model, narrow):
+    wide = find_dimensions(model, narrow) if dimensions else []
+    taken = {cut for found in wide if isinstance(found, Site) for cut in found.cuts}
+    for found in [*find_channels(model, narrow), *wide]:
+        if isinstance(found, Site) and found.kind == "channels" and taken & set(found.cuts):
+            continue
         if isinstance(found, Refusal):
             finder.refusals.append(found)
         elif found.path in order:
@@ -301,7 +308,9 @@ class _Finder:
 def _place(site: Site, layers: Mapping[str, str]) -> Site:
     layer = _first(layers.get(path) for path in _above(site.path)) or ""
     # Channels may be added to those of other layers.
-    if site.kind == "channels" and not all(c.module.startswith(f"{layer}.") for c in site.cuts):
+    if site.kind in ("channels", "dimensions") and not all(
+        c.module.startswith(f"{layer}.") for c in site.cuts
+    ):
         layer = ""
     return replace(site, layer=layer)
 

@@ -77,6 +77,16 @@ PER_HEAD_TENSORS = (
 )
 """Further tensors with a head axis: path from the attention, dimension (Swin, DeBERTa)."""
 
+NORM = r"(Layer|RMS)_?Norm"
+"""Class names of norms across the last dimension."""
+
+TRAINING_ONLY = ("masked_spec_embed",)
+"""Parameters along the residual stream that stand in for features that training hides."""
+
+WIDTH_STEPS = {"WhisperEncoder": ("embed_positions.weight", 4)}
+"""Modules that load at some widths only, with a tensor along the width: Whisper's position
+embedding is made of sines and cosines, two or more of each."""
+
 ACROSS_HEADS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "q_ln", "k_ln")
 """Norms that, where they span all heads, need the queries and keys of those that go (OLMo2)."""
 

@@ -49,6 +49,7 @@ class Follower(TorchDispatchMode):
         tensors: The model's parameters and buffers.
         makers: Parameters that make features, in the order of the pass.
         takers: Parameters that take some, and the dimension of the input that these lie in.
+        norms: The norms that were taken as a whole, in the order of the pass.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -57,6 +58,8 @@ class Follower(TorchDispatchMode):
         self._seen: dict[int, _Followed] = {}
         self.makers: dict[str, None] = {}
         self.takers: list[tuple[str, int]] = []
+        self.norms: dict[str, None] = {}
+        self._inside = 0
         self.tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         for name, tensor in self.tensors.items():
             labels: Labels = [self.axes.new(n, free=True) for n in tensor.shape]
@@ -82,6 +85,8 @@ class Follower(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._inside:
+            return func(*args, **kwargs)
         name = func._schema.name.partition("::")[2]
         rule = self._rule(name, func)
         if rule is None:
@@ -96,6 +101,18 @@ class Follower(TorchDispatchMode):
         else:
             rule(result, *args, **kwargs)
         return result
+
+    def enter_norm(self, _: nn.Module, __: tuple) -> None:
+        """Follow nothing inside a norm that is taken as a whole."""
+        self._inside += 1
+
+    def leave_norm(self, path: str, norm: nn.Module, args: tuple, result: torch.Tensor) -> None:
+        """Note that a norm has left features where they were."""
+        self._inside -= 1
+        self.norms[path] = None
+        for vector in norm.parameters(recurse=False):
+            self.axes.tie(self.labels(args[0])[-1], self.labels(vector)[0])
+        self._keep(result, self.labels(args[0]))
 
     def _rule(self, name: str, func: Any) -> Callable[..., None] | None:
         if hasattr(self, f"_on_{name}"):
@@ -145,6 +162,21 @@ class Follower(TorchDispatchMode):
     ) -> None:
         self.axes.bind(self.labels(x)[-len(shape) :], ACROSS)
         self._keep(result[0], self.labels(x))
+
+    def _on_masked_fill_(self, result: Any, x: torch.Tensor, mask: torch.Tensor, *_: Any) -> None:
+        # The mask may be one of positions, spread over all features.
+        self.axes.bind(self.labels(mask), "some of them are masked")
+        self._keep(result, self.labels(x))
+
+    def _on__weight_norm_interface(
+        self, result: Any, direction: torch.Tensor, length: torch.Tensor, dim: int = 0
+    ) -> None:
+        self.axes.tie(self.labels(direction)[dim], self.labels(length)[dim])
+        self._keep(result[0], self.labels(direction), self._of(direction).name)
+
+    def _on_embedding(self, result: Any, weight: torch.Tensor, rows: torch.Tensor, *_: Any) -> None:
+        self.axes.bind(self.labels(weight)[:1], "they are chosen by number")
+        self._keep(result, [*[None] * rows.ndim, self.labels(weight)[1]])
 
     def _on_convolution(
         self,
@@ -248,7 +280,9 @@ class Follower(TorchDispatchMode):
 
     def _drop(self, result: torch.Tensor, x: torch.Tensor, dim: int, keepdim: bool) -> None:
         labels = list(self.labels(x))
-        self.axes.bind([labels[dim]], "only some of them are used at one place")
+        # Of a sub-layer that has lost every unit, nothing is taken.
+        if result.numel():
+            self.axes.bind([labels[dim]], "only some of them are used at one place")
         if keepdim:
             labels[dim] = None
         else:

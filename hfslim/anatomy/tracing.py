@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from hfslim.anatomy.axes import Axes
 from hfslim.anatomy.following import Follower, Labels
+from hfslim.anatomy.units import Cut
+
+Found = TypeVar("Found")
 
 logger = logging.getLogger(__name__)
 
@@ -27,15 +33,47 @@ class Trace:
         makers: Parameters in the order in which they make features along their first dimension.
         takers: Parameters that take features along their second, and the dimension of the
             module's input that these lie in.
+        norms: The norms that were taken as a whole, in the order in which they ran.
     """
 
     axes: Axes
     labels: Mapping[str, Labels]
     makers: Sequence[str]
     takers: Sequence[tuple[str, int]]
+    norms: Sequence[str] = ()
+
+    def places(self) -> dict[int, list[Cut]]:
+        """Return where the units of each group of tied axes lie."""
+        places: dict[int, list[Cut]] = {}
+        for name, labels in self.labels.items():
+            module, _, tensor = name.rpartition(".")
+            for dim, label in enumerate(labels):
+                start = 0
+                for one in self.axes.resolve(label) or ():
+                    group, entries = self.axes.units(one.axis)
+                    cut = Cut(module, tensor, dim, (entries * one.inner,), start)
+                    places.setdefault(group, []).append(cut)
+                    start += self.axes.size(one.axis) * one.inner
+        return places
 
 
-def trace(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Trace:
+def once_per_shape(find: Callable[[Any], Found]) -> Callable[[Any], Found]:
+    """Keep what is found in a model by tracing, until its shapes change."""
+    seen: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Found]] = weakref.WeakKeyDictionary()
+
+    @functools.wraps(find)
+    def found(model: nn.Module) -> Found:
+        shapes = tuple((name, tuple(tensor.shape)) for name, tensor in model.state_dict().items())
+        if model not in seen or seen[model][0] != shapes:
+            seen[model] = shapes, find(model)
+        return seen[model][1]
+
+    return found
+
+
+def trace(
+    model: nn.Module, inputs: Mapping[str, torch.Tensor], norms: Collection[str] = ()
+) -> Trace:
     """Run a model on tensors without contents, and note which features meet.
 
     A model that looks into its tensors as it runs (SEW-D) runs on its weights and its inputs.
@@ -43,6 +81,8 @@ def trace(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Trace:
     Args:
         model: The model; neither it nor its weights are touched.
         inputs: Arguments of its forward.
+        norms: Paths of norms across the last dimension that leave features where they are; the
+            features that any other norm runs across are bound together.
 
     Returns:
         What was seen.
@@ -53,10 +93,11 @@ def trace(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Trace:
     tensors = (*model.parameters(), *model.buffers())
     try:
         empty = {id(tensor): _emptied(tensor) for tensor in tensors}
-        return _follow(model, empty, {name: value.to("meta") for name, value in inputs.items()})
+        hollow = {name: value.to("meta") for name, value in inputs.items()}
+        return _follow(model, empty, hollow, norms)
     except Exception as error:
         logger.debug("cannot run without contents", exc_info=error)
-        return _follow(model, {id(tensor): tensor for tensor in tensors}, inputs)
+        return _follow(model, {id(tensor): tensor for tensor in tensors}, inputs, norms)
 
 
 def _emptied(tensor: torch.Tensor) -> torch.Tensor:
@@ -65,16 +106,27 @@ def _emptied(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _follow(
-    model: nn.Module, tensors: dict[int, torch.Tensor], inputs: Mapping[str, torch.Tensor]
+    model: nn.Module,
+    tensors: dict[int, torch.Tensor],
+    inputs: Mapping[str, torch.Tensor],
+    norms: Collection[str],
 ) -> Trace:
     """Follow the features of a copy that has other tensors, by the ids of the model's own."""
     double = copy.deepcopy(model, dict[int, Any](tensors)).eval()
     for module in double.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             hooks.clear()
+    if isinstance(double, PreTrainedModel) and double.config._attn_implementation == "sdpa":
+        # It looks into masks, which have no contents.
+        double.set_attn_implementation("eager")
     follower = Follower(double)
+    for path in norms:
+        norm = double.get_submodule(path)
+        norm.register_forward_pre_hook(follower.enter_norm)
+        norm.register_forward_hook(functools.partial(follower.leave_norm, path))
     with torch.no_grad(), follower:
         logits = double(**inputs)[0]
     follower.axes.bind(follower.labels(logits), "they are the model's output")
     named = {name: follower.labels(tensor) for name, tensor in follower.tensors.items()}
-    return Trace(follower.axes, named, tuple(follower.makers), follower.takers)
+    makers, ran = tuple(follower.makers), tuple(follower.norms)
+    return Trace(follower.axes, named, makers, follower.takers, ran)

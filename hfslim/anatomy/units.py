@@ -18,6 +18,7 @@ SOUGHT: dict[Kind, str] = {
     "channels": "convolution whose outputs go to convolutions or linear maps, channel by channel",
     "experts": "module with tensors 'gate_up_proj' and 'down_proj' of all experts, beside a router",
     "layers": "ModuleList of layers that hold heads or neurons",
+    "dimensions": "norm across the features that every layer reads and adds to",
 }
 """What a model lacks where a kind of unit is not found."""
 
@@ -135,6 +136,8 @@ class Site:
         layer: Path of the removable layer around the site; empty outside of any.
         fixed: Units that cannot be removed.
         inputs: All inputs that carry the units, where that is not just the gate's.
+        masked_norms: Of dimensions, the norms that run across them: with some closed, a norm takes
+            its statistics over those that are open.
         beside: Of layers, further lists with a part of each, in the order in which they run: the
             last part's output is the layer's.
         streams: Of layers that add to several streams, the arguments that hold them, in the order
@@ -168,6 +171,7 @@ class Site:
     layer: str = ""
     fixed: tuple[int, ...] = ()
     inputs: tuple[Feed, ...] = ()
+    masked_norms: tuple[Feed, ...] = ()
     beside: tuple[str, ...] = ()
     streams: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
@@ -195,14 +199,21 @@ class Site:
         return self.inputs or one
 
     @property
+    def gated_at(self) -> list[str]:
+        """What tells whether the gates are reached: the site; of dimensions each module."""
+        if self.kind != "dimensions":
+            return [self.path]
+        return [feed.module for feed in (*self.feeds, *self.masked_norms)]
+
+    @property
     def needs_one(self) -> bool:
         """Whether at least one unit must stay."""
-        return self.kind in ("layers", "channels") or self.experts
+        return self.kind in ("layers", "channels", "dimensions") or self.experts
 
     @property
     def coupled(self) -> bool:
         """Whether what a unit costs depends on how many of other sites are left."""
-        return self.kind == "channels" or self.experts
+        return self.kind in ("channels", "dimensions") or self.experts
 
     @property
     def removable(self) -> tuple[int, ...]:

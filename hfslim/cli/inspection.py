@@ -84,7 +84,7 @@ def inspect(
                 check_picture(picture)
         bench = workbench(model, data, None, seed, batch_size) if data else None
         loaded = bench.load_model(model) if bench else open_model(model)[1]
-        found = find_units(loaded)
+        found = find_units(loaded, "dimensions" in (units or ()))
         kinds: Any = units or [k for k in KINDS if any(site.kind == k for site in found)]
         with asked("--units"):
             found = found.of(kinds)

@@ -26,6 +26,7 @@ from hfslim.anatomy.units import Site, Units
 from hfslim.hub import modeling_hfslim
 from hfslim.hub.depth import Depth, set_depth
 from hfslim.hub.modeling_hfslim import stock_class
+from hfslim.hub.width import new_widths, tell_widths, with_widths
 from hfslim.structure import Structure
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,8 @@ def describe(
         depth: What `set_depth` did, if it was called.
 
     Returns:
-        Whether the depth was put back, because no stock model is built like that.
+        Whether the model may compute otherwise now than it was cut to: because the depth was put
+        back, of which no stock model is built, or because modules were told another width.
     """
     earlier = (getattr(model.config, "hfslim", None) or {}).get("layers", {})
     depth = set_depth(model, before, structure) if depth is None else depth
@@ -67,14 +69,19 @@ def describe(
         for change in depth:
             vars(change.config).update(change.old)
         kept = _kept_layers(before, structure, earlier, set())
-    for fields in _uniform_widths(model):
+    widths = new_widths(before, structure)
+    for fields in with_widths(_uniform_widths(model), model.config, before, structure):
         config = copy.deepcopy(model.config)
         if fields and not _takes(model, config, fields):
             continue
-        if not difference(model, config, kept):
+        left = difference(model, config, kept)
+        told_widths = tell_widths(model, left.get("attributes", {}), widths)
+        if not left or not difference(model, config, kept):
             model.config.update(fields)
             logger.info("the pruned model is described by its plain config: %s", fields or "depth")
-            return put_back
+            return put_back or bool(widths)
+        for settings, old in told_widths:
+            settings.update(old)
     blueprint = difference(model, model.config, kept)
     if blueprint:
         mark(model, blueprint)
@@ -227,7 +234,8 @@ def _heads(model: PreTrainedModel, sites: list[Site]) -> dict[str, Any]:
         return {}
     size, features, shared = heads.pop()
     module = model.get_submodule(sites[0].path)
-    head_dim = next((vars(module).get(name) for name in families.HEAD_DIM), None)
+    declared = (vars(module).get(name) for name in families.HEAD_DIM)
+    head_dim = next((value for value in declared if value), None)
     if not head_dim:
         return {}
     counts = {"num_attention_heads": size * features // head_dim, field: head_dim}
@@ -251,7 +259,8 @@ def _takes(model: PreTrainedModel, config: PreTrainedConfig, fields: dict[str, A
     try:
         config.update(fields)
         # Jamba builds no mixture of one expert.
-        return set(_tensors(model)) <= set(_tensors(stock_model(model, config)))
+        stock = stock_model(model, type(config).from_dict(config.to_dict()))
+        return set(_tensors(model)) <= set(_tensors(stock))
     except Exception as error:
         logger.debug("no stock model with %s: %s", fields, error)
         return False

@@ -475,6 +475,8 @@ def tell_sizes(module: nn.Module, groups_stay: bool = False) -> None:
         vars(module).update(out_features=weight.shape[0], in_features=weight.shape[1])
     elif isinstance(module, nn.Embedding):
         module.num_embeddings, module.embedding_dim = module.weight.shape
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        module.normalized_shape = tuple(module.weight.shape)
     elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
         module.num_features = module.weight.shape[0]
     elif isinstance(module, nn.GroupNorm):

@@ -122,7 +122,8 @@ class PruningCallback(FiguresCallback, ExportableState):
         _check_arguments(args)
         average_over_processes(args)
         check_merged(model)
-        units = find_units(model).of(self._arguments["units"])
+        kinds = self._arguments["units"]
+        units = find_units(model, "dimensions" in kinds).of(kinds)
         self._costs = price(model, units, self.goal, self._inputs)
         check_reachable(units, self.goal, self._costs)
         self._decisions = self._pace.over(state.max_steps)

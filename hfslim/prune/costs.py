@@ -55,10 +55,11 @@ class Costs:
     Attributes:
         resource: What is counted.
         total: Cost of the whole model.
-        unit: Cost of one unit at each site of heads or neurons, those inside experts left out.
+        unit: Cost of one unit at each site of heads or neurons, where it is the same whatever else
+            goes.
         layer: Cost of each layer of each list, everything inside it included.
-        products: What holds channels or experts, tensor by tensor; what one costs depends on the
-            others.
+        products: What holds units whose costs depend on each other, tensor by tensor: channels and
+            experts, and where dimensions may go all units.
     """
 
     resource: Resource
@@ -151,18 +152,25 @@ def count(
 
 
 def _narrow(units: Units) -> list[Site]:
-    return [site for site in units if site.kind != "layers" and not site.coupled]
+    return [site for site in units if site.kind != "layers" and site not in _coupled(units)]
+
+
+def _coupled(units: Units) -> set[Site]:
+    """Return the sites whose units cost what others leave: with dimensions among them, all."""
+    everywhere = any(site.kind == "dimensions" for site in units)
+    return {site for site in units if site.kind != "layers" and (everywhere or site.coupled)}
 
 
 def _products(model: nn.Module, units: Units, macs: Mapping[str, int] | None) -> Iterator[Product]:
-    """Yield what each tensor with coupled units costs: multiply-accumulates if given, or entries.
+    """Yield what each tensor with coupled units costs: multiply-accumulates, or entries.
 
     A token costs as much as the experts that it goes to, however many there are.
     """
+    coupled = _coupled(units)
     dims: dict[tuple[str, str], dict[int, dict[Key, int]]] = {}
     chosen: dict[tuple[str, int], int] = {}
     for site in units:
-        for cut in site.cuts if site.coupled else ():
+        for cut in site.cuts if site in coupled else ():
             by_site = dims.setdefault((cut.module, cut.tensor), {}).setdefault(cut.dim, {})
             key = (site.kind, site.path)
             by_site[key] = by_site.get(key, 0) + sum(cut.widths)
@@ -173,13 +181,21 @@ def _products(model: nn.Module, units: Units, macs: Mapping[str, int] | None) ->
         if macs is None:
             cost = tensor.numel() if isinstance(tensor, nn.Parameter) else 0
         else:
-            cost = macs.get(path, 0) if name in ("weight", mixtures.EXPERTS_OUTPUT) else 0
+            # A weight norm makes the weight of its module.
+            owner = path.removesuffix(".parametrizations.weight")
+            names = ("weight", "original1", mixtures.EXPERTS_OUTPUT)
+            cost = macs.get(owner, 0) if name in names else 0
         if cost:
             every = ((tensor.shape[dim], tuple(sites.items())) for dim, sites in by_dim.items())
             used = (
                 min(chosen.get((path, dim), n), n) for dim in by_dim if (n := tensor.shape[dim])
             )
             yield Product(path, cost, tuple(every), tuple(used))
+    for site in units if macs is not None else ():
+        between = _between_heads(model, site, macs or {}) if site.kind == "heads" else 0
+        if between and site in coupled:
+            heads = (site.size, (((site.kind, site.path), 1),))
+            yield Product(site.path, between, (heads,), (site.size,))
 
 
 def _layer_macs(model: nn.Module, site: Site, index: int, macs: Mapping[str, int]) -> int:
@@ -210,12 +226,19 @@ def _unit_macs(model: nn.Module, site: Site, macs: Mapping[str, int]) -> int:
     }
     total = sum(macs.get(path, 0) * share for path, share in shares.items())
     if site.kind == "heads":
-        # What remains of the module are the products of attention, and, where the module does not
-        # run its projections as modules, these too.
-        inside = [p for p in shares if p.startswith(f"{site.path}.")]
-        if site.norms:
-            # Queries and keys stay.
-            parts = model.get_submodule(site.path).named_children()
-            inside = [f"{site.path}.{name}" for name, _ in parts]
-        total += (macs[site.path] - sum(macs.get(p, 0) for p in inside)) / site.size
+        total += _between_heads(model, site, macs) / site.size
     return int(total)
+
+
+def _between_heads(model: nn.Module, site: Site, macs: Mapping[str, int]) -> int:
+    """Return what an attention module costs beside its projections: the products of attention.
+
+    Where it does not run its projections as modules, these are part of it.
+    """
+    projections = {cut.module for cut in site.cuts if cut.tensor == "weight"}
+    inside = [path for path in projections if path.startswith(f"{site.path}.")]
+    if site.norms:
+        # Queries and keys stay.
+        parts = model.get_submodule(site.path).named_children()
+        inside = [f"{site.path}.{name}" for name, _ in parts]
+    return macs[site.path] - sum(macs.get(path, 0) for path in inside)

@@ -7,7 +7,7 @@ are left than each token goes to, it goes to all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -16,12 +16,10 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from hfslim.anatomy import Site
-from hfslim.structure import Kind
+from hfslim.prune.masks import Masks
 
 Hook = Callable[[nn.Module, tuple], tuple | None]
 """A forward pre-hook that gates its first argument."""
-Masks = Mapping[tuple[Kind, str], torch.Tensor]
-"""Which units are open, `[units]`, of the sites where some are closed."""
 Inside = Callable[[torch.Tensor], torch.Tensor]
 """Takes and returns what goes into the second projections, `[tokens, chosen, neurons]`."""
 

@@ -1,14 +1,15 @@
 """Reversible multipliers on the units of a live model.
 
 A gate on a head or a neuron multiplies its slice of the input of the projection that follows, a
-gate on a channel its slice of the input of everything that takes it; a gate on an expert takes it
-out of its router's choice; a gate on a layer scales what the layer adds to the residual stream.
-Nothing is registered on the model: parameters, buffers and `state_dict` keys stay as they are, and
-the model may be wrapped, checkpointed or trained meanwhile.
+gate on a channel or a dimension its slice of the input of everything that takes it, and norms take
+statistics over open dimensions; a gate on an expert takes it out of its router's choice; a gate on
+a layer scales what it adds to the residual stream. Nothing is registered on the model, whose keys
+stay as they are; it may be wrapped, checkpointed or trained meanwhile.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,8 @@ from torch import nn
 from hfslim.anatomy import Feed, Site, Units, find_units
 from hfslim.hub import modeling_hfslim
 from hfslim.prune.experts import Handle, gate_experts
+from hfslim.prune.masks import Masks
+from hfslim.prune.norms import GatedNorm
 from hfslim.prune.taps import (
     OnGradient,
     Sums,
@@ -61,7 +64,8 @@ class Gates:
             current forward pass.
         examples: Number of examples in the current forward pass.
         padding: The attention mask of the current forward pass, `[examples, positions]`, if any.
-        fired: How often the gates of each site have been reached since `attach`.
+        fired: How often the gates of each site have been reached since `attach`; of dimensions,
+            those at each module.
         structure: What the gates leave open, where `set` has told.
         factors: What multiplies units besides, `[units]` by site; gradients pass to it.
     """
@@ -79,8 +83,7 @@ class Gates:
         self.fired: Counter[Key] = Counter()
         self.structure: Structure | None = None
         self.factors: Mapping[Key, torch.Tensor] = {}
-        self._masks: dict[Key, torch.Tensor] = {}
-        self._spread: dict[tuple[Key, Feed], torch.Tensor] = {}
+        self._masks = Masks()
         self._closed_layers: dict[Key, frozenset[int]] = {}
         self._sums = Sums()
         self._entered: dict[tuple[Key, int], list[torch.Tensor]] = {}
@@ -92,7 +95,6 @@ class Gates:
         """Close the gates of the units that a structure removes, and open all others."""
         structure = self.structure = self.units.complete(structure)
         self._masks.clear()
-        self._spread.clear()
         self._closed_layers.clear()
         for site in self.units:
             kept = structure.kept(site.kind, site.path)
@@ -101,9 +103,7 @@ class Gates:
             if site.kind == "layers":
                 self.close_layers(site, frozenset(range(site.size)) - frozenset(kept))
             else:
-                mask = torch.zeros(site.size)
-                mask[list(kept)] = 1.0
-                self._masks[site.kind, site.path] = mask
+                self._masks.close(site, kept)
 
     def close_layers(self, site: Site, closed: frozenset[int]) -> None:
         """Let the residual stream pass by some layers of a list, until told otherwise."""
@@ -115,10 +115,8 @@ class Gates:
             raise RuntimeError("these gates are attached already")
         self._take_over()
         self.fired.clear()
-        self._handles.append(
-            self.model.register_forward_pre_hook(self._count_examples, with_kwargs=True)
-        )
-        self._handles.append(self.model.register_forward_hook(self._show_output))
+        count = self.model.register_forward_pre_hook(self._count_examples, with_kwargs=True)
+        self._handles += [count, self.model.register_forward_hook(self._show_output)]
         for site in self.units:
             module = self.model.get_submodule(site.path)
             if site.replacement and type(module) is modeling_hfslim.stock_class(module):
@@ -130,12 +128,15 @@ class Gates:
                 for index in range(site.size):
                     self._attach_layer(site, index)
             for feed in site.feeds:
-                hook = self._unit_hook(site, feed)
                 module = self.model.get_submodule(feed.module)
+                hook = self._unit_hook(site, feed)
                 if site.experts:
                     self._handles += gate_experts(self.model, site, hook, self._masks)
                 else:
                     self._handles.append(module.register_forward_pre_hook(hook))
+            for feed in site.masked_norms:
+                norm = GatedNorm(self.model.get_submodule(feed.module))
+                self._handles += norm.attach(functools.partial(self._norm_mask, site, feed))
         return self
 
     def _attach_layer(self, site: Site, index: int) -> None:
@@ -184,13 +185,13 @@ class Gates:
             RuntimeError: A gate was not reached, so closing it would have no effect; or more than
                 once, so that its uses cannot be told apart.
         """
-        silent = [site.path for site in self.units if not self.fired[site.kind, site.path]]
+        silent = [p for s in self.units for p in s.gated_at if not self.fired[s.kind, p]]
         if silent:
             raise RuntimeError(
                 f"{type(self.model).__name__} does not run {silent[:3]} as modules, so their units "
                 "can be neither scored nor removed; leave their kind out of `units`"
             )
-        for site in self.units:
+        for site in (one for one in self.units if one.kind != "dimensions"):
             uses = self.fired[site.kind, site.path] / (len(site.feeds) or site.size)
             if uses != site.uses:
                 raise RuntimeError(
@@ -227,16 +228,19 @@ class Gates:
 
     def _unit_hook(self, site: Site, feed: Feed) -> Callable[[nn.Module, tuple], tuple | None]:
         key = (site.kind, site.path)
+        place = (site.kind, feed.module) if site.kind == "dimensions" else key
 
         def hook(_: nn.Module, args: tuple) -> tuple | None:
             value, *rest = args
             if feed.ndim and value.ndim != feed.ndim:
                 return None
-            self.fired[key] += 1
-            if self.on_activation is not None:
+            self.fired[place] += 1
+            # Relative positions are no example's own, and score nothing.
+            owned = site.kind != "dimensions" or value.shape[0] % max(self.examples, 1) == 0
+            if self.on_activation is not None and owned:
                 part = feed.of(value.detach(), site.size).movedim(site.batch, 0)
                 self.on_activation(site, 0, part, part)
-            if self.on_gradient is not None and torch.is_grad_enabled():
+            if self.on_gradient is not None and torch.is_grad_enabled() and owned:
                 examples, send = self.examples, self._sums.of(site, self.on_gradient)
                 value = Tap.apply(
                     value,
@@ -244,17 +248,16 @@ class Gates:
                     self._anchor(value),
                     lambda grad, x: send(site, 0, by_unit(grad * x, examples, site, feed)),
                 )
-            if key in self._masks:
-                mask = self._spread.get((key, feed))
-                if mask is None or mask.device != value.device or mask.dtype != value.dtype:
-                    mask = feed.spread(self._masks[key], value).to(value.dtype)
-                    self._spread[key, feed] = mask
-                value = value * mask
+            value = self._masks.apply(site, feed, value)
             if key in self.factors:
                 value = (value * feed.spread(self.factors[key], value)).to(value.dtype)
             return (value, *rest)
 
         return hook
+
+    def _norm_mask(self, site: Site, norm: Feed, value: torch.Tensor) -> torch.Tensor | None:
+        self.fired[site.kind, norm.module] += 1
+        return self._masks.at(site, norm, value)
 
     def _layer_hook(self, site: Site, index: int) -> Callable[..., Any]:
         key = (site.kind, site.path)
@@ -341,7 +344,7 @@ def gated(model: nn.Module, structure: Structure) -> Iterator[Gates]:
         KeyError: The structure names a site that the model does not have.
         ValueError: It counts other numbers of units, or removes one that cannot go.
     """
-    gates = Gates(model)
+    gates = Gates(model, find_units(model, structure.has("dimensions")))
     gates.set(structure)
     with gates:
         yield gates

@@ -18,11 +18,11 @@ from hfslim.prune.criteria import Criteria, criteria_by_kind, usual_criterion
 from hfslim.prune.family import Member, PruneFamily, point
 from hfslim.prune.gates import Key
 from hfslim.prune.measured import LatencyTry
+from hfslim.prune.plain import check_plain
 from hfslim.prune.reconstruction import Reconstruction
 from hfslim.prune.smallest import Evaluate, MetricTry, metric_of, smallest_within
 from hfslim.prune.steps import calibrate, check_reachable, cut, decide, price
 from hfslim.prune.target import Goal, Resource, Target
-from hfslim.prune.uniform import check_plain
 from hfslim.structure import Kind, Structure
 
 logger = logging.getLogger(__name__)
@@ -122,10 +122,11 @@ def prune(
         target: `{"macs": f}`, `{"parameters": f}` or `{"latency": f}`, the fraction of the whole
             model's figure to keep, latency as measured on the model's device at `inputs`; or
             `{"sparsity": f}` or `{"sparsity": {kind: f}}`, the fraction of units to remove.
-        units: Kinds of units that may go: `heads`, `neurons`, `channels`, `experts`, `layers`.
+        units: Kinds of units that may go: `heads`, `neurons`, `channels`, `experts`, `layers`,
+            `dimensions` of the residual stream.
         criterion: A name of `hfslim.prune.CRITERIA`, which tells its source, the kinds of units
             that it is for and whether it needs labels; a dict gives each kind its own. `obs` if
-            not given, `fisher` where channels, experts or neurons inside experts may go.
+            not given, `fisher` where channels, dimensions, experts or neurons inside them may go.
         inputs: The input at which multiply-accumulates are counted and latency is measured, as
             tensors or as shapes such as `{"input_ids": [1, 128]}`; one example of `example_inputs`
             if not given.
@@ -163,18 +164,17 @@ def prune(
     chosen = None if classes is None else class_numbers(model.config, classes)
     batches = Batches(data, max_examples, chosen)
     check_merged(model)
-    everything = find_units(model)
+    everything = find_units(model, "dimensions" in units)
     sites = everything.of(units)
-    if uniform:
-        check_plain(model, sites)
+    stream = check_plain(model, sites) if uniform else None
     criteria = criteria_by_kind(criterion or usual_criterion(units, sites=everything), units)
     costs = price(model, sites, goal.targets[0], inputs, progress)
     for one in goal.targets:
-        check_reachable(sites, one, costs, uniform)
+        check_reachable(sites, one, costs, uniform, stream)
     calibration = calibrate(model, sites, batches, criteria, seed, progress, reconstruction)
 
     def found(one: Target) -> tuple[Structure, tuple[LatencyTry, ...]]:
-        return decide(model, calibration, one, costs, inputs, uniform)
+        return decide(model, calibration, one, costs, inputs, uniform, stream)
 
     def cut_copy(structure: Structure) -> PreTrainedModel:
         small = copy.deepcopy(model)

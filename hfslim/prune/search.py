@@ -21,7 +21,7 @@ from hfslim.structure import Entry, Kind, Structure
 
 logger = logging.getLogger(__name__)
 
-NARROW: tuple[Kind, ...] = ("heads", "neurons", "channels", "experts")
+NARROW: tuple[Kind, ...] = ("heads", "neurons", "channels", "experts", "dimensions")
 """Kinds of units that lie inside layers."""
 
 
@@ -38,9 +38,9 @@ def search(
     none included, the heads of greatest importance per cost stay, and what is left of the budget
     is spent on neurons in the same way. The combination that loses the least importance wins
     (Kwon et al. 2022, arXiv 2204.09656, section 4.1, with layers, and heads of unequal cost).
-    At least one head or neuron stays, where there are any. With channels or experts, whose
-    costs depend on each other, see `numbers_to_lose`; for a latency, which is not linear in the
-    units, `widths_within`.
+    At least one head or neuron stays, where there are any. With channels, experts or dimensions,
+    whose costs depend on each other, see `numbers_to_lose`; for a latency, which is not linear in
+    the units, `widths_within`.
     Ties go to the lower index, so that the same scores give the same structure everywhere.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from hfslim.prune.gates import Key
 from hfslim.prune.latency import LatencyTable
 from hfslim.prune.measured import LatencyTry, search_measured
 from hfslim.prune.moments import Moments, gather, projection
+from hfslim.prune.plain import Stream
 from hfslim.prune.reconstruction import (
     Reconstruction,
     check_reconstruction,
@@ -137,6 +139,7 @@ def decide(
     costs: Prices,
     inputs: Stated | None = None,
     uniform: bool = False,
+    stream: Stream | None = None,
 ) -> tuple[Structure, tuple[LatencyTry, ...]]:
     """Choose the units to keep for a target; the same on every rank.
 
@@ -147,6 +150,7 @@ def decide(
         costs: What its units cost.
         inputs: The input at which they cost that.
         uniform: Whether all layers keep the same numbers of units.
+        stream: How wide the residual stream may then be.
 
     Returns:
         The structure, and for a latency what was timed until it was met.
@@ -155,7 +159,7 @@ def decide(
         UnreachableTargetError: The target cannot be met; the message says what can.
     """
     units, scores = calibration.units, calibration.scores
-    find = search_uniform if uniform else search
+    find = functools.partial(search_uniform, stream=stream) if uniform else search
     tries: list[LatencyTry] = []
     if isinstance(costs, LatencyTable):
         stated = stated_inputs(model, inputs)
@@ -230,12 +234,18 @@ def agreed(structure: Structure) -> Structure:
     return structure
 
 
-def check_reachable(units: Units, target: Target, costs: Prices, uniform: bool = False) -> None:
+def check_reachable(
+    units: Units,
+    target: Target,
+    costs: Prices,
+    uniform: bool = False,
+    stream: Stream | None = None,
+) -> None:
     """Check that a target can be met, before any work is done.
 
     Raises:
         UnreachableTargetError: It cannot; the message says what can.
     """
     alike = {(s.kind, s.path): torch.ones(s.size, dtype=torch.float64) for s in units}
-    find = search_uniform if uniform else search
+    find = functools.partial(search_uniform, stream=stream) if uniform else search
     find(units, alike, target, costs)

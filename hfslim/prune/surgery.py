@@ -57,7 +57,7 @@ def shrink(
         RuntimeError: The cut model does not equal the gated one; the model is as before.
     """
     check_merged(model)
-    units = find_units(model)
+    units = find_units(model, structure.has("dimensions"))
     structure = units.complete(structure)
     if structure.is_full:
         logger.info("nothing to remove")
@@ -69,6 +69,7 @@ def shrink(
     try:
         surgery.cut(units, structure, returns)
         depth = set_depth(model, units, structure)
+        surgery.remember_settings()
         _check_equal(expected, _logits(model, inputs))
         if blueprint.describe(model, units, structure, depth):
             _check_equal(expected, _logits(model, inputs))
@@ -160,6 +161,10 @@ class _Surgery:
                     self._remember(vars(around))
                     setattr(around, name, len(kept))
 
+    def remember_settings(self) -> None:
+        """Be able to take back whatever modules are told from now on."""
+        self._remember(*(vars(module) for module in self.model.modules()))
+
     def undo(self) -> None:
         for mapping, old in reversed(self.before):
             mapping.clear()
@@ -190,12 +195,26 @@ class _Surgery:
             module = self.model.get_submodule(path)
             self._remember(vars(module), module._parameters, module._buffers)
             old = getattr(module, name)
+            if name == "original1" and hasattr(module, "original0"):
+                self._keep_weight(module, index.to(old.device), dim)
             new = old.detach().index_select(dim, index.to(old.device))
             if name in module._buffers:
                 module._buffers[name] = new
             else:
                 module._parameters[name] = nn.Parameter(new, requires_grad=old.requires_grad)
+        for path in dict.fromkeys(path for path, *_ in indices):
+            module = self.model.get_submodule(path)
             modeling_hfslim.tell_sizes(module, groups_stay=path in in_blocks)
+
+    def _keep_weight(self, module: nn.Module, index: torch.Tensor, dim: int) -> None:
+        """Keep the weight that a weight norm makes of what is left of its direction."""
+        length, whole = (module.get_parameter(name) for name in ("original0", "original1"))
+        over = tuple(d for d in range(length.ndim) if length.shape[d] == 1)
+        if dim in over:
+            direction = whole.detach()
+            left = direction.index_select(dim, index).norm(dim=over, keepdim=True)
+            shorter = length.detach() * left / direction.norm(dim=over, keepdim=True)
+            module._parameters["original0"] = nn.Parameter(shorter, length.requires_grad)
 
     def _tell(self, site: Site, kept: tuple[int, ...]) -> None:
         """Bring what modules tell of their units up to date."""

@@ -53,8 +53,11 @@ class Sums:
     def of(self, site: Site, send: OnGradient) -> OnGradient:
         """Return what takes one gradient after the other, and sends their sum."""
         uses = site.uses * max(len(site.feeds), len(site.streams), 1)
-        if uses == 1:
+        if uses == 1 and site.kind != "dimensions":
             return send
+        # How many parts there are is known in advance, but for dimensions, which some modules take
+        # several times.
+        counted = site.kind != "dimensions"
         two_streams = bool(site.streams) or (site.kind == "heads" and len(site.feeds) > 1)
 
         def collect(site: Site, index: int, gradient: torch.Tensor) -> None:
@@ -66,9 +69,9 @@ class Sums:
                 if self._found.get(key) is parts:
                     send(site, index, torch.stack(self._found.pop(key)).sum(0))
 
-            if len(parts) == uses:
+            if counted and len(parts) == uses:
                 finish()
-            elif two_streams:
+            elif two_streams or not counted:
                 # The last layer's second stream may end there, without a gradient.
                 torch.autograd.Variable._execution_engine.queue_callback(finish)
 

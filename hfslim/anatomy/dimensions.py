@@ -1,0 +1,183 @@
+"""Find the dimensions of a model's residual stream: which can go everywhere at once, exactly."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hfslim.anatomy import families
+from hfslim.anatomy.axes import Segment
+from hfslim.anatomy.channels import CONVOLUTIONS
+from hfslim.anatomy.inputs import example_inputs
+from hfslim.anatomy.tracing import Trace, once_per_shape, trace
+from hfslim.anatomy.units import Cut, Feed, Refusal, Site
+
+logger = logging.getLogger(__name__)
+
+LENGTH = {"input_ids": 16}
+"""Tokens to follow, where fewer than usual do."""
+
+
+def find_dimensions(model: nn.Module, others: Sequence[Site]) -> list[Site | Refusal]:
+    """Find the widths that norms run across, and those that a config sets equal to them.
+
+    A unit is one feature of the residual stream: its entry in every embedding and norm, its column
+    in every projection that reads the stream, its row in every one that writes to it. Beside the
+    stream there may be others of that width, such as a pooler's output; each is a site.
+
+    Args:
+        model: The model.
+        others: Its heads and neurons, which are not offered again.
+
+    Returns:
+        Sites and refusals.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return []
+    known = {(cut.module, cut.tensor, cut.dim) for site in others for cut in site.cuts}
+    return [
+        found
+        for found in _all_dimensions(model)
+        if isinstance(found, Refusal)
+        or not any((cut.module, cut.tensor, cut.dim) in known for cut in found.cuts)
+    ]
+
+
+@once_per_shape
+def _all_dimensions(model: PreTrainedModel) -> list[Site | Refusal]:
+    norms = [path for path, module in model.named_modules() if _is_norm(module)]
+    try:
+        return list(_dimensions(model, _trace(model, norms)))
+    except Exception as error:
+        logger.debug("no dimensions", exc_info=error)
+        reason = f"the model cannot be traced: {type(error).__name__}: {error}"
+        return [Refusal("dimensions", "", reason[:200])]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    own = dict(module.named_parameters())
+    return bool(
+        re.search(families.NORM, type(module).__name__)
+        and "weight" in own
+        and set(own) <= {"weight", "bias"}
+        and all(tensor.ndim == 1 for tensor in own.values())
+        and getattr(module, "data_format", "channels_last") == "channels_last"
+    )
+
+
+def _trace(model: PreTrainedModel, norms: Sequence[str]) -> Trace:
+    inputs = example_inputs(model, 2, length=LENGTH.get(model.main_input_name))
+    unmasked = {name: value for name, value in inputs.items() if name != "attention_mask"}
+    try:
+        return trace(model, unmasked, norms)
+    except Exception:
+        # Some look whether there is padding, where no mask tells; some into the mask.
+        return trace(model, inputs, norms)
+
+
+def _dimensions(model: PreTrainedModel, seen: Trace) -> Iterator[Site | Refusal]:
+    norms = _norms(seen)
+    takers = dict.fromkeys(seen.takers)
+    # The stream is what most of the model reads.
+    reads = {group: len(list(_feeds(model, cuts, takers))) for group, cuts in seen.places().items()}
+    stream = max(norms, key=lambda group: reads.get(group, 0), default=None)
+    if stream is None:
+        return
+    width = _entries(model, seen.places()[stream][0])
+    stream = _in_steps(model, seen, stream)
+    if seen.axes.reason(stream):
+        yield _site(model, seen.axes.reason(stream), seen.places()[stream], [], [])
+        return
+    # What is as wide as the stream goes in units of as many entries.
+    for group, cuts in seen.places().items():
+        if _entries(model, cuts[0]) == width and seen.axes.size(group) > seen.axes.size(stream):
+            units = seen.axes.new(seen.axes.size(stream))
+            seen.axes.group((Segment(group),), units)
+    norms, places = _norms(seen), seen.places()
+    for group, cuts in places.items():
+        feeds, reason = list(_feeds(model, cuts, takers)), seen.axes.reason(group)
+        as_wide = not reason and _entries(model, cuts[0]) == width
+        if feeds and seen.axes.size(group) > 1 and (group in norms or as_wide):
+            yield _site(model, reason, cuts, feeds, norms.get(group, []))
+
+
+def _norms(seen: Trace) -> dict[int, list[Feed]]:
+    """Return the norms that run across each group of axes."""
+    norms: dict[int, list[Feed]] = {}
+    for path in seen.norms:
+        label = seen.axes.resolve(seen.labels[f"{path}.weight"][0]) or ()
+        for one in label:
+            group, entries = seen.axes.units(one.axis)
+            norms.setdefault(group, []).append(Feed(path, width=entries * one.inner))
+            if len(label) > 1:
+                seen.axes.bind([(one,)], "a norm runs across several runs of them")
+    return norms
+
+
+def _in_steps(model: PreTrainedModel, seen: Trace, stream: int) -> int:
+    """Let several dimensions go at once where the family needs it; return the new group."""
+    for path, module in model.named_modules():
+        name, step = families.WIDTH_STEPS.get(type(module).__name__, ("", 1))
+        if name and seen.axes.size(stream) % step == 0:
+            units = seen.axes.new(seen.axes.size(stream) // step)
+            seen.axes.group(seen.labels[f"{path}.{name}"][1], units)
+    return seen.axes.units(stream)[0]
+
+
+def _site(
+    model: PreTrainedModel, reason: str, cuts: list[Cut], feeds: list[Feed], norms: list[Feed]
+) -> Site | Refusal:
+    path = cuts[0].module
+    modules = {cut.module: model.get_submodule(cut.module) for cut in cuts}
+    for cut in cuts:
+        if cut.tensor in modules[cut.module]._non_persistent_buffers_set:
+            reason = reason or f"{cut.module}.{cut.tensor} depends on them and is not saved"
+    for feed in feeds:
+        if not isinstance(modules[feed.module], (*CONVOLUTIONS, nn.Linear, Conv1D)):
+            reason = reason or f"{feed.module!r} takes them and is no known module"
+    if reason:
+        return Refusal("dimensions", path, reason)
+    first = cuts[0]
+    size = _entries(model, first) // first.widths[0]
+    return Site(
+        kind="dimensions",
+        path=path,
+        size=size,
+        gate=feeds[0].module,
+        width=feeds[0].width,
+        cuts=(*cuts, *_unseen(model, size * first.widths[0], first.widths[0])),
+        inputs=tuple(feeds),
+        masked_norms=tuple(norms),
+    )
+
+
+def _feeds(
+    model: PreTrainedModel, cuts: Sequence[Cut], takers: Mapping[tuple[str, int], None]
+) -> Iterator[Feed]:
+    by_tensor: dict[tuple[str, int], list[Cut]] = {}
+    for cut in cuts:
+        by_tensor.setdefault((f"{cut.module}.{cut.tensor}", cut.dim), []).append(cut)
+    for taker, dim in takers:
+        transposed = isinstance(model.get_submodule(taker.rpartition(".")[0]), Conv1D)
+        for cut in by_tensor.get((taker, 0 if transposed else 1), []):
+            yield Feed(cut.module, dim, cut.start, cut.widths[0])
+
+
+def _entries(model: nn.Module, cut: Cut) -> int:
+    tensor: torch.Tensor = getattr(model.get_submodule(cut.module), cut.tensor)
+    return tensor.shape[cut.dim]
+
+
+def _unseen(model: nn.Module, entries: int, width: int) -> Iterator[Cut]:
+    """Yield the tensors along the stream that only training touches."""
+    for path, module in model.named_modules():
+        for name in families.TRAINING_ONLY:
+            tensor = module._parameters.get(name)
+            if tensor is not None and tensor.shape[-1] == entries:
+                yield Cut(path, name, tensor.ndim - 1, (width,))
