@@ -15,6 +15,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import SkipBatchSampler
+from accelerate.state import GradientState
 from torch import nn
 from transformers.trainer_pt_utils import find_batch_size
 
@@ -64,9 +66,28 @@ def real_examples(accelerator: Accelerator, size: int) -> int:
         size: Examples in the batch, as many as on all processes.
     """
     state = accelerator.gradient_state
-    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+    if accelerator.num_processes == 1 or not state.end_of_dataloader:
         return size
-    return min(max(state.remainder - accelerator.process_index * size, 0), size)
+    remainder = _remainder(state)
+    if remainder <= 0:
+        return size
+    return min(max(remainder - accelerator.process_index * size, 0), size)
+
+
+def _remainder(state: GradientState) -> int:
+    """Return how many examples the last batches of all processes hold; 0 or less if they are full.
+
+    accelerate does not know it where batches are skipped, in the epoch in which training resumes.
+    """
+    loader: Any = state.active_dataloader
+    skipping = getattr(loader, "batch_sampler", None)
+    if state.remainder >= 0 or not isinstance(skipping, SkipBatchSampler):
+        return state.remainder
+    whole = skipping.batch_sampler
+    if whole.drop_last:
+        return 0
+    parts = 1 if whole.split_batches else whole.num_processes
+    return len(loader.dataset) % (whole.batch_size * parts)
 
 
 def trimmed(batch: MutableMapping[str, Any], examples: int) -> None:
