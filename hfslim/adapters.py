@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers.utils import logging
 
 __all__ = ["base_of", "check_merged", "merge_adapters", "plain_twin"]
@@ -77,21 +78,34 @@ def check_merged(model: nn.Module) -> None:
 def plain_twin(model: Any) -> Any:
     """Return a model with the same modules less the adapters, without weights, to look at.
 
-    What was cut out of the model is not in its twin either.
+    What was cut out of the model is not in its twin either. Linear maps whose weights are computed
+    from others, as 8-bit ones are, have weights of their own.
 
     Args:
-        model: A transformers model with adapters inside; without any it is returned itself.
+        model: A transformers model with either inside; without any it is returned itself.
     """
-    if not _adapted_layers(model):
+    computed = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and parametrize.is_parametrized(module, "weight")
+    ]
+    adapted = _adapted_layers(model)
+    if not adapted and not computed:
         return model
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import ModulesToSaveWrapper
-
     empty: dict[int, Any] = {}
     for parameter in model.parameters():
         empty[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
     empty.update({id(buffer): buffer.to("meta") for buffer in model.buffers()})
     twin = copy.deepcopy(model, empty)
+    for path in computed:
+        old: Any = twin.get_submodule(path)
+        bias = old.bias is not None
+        twin.set_submodule(path, nn.Linear(old.in_features, old.out_features, bias, device="meta"))
+    if not adapted:
+        return twin
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
     for path, module in list(twin.named_modules()):
         if isinstance(module, BaseTunerLayer):
             twin.set_submodule(path, module.get_base_layer())

@@ -57,6 +57,7 @@ def test_cached_equals_uncached_when_filled_and_when_read(family: str, tmp_path:
         "keys.npy",
         "logits.npy",
         "meta.json",
+        "order.npy",
     ]
 
 

@@ -16,6 +16,8 @@ from hfslim.distill.terms import FEATURE_LOSSES
 
 __all__ = ["DistillationConfig", "parse_weights"]
 
+TEACHER_DTYPES = ("float32", "bfloat16", "float16", "int8")
+
 
 @dataclass
 class DistillationConfig(TrainingArguments):
@@ -40,8 +42,11 @@ class DistillationConfig(TrainingArguments):
         feature_weight_end: Factor of all feature losses at the end, from 1 at the beginning.
         distil_until: Fraction of the training steps in which the teacher is used; the rest trains
             on the labels alone. The schedules end there too.
-        teacher_dtype: Dtype of the teacher's weights, such as `bfloat16`; by default a model keeps
-            its own and what is loaded gets the student's.
+        teacher_dtype: Dtype of the teacher's weights: `float32`, `bfloat16`, `float16`, or `int8`
+            (linear maps in 8 bits); by default a model keeps its own and what is loaded gets the
+            student's.
+        teacher_compile: Backend of `torch.compile` for the teacher, such as `inductor`; by default
+            it runs as it is.
         teacher_weights: Weight above 0 of each of several teachers, in their order; equal by
             default.
         teacher_mean: What several teachers' weighted mean is of: `probabilities` or `logits`.
@@ -49,6 +54,12 @@ class DistillationConfig(TrainingArguments):
         teacher_cache: Folder of the teacher's logits for the training data; filled before training
             where there is none. Examples are found by what they hold, so shuffling, processes and
             resume do not matter; what augmentation has changed is run through the teacher.
+        teacher_cache_top_k: Number of the likeliest classes whose logits the cache keeps; the
+            others share what is left evenly. By default all. For `kl` on one label per example, at
+            one temperature.
+        teacher_cache_features: Whether the cache keeps what `feature_losses` need as well: hidden
+            states, and queries, keys and values, of every position. What that takes on disk is
+            told before. Not for `attention` and `minilm`.
         allow_untrained_teacher: Accept a teacher with a fresh head or at chance level.
 
     Raises:
@@ -96,7 +107,12 @@ class DistillationConfig(TrainingArguments):
         default=1.0, metadata={"help": "Fraction of the steps in which the teacher is used."}
     )
     teacher_dtype: str | None = field(
-        default=None, metadata={"help": "Dtype of the teacher's weights, such as bfloat16."}
+        default=None,
+        metadata={"help": f"Dtype of the teacher's weights: {', '.join(TEACHER_DTYPES)}."},
+    )
+    teacher_compile: str | None = field(
+        default=None,
+        metadata={"help": "Backend of torch.compile for the teacher, such as inductor."},
     )
     teacher_weights: list[float] | None = field(
         default=None, metadata={"help": "Weight of each of several teachers."}
@@ -110,6 +126,12 @@ class DistillationConfig(TrainingArguments):
     )
     teacher_cache: str | None = field(
         default=None, metadata={"help": "Folder for the teacher's logits; filled if it is new."}
+    )
+    teacher_cache_top_k: int | None = field(
+        default=None, metadata={"help": "Likeliest classes whose logits are cached; all if unset."}
+    )
+    teacher_cache_features: bool = field(
+        default=False, metadata={"help": "Cache what feature losses need of the teacher as well."}
     )
     allow_untrained_teacher: bool = field(
         default=False,
@@ -147,15 +169,55 @@ class DistillationConfig(TrainingArguments):
             raise ValueError(
                 f"teacher_mean is {self.teacher_mean!r}; expected 'probabilities' or 'logits'."
             )
+        if self.teacher_dtype is not None and self.teacher_dtype not in TEACHER_DTYPES:
+            raise ValueError(
+                f"teacher_dtype is {self.teacher_dtype!r}; expected one of {list(TEACHER_DTYPES)}."
+            )
+        if self.teacher_compile and parse_weights(self.feature_losses):
+            raise ValueError(
+                "feature_losses record what layers compute, which torch.compile hides: leave "
+                "teacher_compile out, or distil from logits alone."
+            )
         if self.relation_heads is not None and self.relation_heads < 1:
             raise ValueError(f"relation_heads is {self.relation_heads}; expected 1 or more.")
         parse_map(self.layer_map)
-        if parse_weights(self.feature_losses) and self.teacher_cache:
+        self._check_cache()
+        super().__post_init__()
+
+    def _check_cache(self) -> None:
+        features = parse_weights(self.feature_losses)
+        if self.teacher_cache is None:
+            for name in ("teacher_cache_top_k", "teacher_cache_features"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"{name} says what a cache keeps: set teacher_cache, its folder."
+                    )
+            return
+        if features and not self.teacher_cache_features:
             raise ValueError(
                 "teacher_cache holds logits alone, and feature_losses need the teacher itself; "
-                "leave one of them out."
+                "leave one of them out, or set teacher_cache_features=True to keep hidden states."
             )
-        super().__post_init__()
+        if self.teacher_cache_features and not features:
+            raise ValueError("teacher_cache_features keeps what feature_losses need: name some.")
+        wide = [name for name in features if FEATURE_LOSSES[name].needs_attentions]
+        if wide:
+            raise ValueError(
+                f"{wide[0]} compares attention maps, which teacher_cache_features does not keep; "
+                "use minilm_v2 or a loss on hidden states, or leave teacher_cache out."
+            )
+        if self.teacher_cache_top_k is None:
+            return
+        if self.teacher_cache_top_k < 1:
+            raise ValueError(
+                f"teacher_cache_top_k is {self.teacher_cache_top_k}; expected 1 or more classes."
+            )
+        if self.logit_loss != "kl" or self.temperature_end is not None:
+            what = "a temperature_end" if self.logit_loss == "kl" else self.logit_loss
+            raise ValueError(
+                f"teacher_cache_top_k keeps the largest logits, and {what} needs all of them: "
+                "leave one out."
+            )
 
     @property
     def objective(self) -> str:

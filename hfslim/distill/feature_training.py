@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,8 +40,9 @@ class FeatureMixin(_Base):
         # First, so that gates are still there when the map of layers is chosen.
         self.callback_handler.callbacks.insert(0, _EndOfStep(self))
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Prepare the feature losses, then train."""
+    @contextmanager
+    def feature_training(self) -> Iterator[None]:
+        """Have the feature losses ready inside the block."""
         if self.feature_weights:
             self._check_feature_training()
             self.features = FeatureTerms(
@@ -51,7 +54,7 @@ class FeatureMixin(_Base):
                 self.args.relation_heads,
             )
         try:
-            return super().train(*args, **kwargs)
+            yield
         finally:
             self.features = None
 

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from hfslim.adapters import base_of
 from hfslim.distill.adapted import base_source, find_adapter, load_adapted
 from hfslim.distill.auto import auto_class
+from hfslim.distill.eight_bit import to_int8
 from hfslim.distill.skill import OVERRIDE, UntrainedTeacherError
 from hfslim.pairing import has_words, same_processing, settings_of
 
@@ -44,13 +45,14 @@ def load_teacher(
         student: Its class tells the task. An adapter of the same frozen base is put on it.
         allow_untrained: Whether a fresh head is accepted.
         dtype: Of the teacher's weights; by default a model keeps its own, and what is loaded gets
-            the student's.
+            the student's. `torch.int8`: linear maps in 8 bits, the rest as by default.
 
     Returns:
         The teacher.
 
     Raises:
-        ValueError: If the teacher is the student itself, or the task of the student is not known.
+        ValueError: If the teacher is the student itself, or the task of the student is not known;
+            or a dtype is asked for and the teacher is quantized by its own config.
         TypeError: If the teacher is something else.
         FileNotFoundError: If there is no such folder or Hub id.
         UntrainedTeacherError: If weights of the teacher are new, or all biases of its head are 0.
@@ -60,14 +62,16 @@ def load_teacher(
         name = str(teacher)
         source, revision = split_revision(name)
         auto = auto_class(student)
-        dtype = dtype or next(student.parameters()).dtype
+        loaded = computing_dtype(student)
+        if dtype is not None and dtype.is_floating_point:
+            loaded = dtype
         try:
             adapter = find_adapter(source, revision)
             if adapter is not None:
-                model, missing = load_adapted(source, revision, adapter, student, auto, dtype)
+                model, missing = load_adapted(source, revision, adapter, student, auto, loaded)
             else:
                 model, info = auto.from_pretrained(
-                    source, revision=revision, dtype=dtype, output_loading_info=True
+                    source, revision=revision, dtype=loaded, output_loading_info=True
                 )
                 missing = sorted(info["missing_keys"])
         except OSError as error:
@@ -98,7 +102,15 @@ def load_teacher(
                 f"All biases of the head {head!r} of the teacher {name} are 0, as in a model that "
                 "was never trained. " + OVERRIDE
             )
-    if dtype is not None and dtype != next(model.parameters()).dtype:
+    if getattr(model, "is_quantized", False):
+        if dtype is not None:
+            raise ValueError(
+                f"The teacher {name} is quantized by its own config, which teacher_dtype cannot "
+                "change: leave teacher_dtype out."
+            )
+    elif dtype == torch.int8:
+        model = to_int8(model.requires_grad_(False))
+    elif dtype is not None and dtype != computing_dtype(model):
         model = model.to(dtype)
     return model.eval().requires_grad_(False)
 
@@ -225,7 +237,7 @@ def run_teacher(
             f"{', '.join(sorted(inputs))}; teacher and student must share tokenizer or processor."
         )
     accepted = accepted_inputs(teacher)
-    dtype = next(teacher.parameters()).dtype
+    dtype = computing_dtype(teacher)
     kept = {
         name: value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
         for name, value in inputs.items()
@@ -235,6 +247,11 @@ def run_teacher(
         outputs = teacher(**kept, **options)
     logits = (outputs["logits"] if isinstance(outputs, dict) else outputs[0]).float()
     return logits if order is None else logits[:, order.to(logits.device)]
+
+
+def computing_dtype(model: nn.Module) -> torch.dtype:
+    """Return the dtype of a model's first weight in floating point, which it takes inputs in."""
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
 def accepted_inputs(model: nn.Module) -> set[str]:

@@ -89,6 +89,9 @@ class Teachers:
         weights = args.teacher_weights or [1.0] * len(given)
         self.weights = [weight / sum(weights) for weight in weights]
         self.mean = args.teacher_mean
+        if args.teacher_compile:
+            for model in self.models:
+                model.compile(backend=args.teacher_compile)
         self._student, self._student_processor = student, student_processor
         self._student_reads = accepted_inputs(student)
         for source, model, own in zip(given, self.models, processors, strict=True):
@@ -112,10 +115,11 @@ class Teachers:
         columns = self.columns
         return {k: v for k, v in batch.items() if k not in columns and not k.startswith(PREFIX)}
 
-    def place(self, device: Any) -> None:
-        """Move the teachers."""
+    def place(self, device: torch.device) -> None:
+        """Move the teachers; one that is quantized may have to be where it was loaded."""
         for model in self.models:
-            model.to(device)
+            if next(model.parameters()).device != device:
+                model.to(device)
 
     def each(self, batch: dict[str, Any], **options: Any) -> list[Tensor]:
         """Return each teacher's logits, `[batch, classes]` float32 in the student's order."""

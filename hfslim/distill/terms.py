@@ -20,6 +20,7 @@ from hfslim.anatomy.inputs import example_inputs
 from hfslim.distill import features
 from hfslim.distill.capture import Capture, Seen, position_mask
 from hfslim.distill.layers import Pairs, dynamic_pairs, static_pairs
+from hfslim.distill.packing import Packing
 from hfslim.prune.gates import closed_layers
 from hfslim.shares import share_of
 from hfslim.timing import evaluating
@@ -47,6 +48,11 @@ class FeatureLoss:
     function: Callable[..., Tensor]
     vectors: tuple[int, ...] = ()
     last_attention: bool = False
+
+    @property
+    def needs_attentions(self) -> bool:
+        """Whether attention probabilities are compared."""
+        return self.on == "attentions" or self.last_attention
 
 
 FEATURE_LOSSES: dict[str, FeatureLoss] = {
@@ -76,6 +82,7 @@ class FeatureTerms:
             is at most the teacher's number of heads.
 
     Attributes:
+        packing: What of the teacher's inside the losses need.
         projections: Linear maps by `{student width}-{teacher width}`; trained with the student,
             part of training checkpoints, and of no exported model.
 
@@ -96,7 +103,7 @@ class FeatureTerms:
         used = [FEATURE_LOSSES[name] for name in names]
         needs = {
             "hidden": any(loss.on == "hidden" for loss in used),
-            "attentions": any(loss.on == "attentions" or loss.last_attention for loss in used),
+            "attentions": any(loss.needs_attentions for loss in used),
             "vectors": any(loss.on == "vectors" for loss in used),
         }
         self.student, self.teacher = base_of(student), base_of(teacher)
@@ -105,6 +112,7 @@ class FeatureTerms:
         self._probe = self._run_probe()
         self.teacher_layers = self._chosen_teacher_layers()
         self._pairs: Pairs | None = None
+        self.packing = Packing(self._kept_layers(), self._probe[1])
         self._costs = np.zeros(1)
         self.relation_heads = self._fitting_heads(relation_heads) if needs["vectors"] else 0
         self.projections = self._make_projections(projection)
@@ -138,7 +146,9 @@ class FeatureTerms:
         """
         result: dict[str, Tensor] = {}
         pairs = self.pairs() if taught.hidden or taught.attentions else []
-        mask = self._mask(seen, inputs)
+        first = next(iter([*seen.hidden, *seen.vectors]), None)
+        positions = seen.attentions[0].shape[-1] if first is None else first.shape[1]
+        mask = position_mask(self.student, inputs, positions)
         projected = {
             (s, t): self._project(seen.hidden[s], taught.hidden[t]) for s, t in pairs if seen.hidden
         }
@@ -162,6 +172,17 @@ class FeatureTerms:
         if self.layer_map == "dynamic" and seen.hidden:
             self._add_costs(seen, taught, mask)
         return result
+
+    def pairs_are_kept(self) -> bool:
+        """Tell whether the layers to compare in this step are among those of `packing`."""
+        return not self.packing.layers or {t for _, t in self.pairs()} <= set(self.packing.layers)
+
+    def mask(self, positions: int, inputs: dict[str, Any]) -> Tensor:
+        """Tell which positions count, `[batch or 1, positions]` bool."""
+        mask = position_mask(self.student, inputs, positions)
+        if mask is not None:
+            return mask.bool()
+        return torch.ones(1, positions, dtype=torch.bool, device=self.student.device)
 
     def end_step(self, accelerator: Accelerator) -> None:
         """Average the projections' gradients over processes, and choose the next dynamic map."""
@@ -236,6 +257,11 @@ class FeatureTerms:
         few = max(1, round(number / 3))
         return [t for _, t in static_pairs("uniform", few, number)]
 
+    def _kept_layers(self) -> list[int]:
+        if not self._probe[1].hidden:
+            return []
+        return self.teacher_layers or sorted({t for _, t in self.pairs()})
+
     def _alive(self, number: int) -> list[int]:
         closed = closed_layers(self.student)
         layers = self.captures[0].layers
@@ -289,11 +315,6 @@ class FeatureTerms:
         if widths[0] == widths[1]:
             return student
         return self.projections[f"{widths[0]}-{widths[1]}"](student.float())
-
-    def _mask(self, seen: Seen, inputs: dict[str, Any]) -> Tensor | None:
-        first = next(iter([*seen.hidden, *seen.vectors]), None)
-        positions = seen.attentions[0].shape[-1] if first is None else first.shape[1]
-        return position_mask(self.student, inputs, positions)
 
     @torch.no_grad()
     def _add_costs(self, seen: Seen, taught: Seen, mask: Tensor | None) -> None:

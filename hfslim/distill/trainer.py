@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
-from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import Subset
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from hfslim.checkpoint import CheckpointMixin
-from hfslim.distill.cache import KEYS, KeyedCollator, TeacherCache
+from hfslim.distill.cache import KeyedCollator
+from hfslim.distill.cached_training import CacheMixin
 from hfslim.distill.clock import TeacherClock
 from hfslim.distill.config import DistillationConfig
 from hfslim.distill.feature_training import FeatureMixin
@@ -36,7 +33,7 @@ _EXAMPLES_TO_CHECK = 512
 
 
 class DistillationTrainer(
-    FeatureMixin, CheckpointMixin, HubMixin, FiguresMixin, MeanLossMixin, Trainer
+    FeatureMixin, CacheMixin, CheckpointMixin, HubMixin, FiguresMixin, MeanLossMixin, Trainer
 ):
     """Trains on `(1 - alpha) · labels' loss + alpha · logit loss + Σ weight · feature loss`.
 
@@ -107,11 +104,8 @@ class DistillationTrainer(
         batchers = {prefix: collator_of(processor) for prefix, processor in own if prefix}
         if batchers and not isinstance(self.data_collator, PairedCollator):
             self.data_collator = PairedCollator(self.data_collator, batchers)
-        self._clock = TeacherClock(args.device)
         self._terms: dict[str, Tensor] = {}
         self._term_steps = 0
-        self._cache: TeacherCache | None = None
-        self._from_cache = False
         if args.teacher_cache:
             apart = all(self.teachers.prefixes)
             self.data_collator = KeyedCollator(self.data_collator, teacher_alone=apart)
@@ -126,47 +120,18 @@ class DistillationTrainer(
         self._terms, self._term_steps = {}, 0
         if not self.args.allow_untrained_teacher:
             self._check_teacher()
-        if self.args.teacher_cache:
-            self._cache = self._open_cache(self.args.teacher_cache)
-        self._clock = TeacherClock(self.args.device)
         logger.info(f"loss = {self.args.objective}")
         parts = self.args.gradient_accumulation_steps * self.accelerator.num_processes
-        if self.args.logit_loss == "dist" and parts > 1:
+        if self.args.logit_loss == "dist" and parts > 1 and self.is_world_process_zero():
             logger.warning(
                 f"logit_loss='dist' correlates the examples of one batch: {parts} batches a step "
                 "are not what one large batch would be."
             )
-        return super().train(*args, **kwargs)
-
-    def _open_cache(self, folder: str) -> TeacherCache:
-        """Open the teacher cache, filled by all processes where there is none yet."""
-        precision = self.accelerator.mixed_precision
-        identity = f"{self.teachers.fingerprint()}-{precision}"
-        exists = broadcast_object_list([Path(folder).exists()])[0]
-        if not exists:
-            data: Any = self.train_dataset
-            if not hasattr(data, "__len__"):
-                raise ValueError(
-                    "teacher_cache is filled from a data set of known length, and train_dataset "
-                    "has none; leave teacher_cache out for streamed data."
-                )
-            # A data loader draws from the generator that dropout is going to use.
-            with torch.random.fork_rng(devices=[]):
-                outputs = self._teacher_outputs(data)
-                if self.accelerator.is_main_process:
-                    TeacherCache.write(folder, identity, outputs)
-                else:
-                    deque(outputs, maxlen=0)
-            self.accelerator.wait_for_everyone()
-        return TeacherCache(folder, identity)
-
-    def _teacher_outputs(self, data: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        loader = self.get_test_dataloader(data)
-        quiet = self.args.disable_tqdm or not self.accelerator.is_main_process
-        for batch in track(loader, "filling the teacher cache", total=len(loader), disable=quiet):
-            batch = self._prepare_inputs(batch)
-            pair = (batch[KEYS], self._teacher_logits(batch))
-            yield self.accelerator.gather_for_metrics(pair)
+        with self.feature_training():
+            if self.args.teacher_cache:
+                self._open_cache(self.args.teacher_cache)
+            self._clock = TeacherClock(self.args.device)
+            return super().train(*args, **kwargs)
 
     def _check_teacher(self) -> None:
         data: Any = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
@@ -195,16 +160,6 @@ class DistillationTrainer(
             target = torch.cat(labels)
             for name, parts in zip(self.teachers.names, zip(*logits, strict=True), strict=True):
                 check_skill(torch.cat(parts), target, problem_type(live.config, target), name)
-
-    def _teacher_logits(self, inputs: dict[str, Any], **options: Any) -> Tensor:
-        with self._clock.running():
-            if self._cache is not None:
-                found = self._cache.find(inputs[KEYS])
-                self._from_cache = found is not None
-                if found is not None:
-                    return found
-            with self.accelerator.autocast():
-                return self.teachers.logits(inputs, **options)
 
     def _set_signature_columns_if_needed(self) -> None:
         first = self._signature_columns is None
@@ -261,6 +216,7 @@ class DistillationTrainer(
         local = counts is None
         loss = logits.new_zeros((), dtype=torch.float32)
         if alpha > 0:
+            self._check_top_k(labels)
             live: Any = self.model
             losses = distillation_loss(
                 logits,
@@ -290,19 +246,6 @@ class DistillationTrainer(
             hit = torch.full_like(logits[:, 0], float(self._from_cache), dtype=torch.float32)
             self._record("teacher_cache_hits", self.share(hit, examples, local))
         return (loss, with_loss(outputs, loss)) if return_outputs else loss
-
-    def _run_both(
-        self, model: nn.Module, student_inputs: dict[str, Any], inputs: dict[str, Any]
-    ) -> tuple[Any, Tensor, dict[str, Tensor]]:
-        """Run student and teacher: the student's outputs, the teacher's logits, feature losses."""
-        if self.features is None:
-            return model(**student_inputs), self._teacher_logits(inputs), {}
-        mine, theirs = self.features.captures
-        with mine.recording() as seen:
-            outputs = model(**student_inputs, **mine.arguments)
-        with theirs.recording() as shown:
-            taught = self._teacher_logits(inputs, **theirs.arguments)
-        return outputs, taught, self.features.losses(seen, shown, student_inputs)
 
     def _progress(self) -> float:
         """Return how far distillation is, from 0 to 1 or more once it is over."""

@@ -29,6 +29,7 @@ from hfslim.prune.surgery import check_gates, shrink
 from hfslim.prune.target import Target
 from hfslim.prune.training import (
     average_over_processes,
+    check_not_compiled,
     check_saved_between_steps,
     check_unscaled,
     check_whole_parameters,
@@ -67,7 +68,8 @@ class PruningCallback(FiguresCallback, ExportableState):
 
     Raises:
         ValueError: An argument is out of range; or, when training begins, it is by fp16, FSDP,
-            DeepSpeed or several GPUs in one process, or the checkpoint is of another callback.
+            DeepSpeed, torch.compile or several GPUs in one process, or the checkpoint is of another
+            callback.
         UnreachableTargetError: When training begins, the target is below what can be reached.
         RuntimeError: When training begins, the model does not run some units as modules, or runs
             them more than once.
@@ -279,6 +281,7 @@ def _check_arguments(args: Arguments) -> None:
     check_whole_parameters(args, "PruningCallback")
     check_saved_between_steps("PruningCallback")
     check_unscaled(args)
+    check_not_compiled(args, "PruningCallback")
     if args.n_gpu > 1:
         raise ValueError(
             f"one process drives {args.n_gpu} GPUs, whose copies of the model cannot share "

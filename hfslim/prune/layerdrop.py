@@ -11,6 +11,7 @@ from transformers import TrainingArguments as Arguments
 
 from hfslim.anatomy import find_units
 from hfslim.prune.gates import Gates
+from hfslim.prune.training import check_not_compiled
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class LayerDropCallback(TrainerCallback):
         seed: Seed of the draw.
 
     Raises:
-        ValueError: `p` is not in [0, 1).
+        ValueError: `p` is not in [0, 1); or, when training begins, it is by torch.compile.
     """
 
     def __init__(self, p: float = 0.2, seed: int = 0) -> None:
@@ -43,6 +44,7 @@ class LayerDropCallback(TrainerCallback):
         self, args: Arguments, state: TrainerState, *_: Any, model: PreTrainedModel, **__: Any
     ) -> None:
         """Gate the layers."""
+        check_not_compiled(args, "LayerDropCallback")
         own = getattr(model.config, "layerdrop", 0.0)
         if own:
             logger.warning("the model drops layers itself (config.layerdrop=%g); both apply", own)

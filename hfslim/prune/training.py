@@ -58,6 +58,20 @@ def check_saved_between_steps(callback: str) -> None:
         )
 
 
+def check_not_compiled(args: TrainingArguments, callback: str) -> None:
+    """Refuse a training whose compiled model would not see gates change.
+
+    Raises:
+        ValueError: Naming the callback.
+    """
+    if args.torch_compile:
+        raise ValueError(
+            f"{callback} opens and closes gates in the model, which torch.compile traces once and "
+            "does not see change: set torch_compile=False here, and compile the training that "
+            "comes after"
+        )
+
+
 def average_over_processes(args: TrainingArguments) -> None:
     """Let gradients be means over processes, whatever the stock Trainer counts."""
     if args.world_size > 1 and args.average_tokens_across_devices:

@@ -11,6 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import test_paired_teacher
+from test_cache_contents import FEATURES, trained
 from test_teacher_cache import losses
 
 
@@ -26,6 +27,15 @@ def main(folder: Path) -> None:
         )
     (folder / f"losses.{torch.distributed.get_rank()}.json").write_text(json.dumps(runs))
     test_paired_teacher.main(folder / "paired")
+    kept = {"feature_losses": FEATURES}
+    inside = {"live": trained(folder / "inside", None, **kept)}
+    for name in ("filled", "read"):
+        cache = folder / "inside" / "cache"
+        inside[name] = trained(folder / "inside", cache, teacher_cache_features=True, **kept)
+    rank = torch.distributed.get_rank()
+    (folder / "inside" / f"losses.{rank}.json").write_text(
+        json.dumps({name: [entry["loss"] for entry in log] for name, log in inside.items()})
+    )
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
