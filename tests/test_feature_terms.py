@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import tiny
+from safetensors.torch import load_file
 from test_distillation_trainer import config, examples
 from transformers import (
     PreTrainedModel,
@@ -131,6 +132,13 @@ def test_other_widths_need_a_projection_which_trains_resumes_and_is_not_exported
     assert torch.equal(maps[0]["16-32.weight"], maps[1]["16-32.weight"])
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     assert not [name for name in states[0] if "16-32" in name]
+    keep.trainer.save_model(str(tmp_path / "out"))
+    for folder in ("checkpoint-4", "out"):
+        names = load_file(tmp_path / folder / "model.safetensors")
+        assert not [name for name in names if "16-32" in name]
+    beside = load_file(tmp_path / "checkpoint-4" / "distillation.safetensors")
+    assert list(beside) == ["16-32.weight"]
+    assert not (tmp_path / "out" / "distillation.safetensors").exists()
 
 
 def test_a_dynamic_map_follows_the_layers_and_resumes(tmp_path: Path) -> None:
