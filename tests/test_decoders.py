@@ -99,9 +99,3 @@ def test_what_sees_images_is_not_offered_in_a_classifier_of_texts():
     assert {(r.path, r.reason) for r in units.refusals if r.kind == "neurons"} == {
         ("model.visual", "it sees image and video, but texts are classified by input_ids")
     }
-
-
-def test_weights_that_several_modules_share_are_refused():
-    units = find_units(zoo.tiny("text/zamba2"))
-    reasons = {refusal.reason for refusal in units.refusals if refusal.kind == "heads"}
-    assert reasons == {"other modules share its weights"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,6 +21,7 @@ from hfslim.anatomy.experts import find_experts
 from hfslim.anatomy.grouped import cuts_of, feed_of, groups_of
 from hfslim.anatomy.projections import Projection
 from hfslim.anatomy.residual import adds_to_input, are_residual
+from hfslim.anatomy.sharing import joined
 from hfslim.anatomy.units import Cut, Refusal, Site, Units
 from hfslim.structure import KINDS
 
@@ -79,6 +79,7 @@ def find_units(model: nn.Module, dimensions: bool = False) -> Units:
 class _Finder:
     def __init__(self, model: nn.Module) -> None:
         self.refusals: list[Refusal] = []
+        self.shared: list[str] = []
         foreign = tuple(self._foreign(model))
         self.modules = {
             path: module
@@ -113,6 +114,10 @@ class _Finder:
 
     def neurons(self) -> Iterator[Site]:
         for path, module in self.modules.items():
+            if type(module).__name__ in families.REFUSED_NEURONS:
+                reason = families.REFUSED_NEURONS[type(module).__name__]
+                self.refusals.append(Refusal("neurons", path, reason))
+                continue
             for names in families.FEED_FORWARDS:
                 inputs = [self.projection(path, (name,)) for name in names.inputs]
                 output = self.projection(path, (names.output,))
@@ -163,21 +168,12 @@ class _Finder:
                     yield found
 
     def own(self, sites: Iterable[Site]) -> list[Site]:
-        """Leave out sites with weights that other modules use as well."""
-        owners = Counter(
-            id(parameter)
-            for module in self.modules.values()
-            for parameter in set(module._parameters.values()) - {None}
-        )
-        kept = []
-        for site in sites:
-            tensors = (getattr(self.modules[c.module], c.tensor) for c in site.cuts)
-            if any(owners[id(tensor)] > 1 for tensor in tensors):
-                reason = "other modules share its weights"
-                self.refusals.append(Refusal(site.kind, site.path, reason))
-            else:
-                kept.append(site)
-        return kept
+        """Join sites that share weights, and note what cannot go for that."""
+        found = list(joined(sites, self.modules))
+        self.refusals += [one for one in found if isinstance(one, Refusal)]
+        own = [one for one in found if isinstance(one, Site)]
+        self.shared = [path for s in own if s.twins for path in (s.path, *s.twins)]
+        return own
 
     def layers(self, inner: set[str]) -> Iterator[Site]:
         """Find the lists whose every element holds a unit, the innermost where they nest."""
@@ -249,7 +245,13 @@ class _Finder:
         after_first = layer_lists.AFTER_FIRST_LAYER.get(type(parent).__name__, "")
         bound = getattr(parent, after_first, None) is not None
         bound |= type(layers[0]).__name__ in layer_lists.FIRST_LAYER_STAYS
-        return tuple(i for i, names in enumerate(keys) if names != usual or (bound and i == 0))
+        return tuple(
+            i
+            for i, names in enumerate(keys)
+            if names != usual
+            or (bound and i == 0)
+            or any(shared.startswith(f"{path}.{i}.") for shared in self.shared)
+        )
 
     def _holds_layers(self, path: str, inner: set[str]) -> bool:
         layers = list(self.modules[path].children())

@@ -140,7 +140,7 @@ class Attention:
     replacement: str = ""
     headless: tuple[tuple[str, str], ...] = ()
     refused: str = ""
-    refused_if: tuple[str, str] | None = None
+    refused_if: tuple[str, str | bool] | None = None
 
 
 def _norm(path: str) -> tuple[tuple[str, int], ...]:
@@ -247,6 +247,10 @@ ATTENTIONS = {
     "Phi3Attention": Attention(count_field="num_attention_heads"),
     "T5Attention": Attention(replacement="SharedBiasHeads"),
     "UMT5Attention": Attention(tensors=(("relative_attention_bias.weight", 1),)),
+    "Zamba2Attention": Attention(
+        refused="adapters, other ones in every layer, add to its projections",
+        refused_if=("use_shared_attention_adapter", True),
+    ),
     "WavLMAttention": Attention(replacement="WavLMHeads"),
 }
 """Attention by class name, where it differs."""
@@ -311,6 +315,10 @@ FEED_FORWARDS = [
     FeedForward(("w1", "w3"), "w2"),
     FeedForward(("w1", "w2"), "w3"),
 ]
+
+
+REFUSED_NEURONS = {"Zamba2MLP": "adapters, other ones in every layer, add to them"}
+"""Modules whose neurons cannot go, and why."""
 
 
 def add_family(

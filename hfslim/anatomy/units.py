@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -147,6 +147,7 @@ class Site:
             their input and give their output.
         batch: The dimension of examples in what is gated.
         runs: Of layers that are runs of one module, the config field with their number.
+        twins: Further modules with the very same weights, which lose the same units.
         experts: Whether the units are experts or lie inside them, so that what they cost depends on
             each other.
         router: Of experts, path of the module that chooses among them.
@@ -178,6 +179,7 @@ class Site:
     ends: tuple[str, ...] = ()
     batch: int = 0
     runs: str = ""
+    twins: tuple[str, ...] = ()
     experts: bool = False
     router: str = ""
     chosen: int = 0
@@ -204,6 +206,13 @@ class Site:
         if self.kind != "dimensions":
             return [self.path]
         return [feed.module for feed in (*self.feeds, *self.masked_norms)]
+
+    @property
+    def modules(self) -> tuple[Site, ...]:
+        """The site as it is in each of the modules that have its weights."""
+        inside = self.gate[len(self.path) :]
+        twins = (replace(self, path=path, gate=f"{path}{inside}") for path in self.twins)
+        return (self, *twins)
 
     @property
     def needs_one(self) -> bool:

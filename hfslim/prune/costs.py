@@ -208,7 +208,9 @@ def _layer_macs(model: nn.Module, site: Site, index: int, macs: Mapping[str, int
 
 
 def _unit_parameters(model: nn.Module, site: Site) -> int:
-    tensors = ((getattr(model.get_submodule(cut.module), cut.tensor), cut) for cut in site.cuts)
+    found = ((getattr(model.get_submodule(cut.module), cut.tensor), cut) for cut in site.cuts)
+    # Weights that several modules share are there once.
+    tensors = {(id(tensor), cut.dim): (tensor, cut) for tensor, cut in found}.values()
     return sum(
         tensor.numel() // tensor.shape[cut.dim] * sum(cut.widths)
         for tensor, cut in tensors
@@ -236,9 +238,11 @@ def _between_heads(model: nn.Module, site: Site, macs: Mapping[str, int]) -> int
     Where it does not run its projections as modules, these are part of it.
     """
     projections = {cut.module for cut in site.cuts if cut.tensor == "weight"}
-    inside = [path for path in projections if path.startswith(f"{site.path}.")]
+    modules = (site.path, *site.twins)
+    around = tuple(f"{path}." for path in modules)
+    inside = [path for path in projections if path.startswith(around)]
     if site.norms:
         # Queries and keys stay.
         parts = model.get_submodule(site.path).named_children()
         inside = [f"{site.path}.{name}" for name, _ in parts]
-    return macs[site.path] - sum(macs.get(path, 0) for path in inside)
+    return sum(macs[path] for path in modules) - sum(macs.get(path, 0) for path in inside)

@@ -163,7 +163,7 @@ def projection(model: nn.Module, site: Site) -> torch.Tensor:
     Raises:
         ValueError: They meet none.
     """
-    for cut in site.cuts:
+    for cut in () if site.twins else site.cuts:
         if (cut.module, cut.tensor) == (site.gate, "weight"):
             weight = model.get_submodule(site.gate).get_parameter("weight").detach()
             if weight.ndim == 2:

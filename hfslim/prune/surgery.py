@@ -144,9 +144,10 @@ class _Surgery:
         }
         self._slice(narrowed)
         for site, kept in narrowed.items():
-            self._tell(site, kept)
-            if site.kind == "heads":
-                self._replace(site, kept, returns[site.path])
+            for one in site.modules:
+                self._tell(one, kept)
+                if site.kind == "heads":
+                    self._replace(one, kept, returns[site.path])
         # Last, because the paths of the sites count the layers as they were.
         for site in lists:
             kept = structure.kept("layers", site.path)
@@ -191,17 +192,20 @@ class _Surgery:
                 index = cut.indices(kept, site.size, size)
                 others = indices.get(where, index)
                 indices[where] = index[torch.isin(index, others)]
+        made: dict[tuple[int, int, tuple[int, ...]], Any] = {}
         for (path, name, dim), index in indices.items():
             module = self.model.get_submodule(path)
             self._remember(vars(module), module._parameters, module._buffers)
             old = getattr(module, name)
             if name == "original1" and hasattr(module, "original0"):
                 self._keep_weight(module, index.to(old.device), dim)
-            new = old.detach().index_select(dim, index.to(old.device))
-            if name in module._buffers:
-                module._buffers[name] = new
-            else:
-                module._parameters[name] = nn.Parameter(new, requires_grad=old.requires_grad)
+            same = id(old), dim, tuple(index.tolist())
+            if same not in made:
+                made[same] = old.detach().index_select(dim, index.to(old.device))
+                if name not in module._buffers:
+                    made[same] = nn.Parameter(made[same], requires_grad=old.requires_grad)
+            # Modules that shared a weight go on sharing it.
+            (module._buffers if name in module._buffers else module._parameters)[name] = made[same]
         for path in dict.fromkeys(path for path, *_ in indices):
             module = self.model.get_submodule(path)
             modeling_hfslim.tell_sizes(module, groups_stay=path in in_blocks)
