@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from hub_server import Hub, serve
+from safetensors.torch import save_file
 from standins import image_model, text_file, text_model
 
 from hfslim.cli import main
@@ -164,6 +165,7 @@ def test_a_model_of_timm_names_the_extra_that_it_needs(hfslim, shared: Path, lab
     (shared / "timm").mkdir(exist_ok=True)
     config = {"model_type": "timm_wrapper", "architecture": "resnet18", "num_classes": 2, **labels}
     (shared / "timm" / "config.json").write_text(json.dumps(config))
+    save_file({}, shared / "timm" / "model.safetensors", {"format": "pt"})
     done = hfslim("measure", "timm")
     assert (done.code, done.err.strip()) == (
         1,

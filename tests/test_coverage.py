@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,22 @@ def test_a_spread_of_types_is_cut_exactly(case, tmp_path):
 def test_every_type_is_exact_or_refused():
     rows = list(sweep.run(list(zoo.CASES), jobs=2, limit=600))
     assert [row for row in rows if row.outcome == "wrong"] == []
+
+
+def test_a_row_stays_where_a_package_of_the_type_is_missing(tmp_path, monkeypatch):
+    row = {"heads": "exact", "reasons": {"channels": "why"}}
+    folder = tmp_path / "anatomy"
+    folder.mkdir()
+    table = {"transformers": "5", "types": {"image": {"timm_wrapper": row}}}
+    (folder / "coverage.json").write_text(json.dumps(table))
+    monkeypatch.setattr(sweep.hfslim, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(sweep, "write_page", lambda: None)
+    without = [
+        sweep.Row(f"image/{n}", "eager", "build", "missing", reason="no package")
+        for n in ("timm_wrapper", "dinat")
+    ]
+    sweep.record(without)
+    types = json.loads((folder / "coverage.json").read_text())["types"]["image"]
+    assert types["timm_wrapper"] == row
+    assert types["dinat"]["heads"] == "failed"
+    assert types["dinat"]["reasons"]["heads"] == "no package"
