@@ -107,6 +107,37 @@ def test_gradients_of_gates_are_those_of_the_weights_that_they_multiply(kind):
     torch.testing.assert_close(found["neurons", NEURONS][0], by_unit, atol=1e-5, rtol=1e-4)
 
 
+def test_gates_do_the_same_where_a_backward_pass_runs_layers_again():
+    def gradients(checkpointing):
+        model = zoo.tiny("text/mixtral").train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        found = {}
+        with Gates(model) as gates:
+            gates.set(_keeping(experts=(EXPERTS, (0, 2), 4), neurons=(NEURONS, (0, 1, 3), 6)))
+            gates.on_gradient = lambda site, index, gradient: found.update(
+                {(site.kind, site.path, index): gradient}
+            )
+            model(**_inputs(model)).logits.sum().backward()
+        return found | {name: p.grad for name, p in model.named_parameters()}
+
+    expected, found = gradients(False), gradients(True)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+@torch.no_grad()
+def test_kernels_of_half_precision_take_what_is_left(kind):
+    model = zoo.tiny(f"text/{kind}").bfloat16()
+    structure = uneven(model, kinds=("neurons", "experts"))
+    inputs = _inputs(model)
+    with hfslim.gated(model, structure):
+        expected = model(**inputs).logits
+    found = hfslim.shrink(model, structure)(**inputs).logits
+    assert (found - expected).abs().max() < 0.05 * max(1.0, expected.abs().max().item())
+
+
 @pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_costs_are_those_of_the_cut_model(kind, seed):

@@ -120,10 +120,12 @@ def _projected(model: PreTrainedModel, units: Units, eliminated: Sequence[Kind])
         except ValueError as error:
             if site.kind in eliminated or "layers" in eliminated:
                 raise ValueError(f"criterion obs: {error}; use criterion='fisher'") from error
-            without.append(str(error))
+            without.append(f"{site.kind} at {site.path!r}")
     if without:
-        places = "" if len(without) == 1 else f" (and {len(without) - 1} more)"
-        logger.warning("%s%s, so its weights are not reconstructed", without[0], places)
+        more = f" and {len(without) - 1} more" if len(without) > 1 else ""
+        logger.warning(
+            "no single weight matrix takes the %s%s: not reconstructed", *without[:1], more
+        )
     if eliminated and not sites:
         raise ValueError(
             "criterion obs: the model has no heads and neurons to score its layers by; use "
