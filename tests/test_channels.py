@@ -80,6 +80,7 @@ def test_a_unit_of_a_grouped_convolution_is_a_group():
         ("levit", "levit.patch_embeddings.embedding_layer_4.convolution", "hidden width"),
         ("focalnet", "focalnet.encoder.stages.0.layers.0.modulation.focal_layers.0.0", "groups"),
         ("bit", "bit.embedder.convolution", "are computed as the model runs"),
+        ("pp_lcnet", "", "its output has no logits"),
     ],
 )
 def test_channels_that_cannot_go_exactly_are_refused_with_the_reason(family, path, reason):

@@ -125,7 +125,9 @@ def _follow(
         norm.register_forward_pre_hook(follower.enter_norm)
         norm.register_forward_hook(functools.partial(follower.leave_norm, path))
     with torch.no_grad(), follower:
-        logits = double(**inputs)[0]
+        logits = getattr(double(**inputs), "logits", None)
+    if logits is None:
+        raise ValueError("its output has no logits, by which cuts are checked")
     follower.axes.bind(follower.labels(logits), "they are the model's output")
     named = {name: follower.labels(tensor) for name, tensor in follower.tensors.items()}
     makers, ran = tuple(follower.makers), tuple(follower.norms)
