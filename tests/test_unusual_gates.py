@@ -13,7 +13,8 @@ from hfslim.prune.gates import Gates
 from hfslim.structure import Structure
 
 CASES = [
-    *("text/albert", "text/bert", "text/flaubert", "text/lilt", "text/longformer"),
+    *("text/albert", "text/bert", "text/convbert", "text/doge", "text/flaubert"),
+    *("text/lilt", "text/longformer"),
     *("text/olmo2", "text/perceiver", "text/squeezebert", "text/xlnet"),
 ]
 COSTS = ("parameters", "macs")
@@ -65,12 +66,15 @@ def test_costs_are_foretold(case):
     model = zoo.tiny(case)
     inputs = example_inputs(model, 1, length=8)
     units, structure = find_units(model), uneven(model)
-    if case == "text/olmo2":
-        # Queries and keys that stay for a norm go with the last head, which no unit's cost tells.
+    if case in ("text/doge", "text/olmo2"):
+        # What stays of heads that go, goes with the last head, which no unit's cost tells.
         structure = units.complete(
             Structure.of({"heads": {s.path: ([0], s.size) for s in units if s.kind == "heads"}})
         )
     told = {what: count(model, units, what, inputs).of(units, structure) for what in COSTS}
     hfslim.shrink(model, structure)
     assert told["parameters"] == count_parameters(model)
-    assert told["macs"] == pytest.approx(macs_by_module(model, inputs)[""], rel=1e-3)
+    macs = macs_by_module(model, inputs)[""]
+    # Of ConvBERT's heads only the projections are told.
+    assert told["macs"] == pytest.approx(macs, rel=0.05 if case == "text/convbert" else 1e-3)
+    assert told["macs"] > 0.999 * macs

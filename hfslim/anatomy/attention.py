@@ -55,8 +55,8 @@ def find_heads(path: str, module: nn.Module, config: Any, find: Find) -> Site | 
     if output is None or not output.inputs:
         return None
     norms = _across_heads(module)
-    if norms:
-        return _normed(path, module, norms, find, output)
+    if norms or known.stays:
+        return _partly(path, module, known, norms, find, output)
     heads = _fused(path, module, known, find, output) or _separate(
         path, module, known, find, output
     )
@@ -68,15 +68,7 @@ def find_heads(path: str, module: nn.Module, config: Any, find: Find) -> Site | 
         return _grouped(path, module, known, heads, output, blocks)
     units, group = heads.units, heads.queries // heads.units
     cuts = list(heads.inputs)
-    for name in (*families.PER_HEAD_ROWS, *known.rows):
-        extra = find(path, (name,))
-        if extra is not None:
-            cuts += extra.rows(extra.outputs // units)
-    for name, dim in (*families.PER_HEAD_TENSORS, *known.tensors):
-        owner, _, tensor = f"{path}.{name}".rpartition(".")
-        holder = module.get_submodule(name.rpartition(".")[0]) if _has(module, name) else None
-        if holder is not None:
-            cuts.append(Cut(owner, tensor, dim, (getattr(holder, tensor).shape[dim] // units,)))
+    cuts += _further(path, module, known, find, units)
     outputs = [output]
     for name in known.outputs:
         also = find(path, (name,))
@@ -112,31 +104,75 @@ def _across_heads(module: nn.Module) -> list[str]:
     return found
 
 
-def _normed(
-    path: str, module: nn.Module, norms: list[str], find: Find, output: Projection
+def _partly(
+    path: str,
+    module: nn.Module,
+    known: families.Attention,
+    norms: list[str],
+    find: Find,
+    output: Projection,
 ) -> Site | Refusal | None:
-    """Return heads whose queries and keys stay, because a norm runs across them all."""
-    size, value = _head_size(module), find(path, families.VALUE)
-    if value is None:
+    """Return heads of which a part stays, because a norm or a mask is computed from all."""
+    size = _head_size(module)
+    query, key, value = (find(p, n) for p, n in _projections(path, known))
+    if query is None or key is None or value is None or not size:
         return None
-    units, queries = value.outputs // size, output.inputs // size
+    cut = value if norms or known.stays == "queries" else key
+    units = cut.outputs // size
+    queries = units if known.stays == "queries" else output.inputs // size
     if not units:
         return None
     if queries % units:
         reason = "its query and key norms run across all heads, so no head can go exactly"
         return Refusal("heads", path, reason)
     width = queries // units * size
+    cuts = [*cut.rows(size), *output.columns(width)]
+    if known.stays == "queries":
+        cuts += key.rows(size)
+    elif known.stays == "values":
+        cuts += query.rows(width)
+    cuts += _further(path, module, known, find, units)
     return Site(
         kind="heads",
         path=path,
         size=units,
         gate=output.path,
         width=width,
-        cuts=(*value.rows(size), *output.columns(width)),
-        attributes=_counts(module, Heads(units, queries, False, []), size, families.Attention()),
+        cuts=tuple(cuts),
+        replacement=known.replacement,
         queries=queries // units,
+        partly="norms" if norms else known.stays,
         norms=tuple(f"{path}.{name}" for name in norms),
     )
+
+
+def _further(
+    path: str, module: nn.Module, known: families.Attention, find: Find, units: int
+) -> list[Cut]:
+    """Return the cuts of further projections and tensors by head."""
+    cuts: list[Cut] = []
+    for name in (*families.PER_HEAD_ROWS, *known.rows):
+        extra = find(path, (name,))
+        if extra is not None:
+            cuts += extra.rows(extra.outputs // units)
+    for name, dim in (*families.PER_HEAD_TENSORS, *known.tensors):
+        owner, _, tensor = f"{path}.{name}".rpartition(".")
+        holder = module.get_submodule(name.rpartition(".")[0]) if _has(module, name) else None
+        if holder is not None:
+            cuts.append(Cut(owner, tensor, dim, (getattr(holder, tensor).shape[dim] // units,)))
+    return cuts
+
+
+def _projections(path: str, known: families.Attention) -> list[tuple[str, Iterable[str]]]:
+    """Return where to find the query, key and value projections, by which names."""
+    return [
+        (path, [name] if name else names)
+        for name, names in (
+            (known.query, families.QUERY),
+            (known.key, families.KEY),
+            (known.value, families.VALUE),
+        )
+    ]
 
 
 def _grouped(
@@ -187,14 +223,7 @@ def _raw(path: str, module: nn.Module, known: families.Attention) -> Site | None
 def _separate(
     path: str, module: nn.Module, known: families.Attention, find: Find, output: Projection
 ) -> Heads | Refusal | None:
-    query, key, value = (
-        find(path, [name] if name else names)
-        for name, names in (
-            (known.query, families.QUERY),
-            (known.key, families.KEY),
-            (known.value, families.VALUE),
-        )
-    )
+    query, key, value = (find(p, n) for p, n in _projections(path, known))
     if query is None or key is None or value is None:
         return None
     size, count = _head_size(module), _first(module, families.QUERY_HEAD_COUNTS)

@@ -72,6 +72,31 @@ def coverage(tasks: Sequence[str] = ("text", "image", "audio")) -> tuple[Coverag
     )
 
 
+def shares(rows: Sequence[Coverage]) -> dict[str, tuple[int, int]]:
+    """Count the types that are cut exactly, of those with such units that could be built.
+
+    Heads, channels and experts make one count: each is a way of narrowing what is not a
+    feed-forward layer. A type without any has neither.
+
+    Args:
+        rows: The types.
+
+    Returns:
+        Number cut exactly and number of types, for `heads or channels`, `neurons` and `layers`.
+    """
+    built = [row for row in rows if {"exact", "refused"} & set(row.outcomes.values())]
+    counts = {}
+    for name, kinds in (
+        ("heads or channels", ("heads", "channels")),
+        ("neurons", ("neurons", "experts")),
+        ("layers", ("layers",)),
+    ):
+        found = [{row.outcomes[kind] for kind in kinds} for row in built]
+        present = [outcomes for outcomes in found if outcomes - {"absent", "untried"}]
+        counts[name] = sum("exact" in outcomes for outcomes in present), len(present)
+    return counts
+
+
 def markdown(rows: Sequence[Coverage]) -> str:
     """Return a Markdown table of the rows."""
     head = ("type", *COLUMNS, "plain reload")
@@ -85,7 +110,8 @@ def markdown(rows: Sequence[Coverage]) -> str:
 def page() -> str:
     """Return the page of the documentation that tells the coverage."""
     titles = {"text": "Text", "image": "Images", "audio": "Speech and audio"}
-    parts = [_INTRODUCTION.format(version=measured()["transformers"])]
+    counts = [f"{name} of {exact} of {all_}" for name, (exact, all_) in shares(coverage()).items()]
+    parts = [_INTRODUCTION.format(version=measured()["transformers"], shares=", ".join(counts))]
     for task, title in titles.items():
         rows = coverage([task])
         parts.append(f"## {title}\n\n{markdown(rows)}")
@@ -109,6 +135,8 @@ equal its gates is taken back.
 "Plain reload" names the kinds of unit whose uniform cut (the same number everywhere) the type's own
 config describes, so that the result loads with nothing of hfslim's; all other results load after
 `import hfslim`, or with `trust_remote_code=True`.
+
+Of the types that could be built and have such parts, there can be cut: {shares}.
 
 A type that is not here, or a model of your own: [how to add a family](add_a_family.md). This page
 is written by `python tests/sweep.py --write`.

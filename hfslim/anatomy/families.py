@@ -20,6 +20,7 @@ KEY = ("key", "k_proj", "k_lin", "key_proj", "k", "Wk", "k_head", "linear_k", "k
 VALUE = ("value", "v_proj", "v_lin", "value_proj", "v", "Wv", "v_head", "linear_v", "kv_b_proj")
 
 Layout = Literal["blocks", "heads"]
+Stays = Literal["", "queries", "values"]
 FUSED_QKV: dict[str, Layout] = {
     "Wqkv": "blocks",
     "qkv": "blocks",
@@ -114,6 +115,8 @@ class Attention:
         counted: Whether heads are to be counted by attribute, because sizes differ.
         paired: Whether a head of the first half goes with its like of the second.
         count_field: The config field in which the module reads its number of heads when it runs.
+        stays: What something else needs of all heads: `queries`, with what lies behind the heads in
+            the output's input, or `values`.
         keeps_one: Whether the first head must stay, because the module cannot do without any.
         replacement: The class of `hfslim.hub.modeling_hfslim` that must stand in for this one.
         headless: Settings of the class that stands in once no head is left: the argument added to
@@ -136,6 +139,7 @@ class Attention:
     counted: bool = False
     paired: bool = False
     count_field: str = ""
+    stays: Stays = ""
     keeps_one: bool = False
     replacement: str = ""
     headless: tuple[tuple[str, str], ...] = ()
@@ -165,7 +169,7 @@ ATTENTIONS = {
     "BloomAttention": Attention(
         replacement="BiasedHeads", headless=(("residual", "residual"),), sizes=("hidden_size",)
     ),
-    "ConvBertSelfAttention": Attention(refused="its convolution mixes the heads"),
+    "ConvBertSelfAttention": Attention(replacement="ConvBertHeads", stays="queries"),
     "CvtSelfAttention": Attention(
         query="projection_query",
         key="projection_key",
@@ -174,7 +178,9 @@ ATTENTIONS = {
         sizes=("embed_dim",),
     ),
     "DiffLlamaAttention": Attention(paired=True),
-    "DogeAttention": Attention(refused="its mask is computed from the values of all heads"),
+    "DogeAttention": Attention(
+        replacement="DogeHeads", stays="values", rows=("dt_proj",), tensors=(("A", 0),)
+    ),
     "FalconAttention": Attention(replacement="BiasedHeads"),
     "FunnelRelMultiheadAttention": Attention(
         headless=(("residual", "query"), ("norm", "layer_norm")),

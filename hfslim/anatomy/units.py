@@ -142,6 +142,8 @@ class Site:
             last part's output is the layer's.
         streams: Of layers that add to several streams, the arguments that hold them, in the order
             of the outputs.
+        partly: Of heads, what stays of those that go: `queries`, `values`, or, for `norms`, queries
+            and keys; empty if nothing.
         norms: Of heads, norms that run across all of them, whose inputs stay.
         ends: Of layers that are not called as modules, the names of the modules inside that get
             their input and give their output.
@@ -175,6 +177,7 @@ class Site:
     masked_norms: tuple[Feed, ...] = ()
     beside: tuple[str, ...] = ()
     streams: tuple[str, ...] = ()
+    partly: str = ""
     norms: tuple[str, ...] = ()
     ends: tuple[str, ...] = ()
     batch: int = 0

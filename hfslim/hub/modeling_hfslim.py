@@ -310,6 +310,108 @@ class PvtV2Heads(Headless):
         return (result, weights) if output_attentions else (result,)
 
 
+class ConvBertHeads(Headless):
+    """ConvBERT's attention with some heads missing; the convolution beside it needs all queries.
+
+    Attributes:
+        kept_heads: Positions of the present heads; None where none is missing.
+    """
+
+    kept_heads: tuple[int, ...] | None = None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple:
+        """Return heads beside convolution, `[batch, positions, features]`, and the weights."""
+        stock: Any = self
+        if self.kept_heads is None:
+            return super(Headless, stock).forward(
+                hidden_states, attention_mask, encoder_hidden_states, **kwargs
+            )
+        size, taps = stock.attention_head_size, stock.conv_kernel_size
+        query = stock.query(hidden_states)
+        keys = stock.key_conv_attn_layer(hidden_states.transpose(1, 2)).transpose(1, 2)
+        kernels = stock.conv_kernel_layer(keys * query).unflatten(-1, (-1, taps, 1)).softmax(-2)
+        seen = stock.conv_out_layer(hidden_states).transpose(1, 2).unsqueeze(-1)
+        windows = nn.functional.unfold(seen, (taps, 1), padding=((taps - 1) // 2, 0))
+        windows = windows.transpose(1, 2).unflatten(-1, (-1, size, taps))
+        convolved = (windows @ kernels).flatten(2)
+        projections = (stock.key, stock.value)
+        if not self.kept_heads:
+            if torch.is_grad_enabled():
+                lost = (parameter.sum() for p in projections for parameter in p.parameters())
+                convolved = convolved + 0 * sum(lost)
+            return convolved, None
+        others = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        key, value = (p(others).unflatten(-1, (-1, size)).transpose(1, 2) for p in projections)
+        query = query.unflatten(-1, (-1, size))[:, :, list(self.kept_heads)].transpose(1, 2)
+        scores = query @ key.transpose(-1, -2) / math.sqrt(size)
+        scores = scores if attention_mask is None else scores + attention_mask
+        weights = stock.dropout(scores.softmax(-1))
+        attended = (weights @ value).transpose(1, 2).flatten(2)
+        return torch.cat([attended, convolved], -1), weights
+
+
+class DogeHeads(Headless):
+    """Doge's attention with some heads missing; its mask is computed from the values of all.
+
+    Attributes:
+        kept_heads: Positions of the present groups of heads; None where none is missing.
+    """
+
+    kept_heads: tuple[int, ...] | None = None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple:
+        """Return the output, `[batch, positions, features]`, and the weights."""
+        stock: Any = self
+        if self.kept_heads is None:
+            return super(Headless, stock).forward(
+                hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
+            )
+        if not self.kept_heads:
+            return self.without_heads(hidden_states)
+        family: Any = _module(stock_class(self).__module__)
+        shape = (*hidden_states.shape[:-1], -1, stock.head_dim)
+        query = stock.q_norm(stock.q_proj(hidden_states).view(shape)).transpose(1, 2)
+        key = stock.k_norm(stock.k_proj(hidden_states).view(shape)).transpose(1, 2)
+        value = stock.v_proj(hidden_states).view(shape).transpose(1, 2)
+        query, key = family.apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, stock.layer_idx)
+        steps = nn.functional.softplus(stock.dt_proj(value.transpose(1, 2).flatten(2)))
+        mask = stock.prepare_dynamic_mask(
+            hidden_states,
+            torch.exp(stock.A * steps).transpose(-1, -2),
+            stock.keep_window_size,
+            attention_mask,
+        )
+        attend = family.ALL_ATTENTION_FUNCTIONS.get_interface(
+            stock.config._attn_implementation, family.eager_attention_forward
+        )
+        result, weights = attend(
+            self,
+            query,
+            key,
+            value[:, list(self.kept_heads)],
+            attention_mask=family.repeat_kv(mask, stock.num_key_value_groups),
+            dropout=stock.attention_dropout if self.training else 0.0,
+            scaling=stock.scaling,
+            **kwargs,
+        )
+        return stock.o_proj(result.flatten(2)), weights
+
+
 class LongformerHeads(Headless):
     """Longformer's attention, whose own class shapes its heads to the hidden size.
 
@@ -386,7 +488,7 @@ REPLACEMENTS = {
     cls.__name__: cls
     for cls in (
         *(Headless, BiasedHeads, SharedBiasHeads, CountedHeads, WavLMHeads, LongformerHeads),
-        *(PvtV2Heads, AcrossHeads, Inputless),
+        *(ConvBertHeads, DogeHeads, PvtV2Heads, AcrossHeads, Inputless),
     )
 }
 

@@ -220,6 +220,8 @@ class Collector:
             in_order = site.feeds[0].blocks == 1
             if cut.module == site.gate and cut.tensor == "weight" and in_order:
                 weight = self.gates.model.get_submodule(cut.module).get_parameter("weight")
+                if site.kind == "heads" and weight.shape[cut.dim] != site.size * site.width:
+                    return None
                 return weight.detach().movedim(cut.dim, -1)
         return None
 

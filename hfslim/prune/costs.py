@@ -238,11 +238,13 @@ def _between_heads(model: nn.Module, site: Site, macs: Mapping[str, int]) -> int
     Where it does not run its projections as modules, these are part of it.
     """
     projections = {cut.module for cut in site.cuts if cut.tensor == "weight"}
+    if site.partly == "queries":
+        # They are for something else, whose products are not told from those of attention.
+        return 0
     modules = (site.path, *site.twins)
     around = tuple(f"{path}." for path in modules)
     inside = [path for path in projections if path.startswith(around)]
-    if site.norms:
-        # Queries and keys stay.
+    if site.partly:
         parts = model.get_submodule(site.path).named_children()
         inside = [f"{site.path}.{name}" for name, _ in parts]
     return sum(macs[path] for path in modules) - sum(macs.get(path, 0) for path in inside)

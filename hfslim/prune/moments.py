@@ -166,7 +166,7 @@ def projection(model: nn.Module, site: Site) -> torch.Tensor:
     for cut in () if site.twins else site.cuts:
         if (cut.module, cut.tensor) == (site.gate, "weight"):
             weight = model.get_submodule(site.gate).get_parameter("weight").detach()
-            if weight.ndim == 2:
+            if weight.ndim == 2 and weight.shape[cut.dim] == site.size * site.width:
                 return weight.movedim(cut.dim, -1)
     raise ValueError(
         f"{site.gate!r} has no weight matrix that meets the {site.kind} as its inputs: set "
