@@ -21,6 +21,7 @@ _HOMES = {
     "export": "hfslim.export",
     "find_units": "hfslim.anatomy",
     "gated": "hfslim.prune",
+    "init_from_teacher": "hfslim.distill",
     "measure": "hfslim.measure",
     "merge_adapters": "hfslim.adapters",
     "prune": "hfslim.prune",

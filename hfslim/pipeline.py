@@ -13,11 +13,12 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from hfslim.checkpoint import SlimTrainer
 from hfslim.distill import DistillationConfig, DistillationTrainer
+from hfslim.distill.student import student_structure
 from hfslim.hub.card import RECIPE
 from hfslim.hub.push import check_login, push
 from hfslim.manifest import Entry, Manifest
 from hfslim.measure import compare
-from hfslim.prune import PruningCallback, prune, sparsify
+from hfslim.prune import PruningCallback, prune, shrink, sparsify
 from hfslim.recipe import Recipe, RecipeError, recipe_yaml
 from hfslim.report import REPORT
 from hfslim.results import current_report, judge_pair, run_report
@@ -30,6 +31,7 @@ from hfslim.stages import (
     Recover,
     Sparsify,
     Stage,
+    Student,
     Transfer,
 )
 from hfslim.tasks import TASKS
@@ -207,6 +209,20 @@ def _prune(work: Work, stage: Prune, entry: Entry, args: Any) -> None:
     work.save_cut(model, entry)
 
 
+def _student(work: Work, stage: Student, entry: Entry, args: Any) -> None:
+    teacher = work.load()
+    torch.nn.Module.to(teacher, work.evaluation.device)
+    structure = student_structure(
+        teacher,
+        **stage.numbers,
+        data=work.calibration(teacher, stage.max_examples),
+        max_examples=stage.max_examples,
+        progress=PartialState().is_main_process,
+    )
+    entry.structure = structure.table()
+    work.save_cut(shrink(teacher, structure), entry)
+
+
 def _sparsify(work: Work, stage: Sparsify, entry: Entry, args: Any) -> None:
     model = work.load()
     if stage.gradual:
@@ -273,6 +289,7 @@ RUNNERS: dict[type[Stage], Callable[[Work, Any, Entry, Any], None]] = {
     Transfer: _transfer,
     Distil: _distil,
     Prune: _prune,
+    Student: _student,
     Sparsify: _sparsify,
     Recover: _distil,
     Measure: _measure,

@@ -25,7 +25,7 @@ from hfslim.tasks import METRICS, TASKS, DataConfig, make_config
 
 __all__ = ["Recipe", "RecipeError", "Stage", "load_recipe", "parse_recipe", "recipe_yaml"]
 
-CUTS = "a `prune` or `sparsify` stage"
+CUTS = "a `prune`, `student` or `sparsify` stage"
 ELSEWHERE = {
     "output_dir": "set output_dir at the top of the recipe",
     "seed": "set seed at the top of the recipe",

@@ -110,7 +110,7 @@ class Cut(Stage):
     It is gradual where a `schedule`, `num_train_epochs` or `max_steps` is given.
     """
 
-    arguments = DistillationConfig
+    arguments: ClassVar[type | None] = DistillationConfig
     max_examples: int
     schedule: Schedule | None
     start: float
@@ -189,6 +189,36 @@ class Prune(Cut):
                 f"reconstruction: {self.reconstruction}"
             )
         return f"pruning to {dict(self.target)} by criterion {self.criterion}, {how}"
+
+
+@dataclass(frozen=True)
+class Student(Cut):
+    """Take some of the model's own layers, heads, neurons and dimensions as a student.
+
+    `layers` is a number of evenly spaced layers, or a list of which. Units are scored by `fisher`.
+    A `recover` stage then teaches the student by the model that it was taken from.
+    """
+
+    name = "student"
+    arguments = None
+    gradual = False
+    layers: int | tuple[int, ...] | None = None
+    heads: int | None = None
+    neurons: int | None = None
+    dimensions: int | None = None
+    max_examples: int = 512
+
+    def __post_init__(self) -> None:
+        if not any((self.layers, self.heads, self.neurons, self.dimensions)):
+            raise ValueError("give layers, heads, neurons or dimensions: what the student has")
+        if self.max_examples < 1:
+            raise ValueError(f"max_examples must be at least 1, got {self.max_examples}")
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """What the student is to have."""
+        names = ("layers", "heads", "neurons", "dimensions")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -273,7 +303,8 @@ def check_rank(rank: int | None) -> None:
 
 
 STAGES: dict[str, type[Stage]] = {
-    stage.name: stage for stage in (Transfer, Distil, Prune, Sparsify, Recover, Measure, Push)
+    stage.name: stage
+    for stage in (Transfer, Distil, Student, Prune, Sparsify, Recover, Measure, Push)
 }
 
 

@@ -23,6 +23,7 @@ from hfslim.atomic import last_whole
 from hfslim.checkpoint import SlimTrainer
 from hfslim.distill.adapted import saved_config
 from hfslim.distill.labels import align_labels
+from hfslim.distill.student import student_structure
 from hfslim.distill.teacher import split_revision
 from hfslim.manifest import Entry, Manifest
 from hfslim.prune.steps import check_reachable, price
@@ -30,7 +31,7 @@ from hfslim.prune.target import Target
 from hfslim.prune.weight_callback import WeightPruningCallback
 from hfslim.prune.weights import find_weights, sparse_modules
 from hfslim.recipe import Recipe
-from hfslim.stages import Cut, Distil, Prune, Recover, Sparsify, listed
+from hfslim.stages import Cut, Distil, Prune, Recover, Sparsify, Student, listed
 from hfslim.tasks import build_model
 from hfslim.workbench import Workbench, explained
 
@@ -100,13 +101,15 @@ class Work(Workbench):
         return listed(given or (self.source if isinstance(stage, Cut) else None))
 
     def check_target(self) -> None:
-        """Refuse what the model cannot lose, before it is trained: modules, the first cut's target.
+        """Refuse what the model cannot lose, before it is trained: a student, modules, a target.
 
         Every process calls this: a latency is measured by the first for all.
         """
         for stage in self.recipe.stages:
             if isinstance(stage, Sparsify):
                 find_weights(self.load(new_head=True), stage.target_modules, stage.exclude_modules)
+            if isinstance(stage, Student):
+                student_structure(self.load(new_head=True), **stage.numbers)
         cut = next((stage for stage in self.recipe.stages if isinstance(stage, Prune)), None)
         if cut is not None:
             model = self.load(new_head=True)

@@ -22,6 +22,7 @@ LOCAL = {
     "tweets_minilm_gradual": ["tweets/train.csv", "tweets/validation.csv"],
     "tweets_minilm_l0": ["tweets/train.csv", "tweets/validation.csv"],
     "tweets_minilm_sparse": ["tweets/train.csv", "tweets/validation.csv"],
+    "tweets_narrow": ["tweets/train.csv", "tweets/validation.csv"],
     "tweets_three_layers": ["tweets/train.csv", "tweets/validation.csv"],
     **{
         f"fashion_mnist_{name}": ["fashion-mnist/train.parquet", "fashion-mnist/validation.parquet"]

@@ -110,7 +110,7 @@ class UniformPool:
                 continue
             if self.sizes.setdefault(site.kind, site.size) != site.size:
                 raise ValueError(
-                    f"uniform=True needs the same number of {site.kind} in every layer; "
+                    f"equal layers need the same number of {site.kind} to begin with; "
                     f"{site.path!r} has {site.size}, others {self.sizes[site.kind]}"
                 )
         size = self.sizes.get("neurons", 0)
