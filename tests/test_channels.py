@@ -126,6 +126,27 @@ def test_a_budget_is_met_within_one_percent(resource, criterion):
     assert 0.495 <= cost[resource]() / before <= 0.5
 
 
+def test_a_target_for_speech_counts_and_cuts_the_convolutions_in_front():
+    model = zoo.tiny("audio/wav2vec2")
+    one = example_inputs(model, 1, length=4000)
+    batch = {**example_inputs(model, 4, seed=5, length=4000), "labels": torch.arange(4) % 3}
+    before = macs(model, one)
+    result = hfslim.prune(
+        model,
+        [batch],
+        target={"macs": 0.8},
+        inputs=one,
+        units=["channels"],
+        criterion="magnitude",
+        progress=False,
+    )
+    assert 0.77 <= macs(model, one) / before <= 0.8
+    kept, total = result.structure.counts()["channels"]
+    widths = [layer.conv.weight.shape[0] for layer in model.wav2vec2.feature_extractor.conv_layers]
+    assert sum(widths[:2]) == kept < total == 32
+    assert widths[2] == 16
+
+
 def test_a_sparsity_leaves_one_channel_everywhere():
     model = zoo.tiny("image/resnet")
     result = hfslim.prune(
