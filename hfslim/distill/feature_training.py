@@ -53,6 +53,7 @@ class FeatureMixin(_Base):
                 self.args.hidden_projection,
                 self.args.relation_heads,
             )
+            self._check_projections()
         try:
             yield
         finally:
@@ -75,10 +76,25 @@ class FeatureMixin(_Base):
                 "feature_losses record what layers compute, which torch.compile hides: set "
                 "torch_compile=False, or distil from logits alone."
             )
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self.is_fsdp_enabled:
             raise ValueError(
-                "feature_losses need whole parameters on every process: use DDP, not FSDP or "
-                "DeepSpeed, or distil from logits alone."
+                "feature_losses need whole parameters on every process: use DDP or ZeRO, not FSDP, "
+                "or distil from logits alone."
+            )
+        for model in (self.model, *self.teachers.models):
+            if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+                raise ValueError(
+                    f"{type(model).__name__} was built in the parts of ZeRO-3, and the probe of "
+                    "feature_losses runs it whole: set zero3_init_flag: false in the accelerate "
+                    "configuration, or build student and teacher before the arguments."
+                )
+
+    def _check_projections(self) -> None:
+        if self.is_deepspeed_enabled and self.features and len(self.features.projections):
+            raise ValueError(
+                "hidden_projection trains maps outside of the student, and DeepSpeed's optimizer "
+                "takes the student's parameters alone: use a teacher of the student's width, "
+                "minilm_v2, or DDP."
             )
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedConfig
 
 from hfslim.objective import problem_type
 
+logger = logging.getLogger(__name__)
+
 Batch = dict[str, Any]
+T = TypeVar("T")
 
 
 class Batches:
@@ -106,3 +110,51 @@ def _limited(data: Iterable[Mapping[str, Any]], max_examples: int) -> Iterator[B
         yield tensors
         if left <= 0:
             return
+
+
+def fitting(
+    run: Callable[[Iterable[Mapping[str, Any]]], T], data: Iterable[Mapping[str, Any]]
+) -> T:
+    """Run over batches; where they do not fit into memory, anew over halves of them.
+
+    Args:
+        run: Begins from nothing each time; what it returns must not depend on how examples are
+            batched.
+        data: Batches that can be gone through more than once.
+
+    Raises:
+        torch.OutOfMemoryError: Single examples do not fit either.
+    """
+    most: int | None = None
+    while True:
+        seen = [1]
+        try:
+            return run(_split(data, most, seen))
+        except torch.OutOfMemoryError as error:
+            if max(seen) == 1:
+                raise
+            most, reason = (max(seen) + 1) // 2, str(error).partition("\n")[0]
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        logger.warning(
+            "out of memory on %d examples at once (%s): starting anew with %d; smaller batches of "
+            "calibration data would save the first try",
+            *(max(seen), reason, most),
+        )
+
+
+def _split(
+    data: Iterable[Mapping[str, Any]], most: int | None, seen: list[int]
+) -> Iterator[Mapping[str, Any]]:
+    """Yield batches of up to `most` examples, and note the size of each."""
+    for batch in data:
+        size = next((len(v) for v in batch.values() if isinstance(v, torch.Tensor)), 1)
+        step = max(size if most is None else min(size, most), 1)
+        for start in range(0, max(size, 1), step):
+            part = slice(start, start + step)
+            seen.append(min(step, size - start))
+            yield (
+                batch
+                if step >= size
+                else {k: v[part] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+            )

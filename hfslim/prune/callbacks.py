@@ -68,7 +68,7 @@ class PruningCallback(FiguresCallback, ExportableState):
 
     Raises:
         ValueError: An argument is out of range; or, when training begins, it is by fp16, FSDP,
-            DeepSpeed, torch.compile or several GPUs in one process, or the checkpoint is of another
+            ZeRO-3, torch.compile or several GPUs in one process, or the checkpoint is of another
             callback.
         UnreachableTargetError: When training begins, the target is below what can be reached.
         RuntimeError: When training begins, the model does not run some units as modules, or runs
@@ -121,7 +121,7 @@ class PruningCallback(FiguresCallback, ExportableState):
         **_: Any,
     ) -> None:
         """Gate the model, and take up a saved state where training resumes."""
-        _check_arguments(args)
+        _check_arguments(args, learns=self._learns)
         average_over_processes(args)
         check_merged(model)
         kinds = self._arguments["units"]
@@ -276,9 +276,10 @@ class PruningCallback(FiguresCallback, ExportableState):
         self._decide(state, 1.0, model)
 
 
-def _check_arguments(args: Arguments) -> None:
+def _check_arguments(args: Arguments, learns: bool) -> None:
     """Refuse ways of training under which scores would be wrong."""
-    check_whole_parameters(args, "PruningCallback")
+    name = "PruningCallback with learned gates" if learns else "PruningCallback"
+    check_whole_parameters(args, name, stage=0 if learns else 2)
     check_saved_between_steps("PruningCallback")
     check_unscaled(args)
     check_not_compiled(args, "PruningCallback")

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from hfslim.anatomy import Site, Units
 from hfslim.objective import IGNORED_LABEL, ProblemType, hard_loss, logits_of, problem_type
 from hfslim.prune import importance
+from hfslim.prune.batches import fitting
 from hfslim.prune.criteria import CRITERIA, Criterion, Rows, Seen, check_labels
 from hfslim.prune.finite import check_finite
 from hfslim.prune.gates import Gates, Key
@@ -266,15 +267,22 @@ def run(
     data: Iterable[Mapping[str, Any]],
     progress: bool = True,
 ) -> None:
-    """Let a collector see calibration data, in one pass; the model is not changed.
+    """Let a collector see calibration data, from nothing on; the model is not changed.
+
+    Batches that do not fit into memory are halved.
 
     Raises:
         ValueError: A batch or label does not fit, or a criterion needs labels and there are none.
     """
-    with collector.gates, evaluating(model), frozen(model):
-        collector.start()
-        for batch in track(data, "scoring", disable=not progress, transient=True):
-            _score(model, collector, batch)
+
+    def once(batches: Iterable[Mapping[str, Any]]) -> None:
+        collector.reset()
+        with collector.gates, evaluating(model), frozen(model):
+            collector.start()
+            for batch in track(batches, "scoring", disable=not progress, transient=True):
+                _score(model, collector, batch)
+
+    fitting(once, data)
     logger.info("scored %s on %d examples", collector.names, collector.scores.count)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hfslim.anatomy import Site, Units
+from hfslim.prune.batches import fitting
 from hfslim.prune.gates import Gates, Key
 from hfslim.prune.importance import EMPTY, UnusableScoresError
 from hfslim.prune.listening import listen
@@ -131,19 +132,23 @@ def gather(
             message names the module.
     """
     gates = Gates(model, units)
-    found = {(site.kind, site.path): Moments.of(projection(model, site)) for site in units}
-    by_gate = {site.gate: found[site.kind, site.path] for site in units}
-
-    def heard(path: str, x: torch.Tensor, g: torch.Tensor) -> None:
-        by_gate[path].add(x.flatten(0, -2), g.flatten(0, -2))
 
     def check() -> None:
         gates.check_fired()
         gates.fired.clear()
 
-    with gates:
-        modules = {path: model.get_submodule(path) for path in by_gate}
-        examples = listen(model, modules, batches, heard, progress, check)
+    def once(batches: Iterable[Mapping[str, Any]]) -> tuple[dict[Key, Moments], int]:
+        found = {(site.kind, site.path): Moments.of(projection(model, site)) for site in units}
+        by_gate = {site.gate: found[site.kind, site.path] for site in units}
+
+        def heard(path: str, x: torch.Tensor, g: torch.Tensor) -> None:
+            by_gate[path].add(x.flatten(0, -2), g.flatten(0, -2))
+
+        with gates:
+            modules = {path: model.get_submodule(path) for path in by_gate}
+            return found, listen(model, modules, batches, heard, progress, check)
+
+    found, examples = fitting(once, batches)
     for (kind, path), moments in found.items():
         moments.examples += examples
         moments.reduce()

@@ -15,18 +15,35 @@ from transformers.trainer_jit_checkpoint import CheckpointManager
 logger = logging.getLogger(__name__)
 
 
-def check_whole_parameters(args: TrainingArguments, callback: str) -> None:
+def check_whole_parameters(args: TrainingArguments, callback: str, stage: int = 0) -> None:
     """Refuse trainings whose processes hold but parts of the parameters.
+
+    Args:
+        args: The training's.
+        callback: Its name.
+        stage: The highest stage of DeepSpeed's ZeRO that it can do with. Up to 2 parameters are
+            whole, but gradients and the optimizer's state are not.
 
     Raises:
         ValueError: Naming the callback.
     """
     accelerator: Any = AcceleratorState()
-    sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-    if args.fsdp or getattr(args, "deepspeed", None) or accelerator.distributed_type in sharded:
+    kind = accelerator.distributed_type
+    if args.fsdp or kind in (DistributedType.FSDP, DistributedType.MEGATRON_LM):
         raise ValueError(
-            f"{callback} needs whole parameters on every process: use DDP, not FSDP or DeepSpeed"
+            f"{callback} needs whole parameters on every process, and FSDP shards them: use DDP"
+            + (" or ZeRO-2" if stage else "")
+            + ", or cut the trained model in one go by hfslim.prune"
         )
+    if getattr(args, "deepspeed", None) or kind == DistributedType.DEEPSPEED:
+        plugins = getattr(accelerator, "deepspeed_plugins", None)
+        asked = accelerator.deepspeed_plugin.zero_stage if plugins else 3
+        if asked > stage:
+            raise ValueError(
+                f"{callback} does not work under DeepSpeed's ZeRO-{asked}: use DDP"
+                + (f" or ZeRO-{stage}" if stage else "")
+                + ", or cut the trained model in one go by hfslim.prune or hfslim.sparsify"
+            )
 
 
 def check_unscaled(args: TrainingArguments, otherwise: str = "") -> None:

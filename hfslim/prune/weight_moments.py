@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
+from hfslim.prune.batches import fitting
 from hfslim.prune.gates import Gates
 from hfslim.prune.importance import UnusableScoresError
 from hfslim.prune.listening import listen
@@ -64,22 +65,28 @@ def gather_inputs(
             message names the module.
         ValueError: No decision depends on a module.
     """
-    found = {}
-    for path, module in weights.items():
-        weight = weight_of(module)
-        groups, _, inputs = matrices(module, weight).shape
-        shapes = ((), (inputs,), (inputs, inputs))
-        found[path] = [InputMoments.nothing(weight.device, *shapes) for _ in range(groups)]
 
-    def heard(path: str, x: torch.Tensor, g: torch.Tensor) -> None:
-        squares = by_group(weights[path], g.float().square())
-        counts = squares if weighed else (squares > 0).float()
-        inputs = inputs_of(weights[path], x)
-        for moments, one, count in zip(found[path], inputs, counts, strict=True):
-            moments.add_inputs(one, count)
+    def once(batches: Iterable[Mapping[str, Any]]) -> dict[str, list[InputMoments]]:
+        found = {}
+        for path, module in weights.items():
+            weight = weight_of(module)
+            groups, _, inputs = matrices(module, weight).shape
+            shapes = ((), (inputs,), (inputs, inputs))
+            found[path] = [InputMoments.nothing(weight.device, *shapes) for _ in range(groups)]
 
-    with Gates(model):  # Attentions that read the weights of their projections run them meanwhile.
-        listen(model, weights, batches, heard, progress)
+        def heard(path: str, x: torch.Tensor, g: torch.Tensor) -> None:
+            squares = by_group(weights[path], g.float().square())
+            counts = squares if weighed else (squares > 0).float()
+            inputs = inputs_of(weights[path], x)
+            for moments, one, count in zip(found[path], inputs, counts, strict=True):
+                moments.add_inputs(one, count)
+
+        # Attentions that read the weights of their projections run them meanwhile.
+        with Gates(model):
+            listen(model, weights, batches, heard, progress)
+        return found
+
+    found = fitting(once, batches)
     for moments in (one for parts in found.values() for one in parts):
         moments.reduce()
     if not any(one.weight for parts in found.values() for one in parts):

@@ -1,0 +1,23 @@
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import sharded
+from distributed.launch import launch
+
+
+@pytest.mark.distributed
+def test_gates_scores_and_gathered_weights_of_a_sharded_model_are_those_of_a_whole_one(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=":")
+    launch(Path(sharded.__file__), tmp_path, processes=2)
+    expected = sharded.results(False, slice(0, 6))
+    for rank, rows in enumerate((slice(0, 4), slice(4, 6))):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        for key, value in expected["scores"].items():
+            torch.testing.assert_close(found["scores"][key], value, rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(found["closed"], expected["closed"][rows], rtol=0, atol=1e-5)
+        if rank == 0:
+            torch.testing.assert_close(found["cut"], expected["cut"][rows], rtol=0, atol=1e-5)
+            torch.testing.assert_close(found["cut"], found["closed"], rtol=0, atol=1e-5)
