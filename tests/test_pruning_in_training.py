@@ -105,7 +105,11 @@ def test_stopping_before_the_first_score_leaves_the_model_whole(tmp_path, caplog
         ({"fp16": True}, {}, "bf16=True"),
         ({}, {"_mixed_precision": "fp16"}, "bf16=True"),
         ({"fsdp": True}, {}, "FSDP shards them: use DDP or ZeRO-2"),
-        ({"deepspeed": "zero.json"}, {}, "does not work under DeepSpeed's ZeRO-3: use DDP or ZeRO-2"),
+        (
+            {"deepspeed": "zero.json"},
+            {},
+            "does not work under DeepSpeed's ZeRO-3: use DDP or ZeRO-2",
+        ),
         ({}, {"distributed_type": "FSDP"}, "FSDP shards them: use DDP or ZeRO-2"),
         ({}, {"distributed_type": "DEEPSPEED"}, "DeepSpeed's ZeRO-3: use DDP or ZeRO-2"),
         ({"n_gpu": 2}, {}, "one process per GPU"),
