@@ -1,25 +1,132 @@
-"""How much memory a step takes at its peak."""
+"""Peak host memory of scoring and cutting a classifier, against the size of the model.
 
+    python -m benchmarks.memory [--sizes tiny small medium large huge] [--criterion fisher obs]
+
+Each line is a process of its own: a BERT with random weights, built from its config, is scored on
+8 texts of 32 tokens and cut to half of its multiply-accumulates. The peak is of resident memory,
+looked at every 5 ms, less what was there before the model; the bound asked of `huge`, a billion
+parameters, is 1.3 times the model.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
-STATUS = Path("/proc/self/status")
-RESET = Path("/proc/self/clear_refs")
+SIZES = {
+    "tiny": (256, 4),
+    "small": (512, 8),
+    "medium": (768, 12),
+    "large": (1024, 24),
+    "huge": (2048, 20),
+}
+"""Width and layers."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["tiny", "small", "medium"])
+    parser.add_argument("--criterion", nargs="+", default=["fisher"])
+    parser.add_argument("--one", nargs=2, metavar=("SIZE", "CRITERION"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(measured(*options.one)))
+        return
+    print(f"{platform.processor() or platform.machine()}, one process for each line\n")
+    print("| criterion | parameters | model | peak, scored and cut | peak / model | seconds |")
+    print("|---|---|---|---|---|---|")
+    for criterion in options.criterion:
+        for size in options.sizes:
+            command = [sys.executable, "-m", "benchmarks.memory", "--one", size, criterion]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            row = json.loads(done.stdout.splitlines()[-1])
+            mib = {name: f"{row[name] / 2**20:,.0f} MiB" for name in ("model", "peak")}
+            print(
+                f"| {criterion} | {row['parameters'] / 1e6:,.0f} M | {mib['model']} | "
+                f"{mib['peak']} | {row['peak'] / row['model']:.2f} | {row['seconds']:.0f} |",
+                flush=True,
+            )
+
+
+def measured(size: str, criterion: str) -> dict[str, float]:
+    """Score and cut a model of a size; return bytes above those before it was built."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, BertConfig
+
+    import hfslim
+    from hfslim.anatomy import example_inputs
+
+    width, layers = SIZES[size]
+
+    def build(width: int, layers: int) -> torch.nn.Module:
+        config = BertConfig(
+            vocab_size=1000,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=width // 64,
+            intermediate_size=4 * width,
+            num_labels=3,
+        )
+        return AutoModelForSequenceClassification.from_config(config).eval()
+
+    def prune(model: torch.nn.Module) -> None:
+        batches = [
+            {**example_inputs(model, 2, seed, 32), "labels": torch.arange(2)} for seed in range(4)
+        ]
+        reconstruction = "weights" if criterion == "obs" else "none"
+        hfslim.prune(
+            model,
+            batches,
+            {"macs": 0.5},
+            criterion=criterion,
+            progress=False,
+            reconstruction=reconstruction,
+        )
+
+    prune(build(128, 1))  # What is loaded on first use is no part of the model's share.
+    before = resident()
+    model = build(width, layers)
+    parameters = sum(p.numel() for p in model.parameters())
+    start = time.perf_counter()
+    with Peak() as peak:
+        prune(model)
+    seconds = time.perf_counter() - start
+    size_of = 4 * parameters
+    return {
+        "parameters": parameters,
+        "model": size_of,
+        "peak": peak.bytes - before,
+        "seconds": seconds,
+    }
+
+
+def resident() -> int:
+    """Return the bytes of this process that are in memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
 
 
 class Peak:
-    """The peak of this process's memory from now on, where the system tells it (Linux)."""
+    """Looks at the memory every 5 ms; the counter of the system cannot be set back everywhere."""
 
-    def __init__(self) -> None:
-        self.known = RESET.exists()
-        if self.known:
-            RESET.write_text("5", encoding="ascii")
-            self.before = _read("VmRSS")
+    def __enter__(self) -> "Peak":
+        self.bytes, self._stop = resident(), threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
 
-    def growth(self) -> int | None:
-        """Bytes by which the peak exceeds what there was at first; None where it is not told."""
-        return max(_read("VmHWM") - self.before, 0) if self.known else None
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.005):
+            self.bytes = max(self.bytes, resident())
 
 
-def _read(name: str) -> int:
-    lines = STATUS.read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+if __name__ == "__main__":
+    main()

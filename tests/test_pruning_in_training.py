@@ -122,7 +122,7 @@ def test_training_that_would_falsify_the_scores_is_refused(
     for name, value in state.items():
         shared = PartialState if name == "distributed_type" else AcceleratorState
         monkeypatch.setitem(shared._shared_state, name, value)
-    usual = {"fp16": False, "fsdp": False, "deepspeed": None, "n_gpu": 1}
+    usual = {"fp16": False, "fsdp": False, "deepspeed": None, "torch_compile": False, "n_gpu": 1}
     args, trainer_state = SimpleNamespace(**usual | arguments), SimpleNamespace()
     with pytest.raises(ValueError, match=message):
         PruningCallback({"macs": 0.6}).on_train_begin(args, trainer_state, None, model=model)
