@@ -149,7 +149,7 @@ def test_a_model_without_layers_cannot_drop_any(tmp_path):
 def test_a_layer_that_has_to_stay_is_never_dropped():
     model = tiny("deberta-v2")
     callback = LayerDropCallback(p=0.99)
-    callback.on_train_begin(None, None, model=model)
+    callback.on_train_begin(SimpleNamespace(torch_compile=False), None, model=model)
     callback.on_step_begin(None, SimpleNamespace(global_step=0))
     assert callback._gates._closed_layers == {("layers", "deberta.encoder.layer"): {1, 2}}
 
