@@ -86,7 +86,7 @@ $(DEEPSPEED)/.hfslim: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.hfslim: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) -e .
+	$(INSTALL) -e '.[plots]'
 	@touch $@
 
 $(VENV)/.hfslim-test: pyproject.toml constraints.txt | $(BIN)/python

@@ -77,9 +77,9 @@ class ClassLine(NamedTuple):
     significant: bool
 
     @property
-    def lost(self) -> float | None:
-        """The teacher's share less the model's."""
-        return None if self.teacher is None else self.teacher - self.model
+    def change(self) -> float | None:
+        """The model's share less the teacher's; None without a teacher."""
+        return None if self.teacher is None else self.model - self.teacher
 
 
 @dataclass(frozen=True)
@@ -204,18 +204,20 @@ class Answers:
 
     def worst(self) -> ClassLine | None:
         """Return the class that lost most to the teacher; None without one."""
-        lines = [line for line in self.lines() if line.lost is not None]
-        return max(lines, key=lambda line: line.lost or 0.0, default=None)
+        lines = self.lines() if self.has_teacher else []
+        return min(lines, key=lambda line: line.change or 0.0, default=None)
 
     def notes(self) -> list[str]:
         """Return calibration error, churn and the worst class in words."""
         notes = [f"Expected calibration error, {BINS} bins: {self.ece:.4f}."]
         worst = self.worst()
-        if worst is not None and worst.lost is not None:
+        if worst is not None:
+            change = worst.change or 0.0
+            lost = f"Worst class: {worst.name}, {change:+.4f}." if change < 0 else "No class lost."
             notes = [
                 f"{notes[0][:-1]}, of the teacher {self.teacher_ece:.4f}.",
                 f"Churn: {self.churn:.1%} of the answers differ from the teacher's.",
-                f"Worst class: {worst.name}, {-worst.lost:+.4f}.",
+                lost,
             ]
         return notes
 
@@ -228,7 +230,7 @@ class Answers:
         mean = float(counts[1] - counts[2]) / max(counts.sum(), 1)
         told = []
         for line in self.lines():
-            if line.significant and line.lost is not None and line.lost - mean >= HIDDEN:
+            if line.significant and -(line.change or 0.0) - mean >= HIDDEN:
                 never = ""
                 if self.confusion is not None:
                     column = self.classes.index(line.name)

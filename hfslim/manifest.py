@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hfslim.plain import lined
+
 FILE = "manifest.json"
 ABSENT = "not set"
 
@@ -28,6 +30,9 @@ class Entry:
         finished: Whether its results are complete.
         metrics: Metrics of the model after it.
         structure: Rows of `Structure.table` where the stage cut the model.
+        units: Rows of `units_of` where the stage cut the model.
+        steps: Steps that it trained.
+        series: What it logged, as of `series_of`.
     """
 
     name: str
@@ -36,6 +41,9 @@ class Entry:
     finished: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
     structure: list[dict[str, Any]] = field(default_factory=list)
+    units: list[dict[str, Any]] = field(default_factory=list)
+    steps: int = 0
+    series: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -125,7 +133,7 @@ class Manifest:
         temporary = self.folder / f"{FILE}.new"
         content = {"base": self.base, "stages": [asdict(entry) for entry in self.stages]}
         with temporary.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2)
+            file.write(lined(content))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self.folder / FILE)

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["draw_structure", "natural"]
+__all__ = ["draw_structure", "natural", "short_names"]
 
 ROW, GAP, BAR, TEXT, COUNT = 30, 40, 300, 22, 150
 KEPT, REMOVED, INK = "#2563eb", "#e2e8f0", "#0f172a"
@@ -52,7 +52,7 @@ class _Panel:
     def __init__(self, kind: str, rows: Sequence[Mapping[str, Any]], font: Any) -> None:
         self.font = font
         self.rows = sorted(rows, key=lambda row: natural(row["path"]))
-        self.labels, pattern = _short([row["path"] for row in self.rows])
+        self.labels, pattern = short_names([row["path"] for row in self.rows])
         self.title = f"{kind}{pattern}"
         self.name_width = max(int(font.getlength(label)) for label in self.labels) + 16
         bars = self.name_width + BAR + COUNT
@@ -74,7 +74,7 @@ class _Panel:
             draw.text((start + BAR + 12, y), count, INK, self.font)
 
 
-def _short(paths: Sequence[str]) -> tuple[list[str], str]:
+def short_names(paths: Sequence[str]) -> tuple[list[str], str]:
     """Return what tells paths apart, and ` in ` their common pattern with `*` in its place."""
     parts = [path.split(".") for path in paths]
     if len(paths) == 1:

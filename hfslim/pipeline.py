@@ -18,6 +18,7 @@ from hfslim.hub.card import RECIPE
 from hfslim.hub.push import check_login, push
 from hfslim.manifest import Entry, Manifest
 from hfslim.measure import compare
+from hfslim.page import publish
 from hfslim.prune import PruningCallback, prune, shrink, sparsify
 from hfslim.recipe import Recipe, RecipeError, recipe_yaml
 from hfslim.report import REPORT
@@ -35,6 +36,7 @@ from hfslim.stages import (
     Transfer,
 )
 from hfslim.tasks import TASKS
+from hfslim.traces import units_of
 from hfslim.transfer import L2SP, GradualUnfreezing, train_head_only, with_lora
 from hfslim.work import Work
 from hfslim.workbench import uses_cpu
@@ -111,7 +113,7 @@ def _publish(work: Work) -> None:
     """Write the report of the last model beside the stages."""
     report = current_report(work)
     if PartialState().is_main_process:
-        report.write(work.manifest.folder)
+        publish(report, work.manifest.folder, "tensorboard" in (work.evaluation.report_to or ()))
         for warning in report.warnings:
             logger.warning("warning: %s", warning)
 
@@ -192,7 +194,7 @@ def _prune(work: Work, stage: Prune, entry: Entry, args: Any) -> None:
         structure = callback.structure
         if structure is None:
             raise RuntimeError("training ended before pruning began")
-        entry.structure = structure.table()
+        entry.structure, entry.units = structure.table(), units_of(structure, callback.scores)
         return
     torch.nn.Module.to(model, work.evaluation.device)
     result = prune(
@@ -206,6 +208,7 @@ def _prune(work: Work, stage: Prune, entry: Entry, args: Any) -> None:
         **shared,
     )
     entry.structure = result.structure.table()
+    entry.units = units_of(result.structure, result.scores)
     work.save_cut(model, entry)
 
 

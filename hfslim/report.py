@@ -14,6 +14,7 @@ from rich.table import Table
 from hfslim import tables, zeros
 from hfslim.answers import Answers
 from hfslim.measure import Comparison, Measurement
+from hfslim.plain import lined
 from hfslim.provenance import Provenance
 from hfslim.spread import Spread
 from hfslim.tables import Row, Section, markdown_table, number
@@ -68,6 +69,12 @@ class Report:
             if not measured.
         stability: Figures over several seeds; none of a single run.
         warnings: What the averages hide.
+        curve: A point `{"label", "metric", "macs", "latency_ms"}` for each model that was measured:
+            share of the multiply-accumulates, milliseconds by batch size; with its `seed` if there
+            are several.
+        units: Rows of `units_of`, with the `stage` that cut.
+        history: `{"stage", "steps", "series", "metrics"}` of each stage that made a model, `series`
+            as of `series_of`.
         provenance: What the model was made from, and on which machine.
     """
 
@@ -80,6 +87,9 @@ class Report:
     answers: Answers | None = None
     stability: Sequence[Spread] = ()
     warnings: Sequence[str] = ()
+    curve: Sequence[Mapping[str, Any]] = ()
+    units: Sequence[Mapping[str, Any]] = ()
+    history: Sequence[Mapping[str, Any]] = ()
     provenance: Provenance = field(default_factory=Provenance)
 
     @classmethod
@@ -115,6 +125,9 @@ class Report:
             answers=Answers.from_dict(answers) if answers else None,
             stability=[Spread.from_dict(one) for one in values.get("stability", ())],
             warnings=values.get("warnings", ()),
+            curve=values.get("curve", ()),
+            units=values.get("units", ()),
+            history=values.get("history", ()),
             provenance=Provenance.from_dict(values.get("provenance", {})),
         )
 
@@ -133,6 +146,9 @@ class Report:
             "answers": self.answers and self.answers.to_dict(),
             "stability": [one.to_dict() for one in self.stability],
             "warnings": list(self.warnings),
+            "curve": [dict(point) for point in self.curve],
+            "units": [dict(row) for row in self.units],
+            "history": [dict(one) for one in self.history],
             "provenance": asdict(self.provenance),
         }
         return json.loads(json.dumps(values, allow_nan=False))
@@ -177,8 +193,7 @@ class Report:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_dict(), indent=2, allow_nan=False)
-        (folder / REPORT).write_text(text + "\n", encoding="utf-8")
+        (folder / REPORT).write_text(lined(self.to_dict()) + "\n", encoding="utf-8")
         (folder / "report.md").write_text(self.to_markdown(), encoding="utf-8")
 
     def figures(self) -> list[Row]:
@@ -205,7 +220,12 @@ class Report:
             rows = [one.cells() for one in self.stability]
             headings = ("", "mean", "spread", "worst", "seed of it")
             title = f"Over {len(self.stability[0].seeds)} seeds"
-            notes = ["Spread: standard deviation over the seeds.", *warnings]
+            told = (
+                "Spread: standard deviation over the seeds. Metrics are means, answers are added "
+                "up; single costs, kept units and losses are those of seed "
+                f"{self.stability[0].seeds[0]}."
+            )
+            notes = [told, *warnings]
             sections.append(Section(title, headings, rows, notes, right=(1, 2, 3, 4)))
         if self.answers:
             sections.append(_by_class(self.answers, () if self.stability else warnings))
@@ -213,8 +233,12 @@ class Report:
 
     def sections(self) -> list[Section]:
         """The tables below that of the figures: behaviour, kept units, zeros."""
-        sections = self.behaviour()
-        if self.structure:
+        return [*self.behaviour(), *self.rest()]
+
+    def rest(self, with_units: bool = True) -> list[Section]:
+        """The tables of kept units, and of zeros."""
+        sections = []
+        if self.structure and with_units:
             headings = ("layer", "units", "kept", "")
             bars = tables.kept(self.structure)
             sections.append(Section("Kept in each layer", headings, bars, code=(0, 2), right=(3,)))
@@ -256,16 +280,5 @@ def _by_class(answers: Answers, warnings: Sequence[str]) -> Section:
     lines, notes = answers.lines(), [*answers.notes(), *warnings]
     if len(lines) > CLASSES:
         notes.append(f"The {CLASSES} of {len(lines)} classes that fare worst; all: {REPORT}.")
-        lines = sorted(lines, key=lambda line: (-(line.lost or 0.0), line.model))[:CLASSES]
-    rows = [
-        (
-            line.name,
-            f"{line.examples:,}",
-            number(line.teacher),
-            number(line.model),
-            "-" if line.lost is None else number(-line.lost, sign="+"),
-        )
-        for line in lines
-    ]
-    headings = ("class", "examples", "right before", "right after", "change")
-    return Section("Class by class", headings, rows, notes, right=(1, 2, 3, 4))
+        lines = sorted(lines, key=lambda line: (line.change or 0.0, line.model))[:CLASSES]
+    return tables.by_class(lines, notes)

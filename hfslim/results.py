@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,6 +82,20 @@ def run_report(work: Work, pair: Pair, comparisons: Sequence[Comparison] = ()) -
         weight_sparsity=zeros_of(pair.after),
         answers=answers,
         warnings=answers.hidden() if answers else (),
+        curve=_curve(work, pair, comparisons),
+        units=[
+            {"stage": entry.folder, **row} for entry in work.manifest.stages for row in entry.units
+        ],
+        history=[
+            {
+                "stage": entry.folder,
+                "steps": entry.steps,
+                "series": entry.series,
+                "metrics": {k: v for k, v in entry.metrics.items() if math.isfinite(v)},
+            }
+            for entry in work.manifest.stages
+            if entry.metrics
+        ],
         provenance=Provenance(
             task=recipe.task,
             base=base,
@@ -106,6 +121,35 @@ def current_report(work: Work) -> Report:
         if entry.name in (Measure.name, Push.name) and (folder / REPORT).exists():
             return Report.load(folder)
     return run_report(work, judge_pair(work))
+
+
+def _curve(work: Work, pair: Pair, comparisons: Sequence[Comparison]) -> list[Mapping[str, Any]]:
+    """Return the points of the models measured so far, and of the current one before recovery."""
+    points: list[Mapping[str, Any]] = []
+    if not comparisons or pair.teacher is None or work.latest is None:
+        return points
+    metric, stages = work.recipe.metric, work.manifest.stages
+    for entry in stages:
+        if entry.name == Measure.name and entry.finished:
+            points += Report.load(work.manifest.folder / entry.folder).curve
+    known = {point["label"] for point in points}
+    cut = next((e for e in reversed(stages) if e.structure and e is not work.latest), None)
+    models = [("whole model" if work.whole else "teacher", "before", pair.teacher.metrics)]
+    if cut is not None:
+        models.append((cut.folder, "after", cut.metrics))
+    models.append((work.latest.folder, "after", pair.now.metrics))
+    for label, side, metrics in models:
+        if label not in known and math.isfinite(metrics[metric]):
+            costs = [getattr(one, side) for one in comparisons]
+            points.append(
+                {
+                    "label": label,
+                    "metric": metrics[metric],
+                    "macs": costs[0].macs / max(comparisons[0].before.macs, 1),
+                    "latency_ms": {str(c.latency.batch_size): c.latency.p50_ms for c in costs},
+                }
+            )
+    return points
 
 
 def _first_teacher(work: Work) -> str | None:

@@ -14,6 +14,7 @@ from accelerate import PartialState
 
 from hfslim.answers import HIDDEN, Answers
 from hfslim.manifest import FILE, OutputError
+from hfslim.page import publish
 from hfslim.pipeline import run
 from hfslim.recipe import Recipe, RecipeError
 from hfslim.report import Quality, Report
@@ -59,19 +60,17 @@ def run_seeds(recipe: Recipe, count: int) -> Path:
         run(replace(recipe, seed=seed, output_dir=str(folder / f"seed-{seed}")))
     if PartialState().is_main_process:
         report = over_seeds({seed: Report.load(folder / f"seed-{seed}") for seed in seeds})
-        report.write(folder)
+        publish(report, folder, "tensorboard" in str(recipe.training.get("report_to")))
         report.print()
         for warning in report.warnings:
             logger.warning("warning: %s", warning)
-        logger.info("report on %d seeds in %s", count, folder)
     return folder
 
 
 def over_seeds(reports: Mapping[int, Report]) -> Report:
     """Sum up the reports of the same recipe under several seeds.
 
-    Metrics are means, answers are added up; costs and kept units are those of the first seed, which
-    the name tells.
+    Metrics are means, answers are added up; costs, kept units and losses are those of the first.
 
     Args:
         reports: By seed.
@@ -91,11 +90,12 @@ def over_seeds(reports: Mapping[int, Report]) -> Report:
     answers = [one.answers for one in runs if one.answers]
     return replace(
         first,
-        model=f"{first.model} (costs and kept units: seed {seeds[0]})",
+        model=f"{first.model}, {len(seeds)} seeds",
         quality=[mean],
         answers=Answers.pooled(answers) if answers else None,
         stability=_stability(reports),
         warnings=_warnings(reports),
+        curve=[{**point, "seed": seed} for seed, one in reports.items() for point in one.curve],
         provenance=replace(first.provenance, seeds=seeds),
     )
 
@@ -136,8 +136,8 @@ def _class_changes(answers: list[Answers]) -> dict[str, list[float]]:
     by_class: dict[str, list[float]] = {}
     for one in answers:
         for line in one.lines():
-            if line.lost is not None:
-                by_class.setdefault(line.name, []).append(-line.lost)
+            if line.change is not None:
+                by_class.setdefault(line.name, []).append(line.change)
     return {name: values for name, values in by_class.items() if len(values) == len(answers)}
 
 

@@ -10,11 +10,21 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from hfslim.answers import ClassLine
 from hfslim.measure import Comparison
 from hfslim.picture import natural
 from hfslim.timing import Latency
 
-__all__ = ["NOT_MEASURED", "Row", "Section", "costs", "kept", "markdown_table", "number"]
+__all__ = [
+    "NOT_MEASURED",
+    "Row",
+    "Section",
+    "by_class",
+    "costs",
+    "kept",
+    "markdown_table",
+    "number",
+]
 
 BAR_WIDTH = 24
 NOT_MEASURED = "not measured"
@@ -139,6 +149,22 @@ def kept(structure: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, st
         )
         for row in sorted(structure, key=lambda row: natural(row["path"]))
     ]
+
+
+def by_class(lines: Sequence[ClassLine], notes: Sequence[str] = ()) -> Section:
+    """Return classes and the share of each one's examples that is answered right."""
+    rows = [
+        (
+            line.name,
+            f"{line.examples:,}",
+            number(line.teacher),
+            number(line.model),
+            "-" if line.change is None else number(line.change, sign="+"),
+        )
+        for line in lines
+    ]
+    headings = ("class", "examples", "right before", "right after", "change")
+    return Section("Class by class", headings, rows, notes, right=(1, 2, 3, 4))
 
 
 def _count(figure: str, before: int, after: int) -> Row:

@@ -33,6 +33,7 @@ from hfslim.prune.weights import find_weights, sparse_modules
 from hfslim.recipe import Recipe
 from hfslim.stages import Cut, Distil, Prune, Recover, Sparsify, Student, listed
 from hfslim.tasks import build_model
+from hfslim.traces import series_of
 from hfslim.workbench import Workbench, explained
 
 logger = logging.getLogger(__name__)
@@ -140,6 +141,7 @@ class Work(Workbench):
         whole, _ = last_whole(own)
         self._hold_zeros(trainer)
         trainer.train(resume_from_checkpoint=whole is not None)
+        entry.steps, entry.series = trainer.state.global_step, series_of(trainer.state.log_history)
         plain = merge_adapters(trainer.model)
         if plain is not trainer.model:
             trainer = SlimTrainer(model=plain, args=trainer.args, **self.trainer_parts())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -57,7 +58,7 @@ class Judged(NamedTuple):
 
     Attributes:
         metrics: The metric and the loss, by their names.
-        logits: `[examples, classes]`, classes in the order of the data's labels.
+        logits: `[examples, classes]`, in the order of the examples and of the data's labels.
     """
 
     metrics: dict[str, float]
@@ -221,7 +222,10 @@ class Workbench:
             )
             parts["data_collator"] = self.task.collator(processor)
             parts["processing_class"] = processor
-        trainer = SlimTrainer(model=model, args=self.evaluation, **parts)
+        # Where examples are grouped by length, the Trainer's own order is another one each time.
+        arguments = copy.copy(self.evaluation)
+        arguments.train_sampling_strategy = "sequential"
+        trainer = SlimTrainer(model=model, args=arguments, **parts)
         said = trainer.predict(parts["eval_dataset"], metric_key_prefix="eval")
         logits = said.predictions[0] if isinstance(said.predictions, tuple) else said.predictions
         told = said.metrics or {}

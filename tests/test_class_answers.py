@@ -57,7 +57,7 @@ def test_answers_of_two_models_by_hand() -> None:
         ("b", 2, 1.0, 0.5),
     ]
     worst = answers.worst()
-    assert worst is not None and (worst.name, worst.lost) == ("b", 0.5)
+    assert worst is not None and (worst.name, worst.change) == ("b", -0.5)
     assert Answers.from_dict(answers.to_dict()) == answers
 
 

@@ -85,7 +85,7 @@ def test_the_help_lists_the_verbs_in_the_order_of_the_work(hfslim) -> None:
     listed = re.findall(r"^│ (\w+) ", hfslim("--help").out.split("Commands")[1], re.MULTILINE)
     assert listed == [
         *("run", "inspect", "prune", "measure", "compare"),
-        *("export", "card", "push", "families"),
+        *("report", "export", "card", "push", "families"),
     ]
 
 

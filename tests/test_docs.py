@@ -79,8 +79,8 @@ def check_command(words: list[str], folder: Path, page: Path) -> None:
     program, *rest = words
     if program == "hfslim":
         if rest and rest[0] in VERBS:
-            if rest[0] in ("card", "push"):
-                (folder / rest[1]).mkdir(exist_ok=True)
+            if rest[0] in ("report", "card", "push"):
+                (folder / rest[1]).mkdir(parents=True, exist_ok=True)
             VERBS[rest[0]].make_context(rest[0], rest[1:])
         else:
             assert rest in (["--help"], ["--version"], ["--install-completion"]), words

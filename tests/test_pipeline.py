@@ -11,12 +11,14 @@ import pytest
 import soundfile
 import torch
 from PIL import Image
-from transformers import AutoModelForImageClassification, BertTokenizer
+from transformers import AutoModelForImageClassification, BertTokenizer, TrainingArguments
 
 from hfslim.hub.push import PushError
 from hfslim.manifest import Manifest, OutputError
 from hfslim.pipeline import run
 from hfslim.recipe import Recipe, RecipeError, parse_recipe
+from hfslim.tasks import DataConfig, build_model
+from hfslim.workbench import Workbench
 
 STEP = {
     "max_steps": 1,
@@ -135,7 +137,7 @@ def test_each_task_runs_from_transfer_to_report(tmp_path: Path, make) -> None:
         assert {"config.json", "model.safetensors"} <= {p.name for p in (out / folder).iterdir()}
     assert {p.name for p in out.iterdir()} == {
         *("01-transfer", "02-prune", "03-recover", "04-measure", "manifest.json"),
-        *("report.json", "report.md"),
+        *("report.json", "report.md", "report.html", "figures"),
     }
     stages = manifest(recipe)["stages"]
     assert all(stage["finished"] for stage in stages)
@@ -146,10 +148,36 @@ def test_each_task_runs_from_transfer_to_report(tmp_path: Path, make) -> None:
     assert report["quality"][0]["teacher"] == stages[0]["metrics"]["accuracy"]
     assert {row["kind"] for row in report["structure"]} == {"heads", "neurons"}
     assert json.loads((out / "report.json").read_text()) == report
+    assert [one["stage"] for one in report["history"]] == ["01-transfer", "02-prune", "03-recover"]
+    assert [one["label"] for one in report["curve"]] == ["whole model", "02-prune", "03-recover"]
+    for row, kept in zip(report["structure"], report["units"], strict=True):
+        assert (kept["stage"], kept["path"]) == ("02-prune", row["path"])
+        assert sum(kept["kept"]) * kept["total"] / len(kept["kept"]) == pytest.approx(row["kept"])
+        assert len(kept["importance"]) == len(kept["kept"])
     said, quality = report["answers"], report["quality"][0]
     for side, value in (("confusion", "value"), ("teacher_confusion", "teacher")):
         right = sum(row[place] for place, row in enumerate(said[side]))
         assert right / said["examples"] == pytest.approx(quality[value])
+
+
+def test_answers_keep_the_order_of_examples_that_are_grouped_by_length(tmp_path: Path) -> None:
+    raw = text_recipe(tmp_path)
+    with (tmp_path / "held.csv").open("w", newline="") as file:
+        rows = [("good " * (i % 9 + 1), "plot", "up" if i % 2 else "down") for i in range(40)]
+        csv.writer(file).writerows([("a", "b", "verdict"), *rows])
+    arguments = TrainingArguments(
+        str(tmp_path / "t"), use_cpu=True, train_sampling_strategy="group_by_length"
+    )
+    data, config = DataConfig(**raw["data"]), raw["model_config"]
+    bench = Workbench.prepare(
+        raw["task"], data, "accuracy", 0, arguments, None, config, raw["processor"]
+    )
+    model = build_model(bench.task, config, bench.examples.labels)
+    judged = bench.judge(model)
+    assert np.abs(judged.logits - bench.predict(model).logits).max() < 1e-5
+    answers = bench.answers(judged)
+    right = sum(both + mine for both, _, mine, _ in answers.right)
+    assert judged.metrics["accuracy"] == pytest.approx(right / 40)
 
 
 def test_a_second_run_goes_on_after_the_last_finished_stage(tmp_path: Path) -> None:

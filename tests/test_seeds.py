@@ -73,9 +73,7 @@ def test_finished_seeds_are_not_run_again(tmp_path: Path, capsys) -> None:
         main(["run", str(path), "--seeds", "3", "--json"])
     shown = json.loads(capsys.readouterr().out)
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
-    assert sorted(p.name for p in out.iterdir() if p.is_dir()) == [
-        f"seed-{n}" for n in (42, 43, 44)
-    ]
+    assert sorted(p.name for p in out.glob("seed-*")) == [f"seed-{n}" for n in (42, 43, 44)]
     assert shown["quality"][0]["seeds"] == [42, 43, 44]
     assert json.loads(first)["quality"][0]["seeds"] == [42, 43]
     single = [json.loads((out / f"seed-{n}" / "report.json").read_text()) for n in (42, 43, 44)]

@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 VERBS = (
     *("run", "inspect", "prune", "measure", "compare"),
-    *("export", "card", "push", "families"),
+    *("report", "export", "card", "push", "families"),
 )
 DEBUG = "HFSLIM_DEBUG"
 PIPED_WIDTH = 120

@@ -1,4 +1,4 @@
-"""`hfslim card`, `hfslim push` and `hfslim families`: what others get to see."""
+"""`hfslim report`, `hfslim card`, `hfslim push` and `hfslim families`: what others get to see."""
 
 from __future__ import annotations
 
@@ -77,6 +77,25 @@ def push(
         )
     values = {"repo": repo, "commit": commit.oid, "url": str(commit.commit_url)}
     show(as_json, values, lambda console: console.print(f"{commit.commit_url}", markup=False))
+
+
+@app.command(epilog="Example: `hfslim report outputs/digits_vit`")
+def report(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", exists=True, file_okay=False, help="Of a report.json.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Write report.html, one page that needs nothing else, and its figures as PNG files.
+
+    A run writes them by itself; this makes them again from `report.json` alone.
+    """
+    with working():
+        from hfslim.page import write_page
+        from hfslim.report import Report
+
+        path = write_page(Report.load(folder), folder)
+    show(as_json, {"report": str(path)}, lambda console: console.print(f"{path}", markup=False))
 
 
 @app.command(epilog="Example: `hfslim families --task image`")

@@ -76,6 +76,7 @@ class PruningCallback(FiguresCallback, ExportableState):
 
     Attributes:
         structure: The units that are kept, by their numbers before any cut; None before training.
+        scores: What the last decision went by, `[units]` by kind and site; None before the first.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class PruningCallback(FiguresCallback, ExportableState):
         if self._learns:
             self._pace.check_learned()
         self.structure: Structure | None = None
+        self.scores: Mapping[Key, torch.Tensor] | None = None
         self._arguments: dict[str, Any] = {
             "target": dict(target),
             "units": list(units),
@@ -246,6 +248,7 @@ class PruningCallback(FiguresCallback, ExportableState):
         else:
             scores = self._collector.result(model, self._seed)
         goal = self.goal.at(progress)
+        self.scores = scores
         new = agreed(search(gates.units, scores, goal, self._costs, self.structure))
         self._decided = True
         if new != self.structure:

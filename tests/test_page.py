@@ -1,0 +1,258 @@
+"""The page of a report needs nothing else, says what the report says, and reads aloud."""
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_report import comparison
+
+from hfslim.answers import Answers
+from hfslim.cli import main
+from hfslim.page import page, publish, write_page
+from hfslim.plots import plots
+from hfslim.report import Quality, Report
+from hfslim.seeds import over_seeds
+
+FIGURES = ["curve", "structure", "changes", "agreement", "confusion", "course", "importance"]
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
+
+def answers_of(classes: int) -> Answers:
+    generator = np.random.default_rng(classes)
+    truth = np.arange(classes * 12) % classes
+    taught, said = (
+        np.eye(classes)[truth] * 3 + generator.normal(size=(len(truth), classes)) * k
+        for k in (1, 2)
+    )
+    return Answers.of([f"class {i}" for i in range(classes)], truth, said, taught)
+
+
+def report_of(classes: int = 5, **changes) -> Report:
+    units = [
+        {
+            "stage": "02-prune",
+            "kind": kind,
+            "path": f"encoder.layer.{layer}.{part}",
+            "total": cells,
+            "kept": [float((layer + i) % 3 > 0) for i in range(min(cells, 96))],
+            "importance": [float(i * (layer + 1)) for i in range(min(cells, 96))],
+        }
+        for kind, part, cells in (("heads", "attention", 12), ("neurons", "mlp", 3072))
+        for layer in range(4)
+    ]
+    steps = list(range(10, 110, 10))
+    series = {
+        name: {"step": steps, "value": [1 / s for s in steps]} for name in ("loss", "loss_hard")
+    }
+    history = [
+        {"stage": "01-transfer", "steps": 100, "series": series, "metrics": {"accuracy": 0.9}},
+        {"stage": "02-prune", "steps": 0, "series": {}, "metrics": {"accuracy": 0.6}},
+        {"stage": "03-recover", "steps": 100, "series": series, "metrics": {"accuracy": 0.8125}},
+    ]
+    curve = [
+        {"label": label, "metric": metric, "macs": macs, "latency_ms": {"1": ms, "32": 20 * ms}}
+        for label, metric, macs, ms in (
+            ("whole model", 0.9, 1.0, 10.0),
+            ("02-prune", 0.6, 0.5, 5.0),
+            ("03-recover", 0.8125, 0.5, 5.0),
+        )
+    ]
+    return Report(
+        "tiny-bert",
+        [comparison(1), comparison(32)],
+        [Quality("accuracy", 0.8125, 0.9, "evaluation, 60 examples", 60, (42,))],
+        structure=[{"kind": "heads", "path": "layer.0", "kept": 6, "total": 12}],
+        stages=[{"prune": {"target": {"macs": 0.5}}}],
+        answers=answers_of(classes),
+        warnings=["class 3: 10.0% of its 12 examples are right"],
+        curve=curve,
+        units=units,
+        history=history,
+        **changes,
+    )
+
+
+class Page(HTMLParser):
+    """What a browser would follow, look up and read aloud."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.sources: list[str] = []
+        self.labels: list[str] = []
+        self.pictures = 0
+        self.script = ""
+        self.cells: list[str] = []
+        self._inside = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._inside = tag
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            elif name in ("href", "xlink:href") and tag == "a":
+                self.links.append(value or "")
+            elif name in ("href", "xlink:href", "src", "srcset", "data", "action", "poster"):
+                self.sources.append(value or "")
+            elif name == "aria-labelledby":
+                self.labels += (value or "").split()
+        self.pictures += tag == "svg" and ("role", "img") in attrs
+        assert tag not in ("iframe", "object", "embed", "base")
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "script":
+            self.script += data
+        elif self._inside in ("td", "th", "b"):
+            self.cells.append(data.strip())
+
+
+@pytest.fixture(scope="module")
+def text() -> str:
+    return page(report_of())
+
+
+def test_the_page_needs_nothing_else(text: str) -> None:
+    found = Page(text)
+    assert [x for x in found.sources if not x.startswith(("#", "data:"))] == []
+    assert found.links == []
+    assert "@import" not in text and "<script src" not in text
+    outside = re.findall(r"url\((?!['\"]?(?:#|data:))[^)]*\)", text)
+    assert outside == []
+    assert re.findall(r"https?://", re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)) == []
+
+
+def test_every_name_on_the_page_is_unique_and_resolves(text: str) -> None:
+    found = Page(text)
+    assert len(found.ids) == len(set(found.ids))
+    named = {x[1:] for x in found.sources if x.startswith("#")} | set(found.labels)
+    named |= set(re.findall(r"url\(#([^)]+)\)", text))
+    assert len(named) > len(FIGURES)
+    assert named <= set(found.ids)
+
+
+def test_every_figure_is_there_with_words_and_numbers(text: str) -> None:
+    made = plots(report_of())
+    assert [plot.name for plot in made] == FIGURES
+    assert Page(text).pictures == len(FIGURES)
+    for plot in made:
+        (words,) = re.findall(rf'<desc id="{plot.name}-alt">(.*?)</desc>', text, re.DOTALL)
+        assert len(words) > 60
+        assert plot.table.rows
+    assert not re.search(r"\bnan\b|#0000[01]\d", re.sub(r"<script.*?</script>", "", text))
+
+
+def test_the_page_holds_the_report_and_shows_its_values(text: str) -> None:
+    report = report_of()
+    found = Page(text)
+    assert json.loads(found.script) == report.to_dict()
+    answers = report.answers
+    assert answers is not None and answers.churn is not None
+    for value in ("0.8125", "50.0%", "2.00×", f"{answers.churn:.1%}"):
+        assert value in found.cells
+    for line in answers.lines():
+        assert {f"{line.teacher:.4f}", f"{line.model:.4f}", f"{line.change:+.4f}"} <= set(
+            found.cells
+        )
+    for plot in plots(report):
+        for row in plot.table.rows:
+            assert set(row) <= {*found.cells, ""}
+
+
+def test_the_page_is_made_from_the_json_alone(tmp_path: Path, capsys, text: str) -> None:
+    report_of().write(tmp_path)
+    main_exits(["report", str(tmp_path)])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == text
+    pictures = {p.stem: p.read_bytes()[:4] for p in (tmp_path / "figures").iterdir()}
+    assert pictures == dict.fromkeys(FIGURES, b"\x89PNG")
+
+
+def main_exits(arguments: list[str], code: int = 0) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == code
+
+
+def test_names_are_text_and_neither_markup_nor_formulas() -> None:
+    report = report_of()
+    assert report.answers is not None
+    evil = ("<script>alert(1)</script>", "$x^$", "a&b", "c", "d")
+    text = page(replace(report, answers=replace(report.answers, classes=evil), model="</title>"))
+    assert "<script>alert" not in text and "</title></title>" not in text
+    assert Page(text).script.count("alert(1)") == 1
+    assert "$x^$" in text
+
+
+@pytest.mark.parametrize("classes", [2, 40])
+def test_few_and_many_classes_are_drawn(classes: int) -> None:
+    text = page(report_of(classes))
+    assert Page(text).pictures == len(FIGURES)
+    assert len(text) < 1_000_000
+
+
+def test_a_report_of_little_is_a_page_too() -> None:
+    text = page(Report("m", quality=[Quality("pearson", 0.5, None, "test")]))
+    assert Page(text).pictures == 0
+    assert "0.5000" in Page(text).cells
+
+
+def test_seeds_are_drawn_and_linked() -> None:
+    report = over_seeds({1: report_of(), 2: report_of(), 3: report_of()})
+    found = Page(page(report))
+    assert found.links == [f"seed-{n}/report.html" for n in (1, 2, 3)]
+    assert [plot.name for plot in plots(report)] == ["seeds", *FIGURES]
+
+
+def test_without_matplotlib_the_report_is_kept_and_the_way_told(
+    tmp_path: Path, monkeypatch, caplog, capsys
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    with caplog.at_level("WARNING", "hfslim"):
+        publish(report_of(), tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"report.json", "report.md"}
+    (told,) = [record.message for record in caplog.records]
+    assert "pip install 'hfslim[plots]', then hfslim report" in told
+    main_exits(["report", str(tmp_path)], 1)
+    assert "hfslim[plots]" in capsys.readouterr().err
+
+
+def test_tensorboard_gets_figures_numbers_and_text(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    publish(report_of(), tmp_path, tensorboard=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    assert set(tags["images"]) == {f"report/{name}" for name in FIGURES}
+    assert events.Scalars("report/accuracy")[0].value == 0.8125
+    assert tags["tensors"] == ["report/text_summary"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_has_nothing_to_complain_of(tmp_path: Path, width: int) -> None:
+    path = write_page(report_of(), tmp_path)
+    done = subprocess.run(
+        [
+            *(str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
+            *("--enable-logging=stderr", f"--window-size={width},6000"),
+            *(f"--screenshot={tmp_path / 'page.png'}", f"--user-data-dir={tmp_path / 'profile'}"),
+            path.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "CONSOLE" not in done.stderr
+    assert (tmp_path / "page.png").stat().st_size > 20_000
