@@ -156,7 +156,7 @@ TYPES: dict[str, dict[str, Any]] = {
         "shape_embed_dim": 8,
         "shape_vocab_size": 16,
     },
-    "squeezebert": {"embedding_size": HIDDEN},
+    "squeezebert": {"embedding_size": HIDDEN, "num_attention_heads": 2 * HEADS},
     "t5": {"decoder_start_token_id": 0},
     "mt5": {"decoder_start_token_id": 0},
     "umt5": {"decoder_start_token_id": 0},

@@ -187,6 +187,9 @@ def _grouped(
     if heads.units % blocks:
         reason = f"its {heads.units} heads do not divide into the {blocks} groups of its maps"
         return Refusal("heads", path, reason)
+    if heads.units == blocks:
+        reason = f"each of the {blocks} groups of its maps has a single head"
+        return Refusal("heads", path, reason)
     size, units = output.inputs // heads.units, heads.units // blocks
     return Site(
         kind="heads",
