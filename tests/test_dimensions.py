@@ -4,6 +4,7 @@ import pytest
 import torch
 from models import auto_class, tiny
 from torch.nn import functional as F
+from transformers import TrainingArguments
 
 import hfslim
 from hfslim.anatomy import example_inputs, find_units
@@ -188,6 +189,25 @@ def test_a_search_over_all_kinds_meets_its_budget():
     )
     assert 0.38 * before < macs(model, _inputs(model, 1)) <= 0.4 * before
     assert result.structure.counts()["dimensions"][0] < result.structure.counts()["dimensions"][1]
+
+
+def test_dimensions_go_while_a_model_trains(tmp_path):
+    model = tiny("bert")
+    inputs = _inputs(model, 1)
+    before = macs(model, inputs)
+    callback = hfslim.PruningCallback({"macs": 0.6}, units=("dimensions",), inputs=inputs)
+    rows = [{**{n: v[0] for n, v in inputs.items()}, "labels": label} for label in (0, 1, 2, 0)]
+    args = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=4,
+        per_device_train_batch_size=4,
+        report_to="none",
+        use_cpu=True,
+        save_strategy="no",
+    )
+    hfslim.SlimTrainer(model=model, args=args, train_dataset=rows, callbacks=[callback]).train()
+    assert 0.55 * before < macs(model, inputs) <= 0.6 * before
+    assert callback.structure.counts()["dimensions"][0] < 64
 
 
 def test_what_cannot_be_narrower_is_refused_with_the_reason():
