@@ -69,7 +69,7 @@ def units_of(
                 "path": entry.path,
                 "total": entry.total,
                 "kept": _pooled(whole, most),
-                "importance": _pooled(scored.double().numpy(), most)
+                "importance": _pooled(scored.detach().cpu().double().numpy(), most)
                 if known and scored is not None
                 else None,
             }
