@@ -21,7 +21,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig
 
 import hfslim
 from benchmarks.markdown import Row, circumstances, table
-from benchmarks.memory import Peak
+from benchmarks.peak import Peak
 from benchmarks.rivals.results import Results
 from hfslim.prune.collect import Collector
 from hfslim.prune.gates import Gates

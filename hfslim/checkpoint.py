@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list, parse_flag_from_env
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -98,7 +98,8 @@ class CheckpointMixin(_Base):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.is_fsdp_enabled and self.accelerator.distributed_type != DistributedType.FSDP:
+        asked = self.args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
+        if asked and self.accelerator.distributed_type != DistributedType.FSDP:
             raise ValueError(
                 f"FSDP was asked for and the Trainer would ignore it on {self.args.device}: use "
                 "GPUs, or DDP on the CPU (accelerate_configs/multi_cpu.yaml)"

@@ -97,7 +97,7 @@ def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> st
 
 def number(value: float | None, after: str = "", sign: str = "") -> str:
     """Write a figure with four decimals."""
-    return NOT_MEASURED if value is None else f"{value:{sign}.4f}{after}"
+    return NOT_MEASURED if value is None else f"{value:{sign}z.4f}{after}"
 
 
 def costs(comparisons: Sequence[Comparison]) -> list[Row]:

@@ -136,6 +136,7 @@ def test_the_template_of_the_guide_teaches_a_family(monkeypatch, tmp_path):
         ("neurons", "exact"),
         ("channels", "absent"),
         ("experts", "absent"),
+        ("dimensions", "absent"),
         ("layers", "exact"),
         ("heads+neurons+layers", "exact"),
     }

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, set_seed
 
-from benchmarks.memory import Peak
+from benchmarks.peak import Peak
 from benchmarks.rivals.data import Task
 from benchmarks.rivals.methods import LABELS_ALONE, METHODS
 from benchmarks.rivals.problem import score

@@ -21,3 +21,10 @@ def test_gates_scores_and_gathered_weights_of_a_sharded_model_are_those_of_a_who
         if rank == 0:
             torch.testing.assert_close(found["cut"], expected["cut"][rows], rtol=0, atol=1e-5)
             torch.testing.assert_close(found["cut"], found["closed"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.distributed
+def test_fsdp_that_the_trainer_would_ignore_on_the_cpu_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=":")
+    told = launch(Path(__file__).with_name("fsdp_on_cpu.py"), tmp_path, processes=2)
+    assert told.count("FSDP was asked for and the Trainer would ignore it on cpu") == 4
