@@ -1,7 +1,9 @@
 """Dimensions of the residual stream: norms over the open ones, costs, plain configs."""
 
 import pytest
+import sweep
 import torch
+import zoo
 from models import auto_class, tiny
 from torch.nn import functional as F
 from transformers import TrainingArguments
@@ -224,3 +226,19 @@ def test_what_cannot_be_narrower_is_refused_with_the_reason():
 
 def test_dimensions_are_looked_for_only_where_they_are_asked_for():
     assert not any(site.kind == "dimensions" for site in find_units(tiny("bert")))
+
+
+@pytest.mark.parametrize("case", ["text/xlm-roberta", "text/markuplm", "audio/wav2vec2-bert"])
+def test_a_module_may_lie_between_two_runs_or_join_several(case, tmp_path):
+    """A head that reads the stream and is as wide; embeddings side by side; a gated linear unit."""
+    difference, _ = sweep.prove(case, "eager", ("dimensions",), tmp_path)
+    assert difference < 1e-6
+
+
+def test_a_forward_that_holds_its_width_is_refused_and_the_model_put_back():
+    model = zoo.tiny("image/segformer")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    structure = _some(model, kinds=("dimensions",))
+    with pytest.raises(RuntimeError, match=r"the cut model does not run \(.*nothing was changed"):
+        hfslim.shrink(model, structure)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -92,7 +92,7 @@ def _dimensions(model: PreTrainedModel, seen: Trace) -> Iterator[Site | Refusal]
     width = _entries(model, seen.places()[stream][0])
     stream = _in_steps(model, seen, stream)
     if seen.axes.reason(stream):
-        yield _site(model, seen.axes.reason(stream), seen.places()[stream], [], [])
+        yield Refusal("dimensions", seen.places()[stream][0].module, seen.axes.reason(stream))
         return
     # What is as wide as the stream goes in units of as many entries.
     for group, cuts in seen.places().items():
@@ -104,7 +104,7 @@ def _dimensions(model: PreTrainedModel, seen: Trace) -> Iterator[Site | Refusal]
         feeds, reason = list(_feeds(model, cuts, takers)), seen.axes.reason(group)
         as_wide = not reason and _entries(model, cuts[0]) == width
         if feeds and seen.axes.size(group) > 1 and (group in norms or as_wide):
-            yield _site(model, reason, cuts, feeds, norms.get(group, []))
+            yield _site(model, seen.axes.size(group), reason, cuts, feeds, norms.get(group, []))
 
 
 def _norms(seen: Trace) -> dict[int, list[Feed]]:
@@ -131,9 +131,16 @@ def _in_steps(model: PreTrainedModel, seen: Trace, stream: int) -> int:
 
 
 def _site(
-    model: PreTrainedModel, reason: str, cuts: list[Cut], feeds: list[Feed], norms: list[Feed]
+    model: PreTrainedModel,
+    size: int,
+    reason: str,
+    cuts: list[Cut],
+    feeds: list[Feed],
+    norms: list[Feed],
 ) -> Site | Refusal:
-    path = cuts[0].module
+    # Named by what writes them: one module may read one such run and write another.
+    readers = {feed.module for feed in feeds}
+    path = next((cut.module for cut in cuts if cut.module not in readers), cuts[0].module)
     modules = {cut.module: model.get_submodule(cut.module) for cut in cuts}
     for cut in cuts:
         if cut.tensor in modules[cut.module]._non_persistent_buffers_set:
@@ -143,15 +150,14 @@ def _site(
             reason = reason or f"{feed.module!r} takes them and is no known module"
     if reason:
         return Refusal("dimensions", path, reason)
-    first = cuts[0]
-    size = _entries(model, first) // first.widths[0]
+    width = cuts[0].widths[0]
     return Site(
         kind="dimensions",
         path=path,
         size=size,
         gate=feeds[0].module,
         width=feeds[0].width,
-        cuts=(*cuts, *_unseen(model, size * first.widths[0], first.widths[0])),
+        cuts=(*cuts, *_unseen(model, size * width, width)),
         inputs=tuple(feeds),
         masked_norms=tuple(norms),
     )

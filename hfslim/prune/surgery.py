@@ -70,9 +70,9 @@ def shrink(
         surgery.cut(units, structure, returns)
         depth = set_depth(model, units, structure)
         surgery.remember_settings()
-        _check_equal(expected, _logits(model, inputs))
+        _check_equal(expected, model, inputs)
         if blueprint.describe(model, units, structure, depth):
-            _check_equal(expected, _logits(model, inputs))
+            _check_equal(expected, model, inputs)
     except BaseException:
         surgery.undo()
         raise
@@ -313,14 +313,22 @@ def _logits(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> torch
         return model(**inputs).logits
 
 
-def _check_equal(expected: torch.Tensor, found: torch.Tensor) -> None:
+def _check_equal(
+    expected: torch.Tensor, model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]
+) -> None:
+    remedy = (
+        "so this family cannot be cut like this; nothing was changed. Leave the kind of unit that "
+        "causes it out of `units`"
+    )
+    try:
+        found = _logits(model, inputs)
+    except Exception as error:
+        raise RuntimeError(f"the cut model does not run ({error}), {remedy}") from error
     if not torch.isfinite(expected).all():
         raise RuntimeError("the gated model's output is not finite, so the cut cannot be checked")
     tolerance = RELATIVE_TOLERANCE.get(expected.dtype, HALF_TOLERANCE)
     difference = (found - expected).abs().max().item()
     if not difference <= tolerance * max(1.0, expected.abs().max().item()):
         raise RuntimeError(
-            f"the cut model differs from the gated one by {difference:.2g} in its logits, so this "
-            "family cannot be cut like this; nothing was changed. Leave the kind of unit that "
-            "causes it out of `units`"
+            f"the cut model differs from the gated one by {difference:.2g} in its logits, {remedy}"
         )
