@@ -37,8 +37,8 @@ from hfslim.atomic import (
     rotate,
     told,
 )
-from hfslim.figures import FiguresMixin
 from hfslim.hub.trainer import HubMixin
+from hfslim.log_figures import FiguresMixin
 from hfslim.objective import MeanLossMixin
 from hfslim.preemption import SaveOnSigterm
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hfslim.plain import lined
+from hfslim.readable_json import lined
 
 FILE = "manifest.json"
 ABSENT = "not set"

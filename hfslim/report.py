@@ -14,8 +14,8 @@ from rich.table import Table
 from hfslim import tables, zeros
 from hfslim.answers import Answers
 from hfslim.measure import Comparison, Measurement
-from hfslim.plain import lined
 from hfslim.provenance import Provenance
+from hfslim.readable_json import lined
 from hfslim.spread import Spread
 from hfslim.tables import Row, Section, markdown_table, number
 from hfslim.timing import Latency

@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from hfslim.adapters import base_of
 from hfslim.distill.capture import layer_modules
-from hfslim.figures import FiguresCallback
+from hfslim.log_figures import FiguresCallback
 from hfslim.prune.weights import sparse_modules
 
 __all__ = ["L2SP", "GradualUnfreezing", "head_modules", "train_head_only", "with_lora"]

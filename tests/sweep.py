@@ -40,7 +40,7 @@ import hfslim
 from hfslim.anatomy import Site, Units, example_inputs, find_units
 from hfslim.anatomy.coverage import measured, page
 from hfslim.prune.gates import gated
-from hfslim.prune.plain import Stream, stream_of
+from hfslim.prune.plain_config import Stream, stream_of
 from hfslim.prune.surgery import shrink
 from hfslim.structure import KINDS, Kind, Structure
 

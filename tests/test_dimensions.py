@@ -14,7 +14,7 @@ from hfslim.measure import count_parameters, macs
 from hfslim.prune import costs as pricing
 from hfslim.prune.collect import collect
 from hfslim.prune.norms import GatedNorm
-from hfslim.prune.plain import check_plain
+from hfslim.prune.plain_config import check_plain
 from hfslim.structure import Structure
 
 SHORT = {"input_ids": 10, "input_values": 1200}

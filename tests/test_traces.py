@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from hfslim.plain import lined
+from hfslim.readable_json import lined
 from hfslim.structure import Structure
 from hfslim.traces import series_of, units_of
 

@@ -13,7 +13,7 @@ import hfslim
 from hfslim.anatomy import example_inputs, find_units
 from hfslim.measure import macs
 from hfslim.prune import costs as pricing
-from hfslim.prune.plain import check_plain
+from hfslim.prune.plain_config import check_plain
 from hfslim.prune.search import UnreachableTargetError
 from hfslim.prune.target import Target
 from hfslim.prune.uniform import search_uniform

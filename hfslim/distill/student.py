@@ -15,7 +15,7 @@ from hfslim.prune.batches import Batches
 from hfslim.prune.collect import collect
 from hfslim.prune.importance import magnitude
 from hfslim.prune.layers import spaced_layers
-from hfslim.prune.plain import Stream, main_stream, stream_of
+from hfslim.prune.plain_config import Stream, main_stream, stream_of
 from hfslim.prune.surgery import shrink
 from hfslim.prune.uniform import UniformPool
 from hfslim.structure import Kind, Structure

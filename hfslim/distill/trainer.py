@@ -20,8 +20,8 @@ from hfslim.distill.feature_training import FeatureMixin
 from hfslim.distill.losses import distillation_loss
 from hfslim.distill.skill import check_skill
 from hfslim.distill.teachers import Source, Teachers
-from hfslim.figures import FiguresMixin
 from hfslim.hub.trainer import HubMixin
+from hfslim.log_figures import FiguresMixin
 from hfslim.objective import MeanLossMixin, logits_of, problem_type, with_loss
 from hfslim.pairing import PairedCollator, collator_of
 

@@ -15,7 +15,7 @@ from transformers.trainer_callback import ExportableState
 
 from hfslim.adapters import check_merged
 from hfslim.anatomy import Stated, find_units
-from hfslim.figures import FiguresCallback
+from hfslim.log_figures import FiguresCallback
 from hfslim.prune.collect import Collector
 from hfslim.prune.criteria import Criteria, criteria_by_kind, learns
 from hfslim.prune.expected import ExpectedCost

@@ -18,7 +18,7 @@ from hfslim.prune.criteria import Criteria, criteria_by_kind, usual_criterion
 from hfslim.prune.family import Member, PruneFamily, point
 from hfslim.prune.gates import Key
 from hfslim.prune.measured import LatencyTry
-from hfslim.prune.plain import check_plain
+from hfslim.prune.plain_config import check_plain
 from hfslim.prune.reconstruction import Reconstruction
 from hfslim.prune.smallest import Evaluate, MetricTry, metric_of, smallest_within
 from hfslim.prune.steps import calibrate, check_reachable, cut, decide, price

@@ -21,7 +21,7 @@ from hfslim.prune.gates import Key
 from hfslim.prune.latency import LatencyTable
 from hfslim.prune.measured import LatencyTry, search_measured
 from hfslim.prune.moments import Moments, gather, projection
-from hfslim.prune.plain import Stream
+from hfslim.prune.plain_config import Stream
 from hfslim.prune.reconstruction import (
     Reconstruction,
     check_reconstruction,

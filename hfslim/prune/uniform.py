@@ -13,7 +13,7 @@ from hfslim.anatomy import Site, Units
 from hfslim.prune.costs import Costs
 from hfslim.prune.gates import Key
 from hfslim.prune.latency import LatencyTable
-from hfslim.prune.plain import Stream
+from hfslim.prune.plain_config import Stream
 from hfslim.prune.search import layers_to_go
 from hfslim.prune.target import Target, UnreachableTargetError, unreachable
 from hfslim.structure import Entry, Kind, Structure

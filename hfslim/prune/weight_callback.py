@@ -13,7 +13,7 @@ from transformers import TrainingArguments as Arguments
 from transformers.trainer_callback import ExportableState
 
 from hfslim.adapters import check_merged
-from hfslim.figures import FiguresCallback
+from hfslim.log_figures import FiguresCallback
 from hfslim.prune.gates import attached
 from hfslim.prune.held_zeros import HeldZeros
 from hfslim.prune.importance import UnusableScoresError
