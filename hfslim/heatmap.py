@@ -14,7 +14,15 @@ from hfslim.structure import KINDS, Kind
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Panel", "check_picture", "class_panel", "draw", "importance_panels", "similarity_panel"]
+__all__ = [
+    "Panel",
+    "check_picture",
+    "class_panel",
+    "draw",
+    "importance_panels",
+    "means_of_neighbours",
+    "similarity_panel",
+]
 
 SUFFIXES = (".svg", ".png", ".pdf")
 COLUMNS = 96
@@ -58,6 +66,12 @@ def check_picture(path: Path) -> None:
         raise RuntimeError("a picture needs matplotlib: pip install 'hfslim[plots]'") from error
 
 
+def means_of_neighbours(values: torch.Tensor, most: int) -> torch.Tensor:
+    """Return values, `[units]`, or where they are more than `most`, the means of neighbours."""
+    parts = values.tensor_split(max(min(most, len(values)), 1))
+    return torch.stack([part.mean() for part in parts]) if len(values) else values
+
+
 def importance_panels(scores: Mapping[tuple[Kind, str], torch.Tensor]) -> list[Panel]:
     """Show the importance of every unit: one panel for each kind, one row for each place.
 
@@ -75,8 +89,8 @@ def importance_panels(scores: Mapping[tuple[Kind, str], torch.Tensor]) -> list[P
         columns = min(COLUMNS, max(len(values) for values in rows.values()))
         grid = torch.full((len(rows), columns), float("nan"), dtype=torch.float64)
         for row, values in enumerate(rows.values()):
-            parts = values.double().tensor_split(min(columns, len(values)))
-            grid[row, : len(parts)] = torch.stack([part.mean() for part in parts])
+            means = means_of_neighbours(values.double(), columns)
+            grid[row, : len(means)] = means
         total = sum(len(values) for values in rows.values())
         panels.append(Panel(f"{kind}, {total:,}", grid, list(rows)))
     return panels

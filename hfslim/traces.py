@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
+from hfslim.heatmap import means_of_neighbours
 from hfslim.structure import Kind, Structure
 
 __all__ = ["series_of", "units_of"]
@@ -59,7 +59,7 @@ def units_of(
     """
     rows = []
     for entry in structure.entries:
-        whole = np.zeros(entry.total)
+        whole = torch.zeros(entry.total)
         whole[list(entry.kept)] = 1
         scored = (scores or {}).get((entry.kind, entry.path))
         known = scored is not None and len(scored) == entry.total
@@ -68,8 +68,8 @@ def units_of(
                 "kind": entry.kind,
                 "path": entry.path,
                 "total": entry.total,
-                "kept": _pooled(whole, most),
-                "importance": _pooled(scored.detach().cpu().double().numpy(), most)
+                "kept": _cells(whole, most),
+                "importance": _cells(scored.detach(), most)
                 if known and scored is not None
                 else None,
             }
@@ -77,11 +77,8 @@ def units_of(
     return rows
 
 
-def _pooled(values: np.ndarray, most: int) -> list[float]:
-    if not len(values):
-        return []
-    parts = np.array_split(values, min(most, len(values)))
-    return [_short(float(part.mean())) for part in parts]
+def _cells(values: torch.Tensor, most: int) -> list[float]:
+    return [_short(mean) for mean in means_of_neighbours(values.cpu().double(), most).tolist()]
 
 
 def _thinned(points: list[tuple[int, float]], most: int) -> list[tuple[int, float]]:

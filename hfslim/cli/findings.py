@@ -50,10 +50,14 @@ class Importance:
         table = table_of(
             self.title, "units", "layer", "#number", "#share", "importance", "least important"
         )
+        bars = {
+            key: heatmap.means_of_neighbours(values, BAR_COLUMNS)
+            for key, values in self.scores.items()
+        }
         totals, highest = dict[str, float](), dict[str, float]()
-        for (kind, _), values in self.scores.items():
+        for (kind, path), values in self.scores.items():
             totals[kind] = totals.get(kind, 0.0) + values.sum().item()
-            highest[kind] = max(highest.get(kind, 0.0), _columns(values).max().item())
+            highest[kind] = max(highest.get(kind, 0.0), bars[kind, path].max().item())
         for site in self.units:
             values = self.scores[site.kind, site.path]
             share = values.sum().item() / totals[site.kind] if totals[site.kind] else 0.0
@@ -63,7 +67,7 @@ class Importance:
                 escape(site.path),
                 str(site.size),
                 f"{share:.1%}",
-                _bars(_columns(values), highest[site.kind]),
+                _bars(bars[site.kind, site.path], highest[site.kind]),
                 ", ".join(map(str, least)),
             )
         for refusal in self.units.refusals:
@@ -194,11 +198,6 @@ def table_of(title: str, *headings: str) -> Table:
         numbers = heading.startswith("#")
         table.add_column(heading.removeprefix("#"), justify="right" if numbers else "left")
     return table
-
-
-def _columns(values: Tensor) -> Tensor:
-    """Return the values themselves, or the means of neighbours where they are too many."""
-    return torch.stack([part.mean() for part in values.tensor_split(min(BAR_COLUMNS, len(values)))])
 
 
 def _bars(values: Tensor, highest: float) -> str:
