@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedConfig
 
-from hfslim.objective import problem_type
+from hfslim.objective import IGNORED_LABEL, ProblemType, problem_type
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,32 @@ def class_numbers(config: PreTrainedConfig, classes: Sequence[int | str]) -> tup
             f"classes {list(classes)!r}: expected some of {list(known.values())}, or their numbers"
         )
     return tuple(dict.fromkeys(numbers))
+
+
+def check_classes(labels: torch.Tensor, classes: int, problem: ProblemType) -> None:
+    """Refuse classes that the model does not have; on a GPU they would end the process."""
+    if problem == "single_label_classification" and len(labels):
+        lowest, highest = labels.min().item(), labels.max().item()
+        if highest >= classes or (lowest < 0 and lowest != IGNORED_LABEL):
+            raise ValueError(
+                f"labels go from {lowest} to {highest}, the model has classes 0 to {classes - 1}"
+            )
+
+
+def class_of_each(labels: torch.Tensor | None, classes: int) -> torch.Tensor:
+    """Return the class of each example, `[examples]`; refuse examples without exactly one."""
+    if labels is None or labels.ndim != 1 or labels.is_floating_point():
+        given = "none" if labels is None else f"{labels.dtype} of shape {tuple(labels.shape)}"
+        raise ValueError(
+            "importance by class needs the class of each example, integers `labels` [examples]; "
+            f"the batch has {given}"
+        )
+    if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
+        raise ValueError(
+            f"importance by class needs a class from 0 to {classes - 1} for each example; labels "
+            f"go from {labels.min().item()} to {labels.max().item()}"
+        )
+    return labels
 
 
 class _Chosen:

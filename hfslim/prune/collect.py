@@ -12,9 +12,9 @@ from rich.progress import track
 from transformers import PreTrainedModel
 
 from hfslim.anatomy import Site, Units
-from hfslim.objective import IGNORED_LABEL, ProblemType, hard_loss, logits_of, problem_type
+from hfslim.objective import ProblemType, hard_loss, logits_of, problem_type
 from hfslim.prune import importance
-from hfslim.prune.batches import fitting
+from hfslim.prune.batches import check_classes, class_of_each, fitting
 from hfslim.prune.criteria import CRITERIA, Criterion, Rows, Seen, check_labels
 from hfslim.prune.finite import check_finite
 from hfslim.prune.gates import Gates, Key
@@ -306,7 +306,7 @@ def _score(model: PreTrainedModel, collector: Collector, batch: Mapping[str, Any
     if labels is None:
         check_labels(collector.names)
     if collector.by_class:
-        collector.labels = _classes(labels, collector.classes)
+        collector.labels = class_of_each(labels, collector.classes)
     collector.unlabelled = labels is None
     collector.problem = problem = problem_type(model.config, labels)
     collector.gates.fired.clear()
@@ -315,35 +315,9 @@ def _score(model: PreTrainedModel, collector: Collector, batch: Mapping[str, Any
         collector.gates.check_fired()
         check_finite(model, inputs, logits)
         if labels is not None:
-            _check_labels(labels, logits.shape[-1], problem)
+            check_classes(labels, logits.shape[-1], problem)
         if collector.needs_loss:
             hard_loss(logits, labels, problem).sum().backward()
-
-
-def _check_labels(labels: torch.Tensor, classes: int, problem: ProblemType) -> None:
-    """Refuse classes that the model does not have; on a GPU they would end the process."""
-    if problem == "single_label_classification" and len(labels):
-        lowest, highest = labels.min().item(), labels.max().item()
-        if highest >= classes or (lowest < 0 and lowest != IGNORED_LABEL):
-            raise ValueError(
-                f"labels go from {lowest} to {highest}, the model has classes 0 to {classes - 1}"
-            )
-
-
-def _classes(labels: torch.Tensor | None, classes: int) -> torch.Tensor:
-    """Return the class of each example, `[examples]`; refuse examples without exactly one."""
-    if labels is None or labels.ndim != 1 or labels.is_floating_point():
-        given = "none" if labels is None else f"{labels.dtype} of shape {tuple(labels.shape)}"
-        raise ValueError(
-            "importance by class needs the class of each example, integers `labels` [examples]; "
-            f"the batch has {given}"
-        )
-    if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
-        raise ValueError(
-            f"importance by class needs a class from 0 to {classes - 1} for each example; labels "
-            f"go from {labels.min().item()} to {labels.max().item()}"
-        )
-    return labels
 
 
 def same_total(scores: dict[Key, torch.Tensor]) -> dict[Key, torch.Tensor]:
