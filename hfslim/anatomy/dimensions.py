@@ -76,8 +76,9 @@ def _trace(model: PreTrainedModel, norms: Sequence[str]) -> Trace:
     unmasked = {name: value for name, value in inputs.items() if name != "attention_mask"}
     try:
         return trace(model, unmasked, norms)
-    except Exception:
+    except Exception as error:
         # Some look whether there is padding, where no mask tells; some into the mask.
+        logger.debug("not traced without a mask", exc_info=error)
         return trace(model, inputs, norms)
 
 
