@@ -83,3 +83,14 @@ def test_a_row_stays_where_a_package_of_the_type_is_missing(tmp_path, monkeypatc
 def test_nineteen_of_twenty_types_are_cut_exactly():
     for exact, types in shares(ROWS.values()).values():
         assert exact >= 0.95 * types > 100
+
+
+def test_the_readme_tells_the_shares_of_the_table():
+    found = shares(ROWS.values())
+    (parts, types), (layers, deep) = found["heads or channels"], found["layers"]
+    readme = " ".join(Path(__file__).parents[1].joinpath("README.md").read_text().split())
+    assert f"all {len(ROWS)} types of transformers' classifiers" in readme
+    told = (
+        f"heads or channels of {parts} of the {types} that build and have any, layers of {layers}"
+    )
+    assert f"{told} of {deep}." in readme

@@ -75,8 +75,8 @@ def coverage(tasks: Sequence[str] = ("text", "image", "audio")) -> tuple[Coverag
 def shares(rows: Sequence[Coverage]) -> dict[str, tuple[int, int]]:
     """Count the types that are cut exactly, of those with such units that could be built.
 
-    Heads, channels and experts make one count: each is a way of narrowing what is not a
-    feed-forward layer. A type without any has neither.
+    Heads and channels make one count, neurons and experts another: each is a way of narrowing the
+    same part of a layer. A type that has no such part counts in neither number.
 
     Args:
         rows: The types.
