@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import yaml
+from distributed.launch import START
 
 from hfslim.recipe import RecipeError, load_recipe, parse_recipe, recipe_yaml
 
@@ -142,7 +143,8 @@ def test_fashion_mnist_keeps_pixels_and_names(tmp_path: Path) -> None:
 def test_two_processes_run_the_quickstart_to_its_report(tmp_path: Path) -> None:
     done = script(
         *("-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/multi_cpu.yaml"),
-        *("--main_process_port", "0", "recipes/compress.py", "recipes/image/digits_vit.yaml"),
+        *("--main_process_port", "0", str(START)),
+        *("recipes/compress.py", "recipes/image/digits_vit.yaml"),
         *("--output_dir", str(tmp_path / "out"), "--training.disable_tqdm", "true"),
         *("--training.max_steps", "2", "--data.max_eval_samples", "64"),
         *("--stages.recover.allow_untrained_teacher", "true"),
@@ -172,6 +174,6 @@ def test_the_cpu_configurations_start_as_many_processes_as_they_say(
     )
     path = f"accelerate_configs/{config}.yaml"
     launcher = ("-m", "accelerate.commands.launch", "--config_file", path)
-    done = script(*launcher, "--main_process_port", "0", str(program))
+    done = script(*launcher, "--main_process_port", "0", str(START), str(program))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count(f"world {processes} {processes}") == processes

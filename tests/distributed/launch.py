@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+START = Path(__file__).with_name("start.py")
+"""What starts a script so that the end of its process cannot fail when the script has not."""
+
 
 def launch(script: Path, *arguments: str | Path, processes: int) -> str:
     """Run a script under torchrun and return its output; fail with it if it fails."""
@@ -18,6 +21,6 @@ def launched(
 ) -> "subprocess.CompletedProcess[str]":
     """Run a script under torchrun, whatever comes of it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(processes), str(script), *map(str, arguments)]
+    command += ["--nproc_per_node", str(processes), *map(str, (START, script, *arguments))]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

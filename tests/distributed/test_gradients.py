@@ -1,10 +1,9 @@
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from distributed.launch import launch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from gradients import HEADS, gradient
@@ -28,18 +27,7 @@ def relative(one: torch.Tensor, other: torch.Tensor) -> float:
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple, Result]]:
     """Run every case with two processes and 8 examples in each."""
     target = tmp_path_factory.mktemp("gradients") / "two"
-    root = SCRIPT.parents[2]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    run = subprocess.run(
-        [*command, "--nproc_per_node", "2", str(SCRIPT), str(target), "8", "1"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
+    launch(SCRIPT, target, "8", "1", processes=2)
     return [torch.load(f"{target}.{rank}", weights_only=True) for rank in (0, 1)]
 
 
