@@ -119,6 +119,23 @@ def test_a_small_student_is_new_narrower_and_within_the_budget(family: str) -> N
     assert not torch.allclose(trained, fresh)
 
 
+@pytest.mark.parametrize("criterion", ["magnitude", "random"])
+def test_even_cuts_keep_the_best_of_each_layer_as_they_were(criterion: str) -> None:
+    task = problem(tiny("bert"))
+    cut = METHODS[criterion]["evenly in all layers"](task, 0.5)
+    assert 0.4 < task.kept(cut) <= 0.5
+    for name, weight in cut.named_parameters():
+        if name.endswith("intermediate.dense.weight"):
+            whole = task.teacher.get_parameter(name)
+            out = task.teacher.get_parameter(name.replace("intermediate", "output"))
+            bias = task.teacher.get_parameter(name.replace("weight", "bias"))
+            size = whole.square().sum(1) + out.square().sum(0) + bias.square()
+            best = size.topk(len(weight)).indices.sort().values
+            assert torch.equal(weight, whole[best]) == (criterion == "magnitude")
+            assert all((whole == row).all(1).any() for row in weight)
+    assert len({site.size for site in hfslim.find_units(cut).of(["neurons"])}) == 1
+
+
 def test_labels_alone_leave_the_teacher_out(teacher: str) -> None:
     setting = Setting(RECIPE, train=192, evaluation=8, calibration=16, selection=16)
     task = Task.prepare("digits", setting, load_recipe(RECIPE), teacher)

@@ -1,18 +1,23 @@
 """The methods, by name; of those with several settings the best on training examples is taken."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel
 
 import hfslim
 from benchmarks.rivals import depgraph
 from benchmarks.rivals.problem import Cut, Problem
-from hfslim.structure import Structure
+from hfslim.anatomy import Units
+from hfslim.prune import CRITERIA, importance
+from hfslim.prune.gates import Key
+from hfslim.structure import Kind, Structure
 
 TIE = 0.01
+KINDS: tuple[Kind, ...] = ("heads", "neurons")
 
 
 def cut_by_hfslim(problem: Problem, budget: float, **choices: str) -> PreTrainedModel:
@@ -63,20 +68,35 @@ PLACEMENTS = {
 
 
 def small_student(problem: Problem, budget: float) -> PreTrainedModel:
-    """Make a new model of the family and depth, evenly narrower, its weights not trained.
-
-    Each layer has the budget's share of the heads, at least one, and the neurons that it leaves.
-    """
+    """Make a new model of the family and depth, evenly narrower, its weights not trained."""
     fresh = type(problem.teacher)(copy.deepcopy(problem.teacher.config)).eval()
-    units = hfslim.find_units(fresh).of(["heads", "neurons"])
+    units = hfslim.find_units(fresh).of(KINDS)
+    return _narrow(problem, budget, fresh, importance.random_scores(units, problem.seed))
+
+
+def cut_evenly(
+    problem: Problem,
+    budget: float,
+    score: Callable[[PreTrainedModel, Units, int], Mapping[Key, torch.Tensor]],
+) -> PreTrainedModel:
+    """Remove as many units of each layer, those of the lowest scores; no weight changes."""
+    units = hfslim.find_units(problem.teacher).of(KINDS)
+    scores = score(problem.teacher, units, problem.seed)
+    return _narrow(problem, budget, problem.teacher, scores)
+
+
+def _narrow(
+    problem: Problem, budget: float, whole: PreTrainedModel, scores: Mapping[Key, torch.Tensor]
+) -> PreTrainedModel:
+    """Keep in each layer the budget's share of heads, at least one, and the neurons it leaves."""
 
     def narrow(neurons: float) -> PreTrainedModel:
         share = {"heads": budget, "neurons": neurons}
-        kept: dict[str, dict[str, tuple[range, int]]] = {"heads": {}, "neurons": {}}
-        for site in units:
-            number = max(round(share[site.kind] * site.size), 1)
-            kept[site.kind][site.path] = range(number), site.size
-        return hfslim.shrink(copy.deepcopy(fresh), Structure.of(kept))
+        kept: dict[str, dict[str, tuple[list[int], int]]] = {"heads": {}, "neurons": {}}
+        for (kind, path), score in scores.items():
+            best = score.topk(max(round(share[kind] * len(score)), 1)).indices
+            kept[kind][path] = sorted(best.tolist()), len(score)
+        return hfslim.shrink(copy.deepcopy(whole), Structure.of(kept))
 
     low, high = 0.0, 1.0
     for _ in range(10):
@@ -88,14 +108,24 @@ def small_student(problem: Problem, budget: float) -> PreTrainedModel:
     return narrow(low)
 
 
+def _by(criterion: str) -> Mapping[str, Cut]:
+    """Return what can be done with the scores of a criterion that looks at no data."""
+    score = CRITERIA[criterion].weights
+    assert score is not None
+    return {
+        "evenly in all layers": partial(cut_evenly, score=score),
+        "hfslim's search and reconstruction": partial(cut_by_hfslim, criterion=criterion),
+    }
+
+
 METHODS: Mapping[str, Mapping[str, Cut]] = {
     "hfslim": {"defaults": cut_by_hfslim},
     "torch-pruning": depgraph.settings(),
     "layers": {name: partial(remove_layers, placement=name) for name in PLACEMENTS},
     "fine-tuned": {name: partial(remove_layers, placement=name) for name in PLACEMENTS},
     "small student": {"narrow": small_student},
-    "magnitude": {"hfslim, criterion magnitude": partial(cut_by_hfslim, criterion="magnitude")},
-    "random": {"hfslim, criterion random": partial(cut_by_hfslim, criterion="random")},
+    "magnitude": _by("magnitude"),
+    "random": _by("random"),
 }
 
 LABELS_ALONE = frozenset({"fine-tuned"})
