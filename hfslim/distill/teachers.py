@@ -17,6 +17,7 @@ from transformers.utils import logging
 from hfslim.distill.cache import fingerprint
 from hfslim.distill.config import DistillationConfig
 from hfslim.distill.labels import align_labels
+from hfslim.distill.sharding import shard_teacher
 from hfslim.distill.teacher import (
     accepted_inputs,
     check_processor,
@@ -89,6 +90,7 @@ class Teachers:
         weights = args.teacher_weights or [1.0] * len(given)
         self.weights = [weight / sum(weights) for weight in weights]
         self.mean = args.teacher_mean
+        self._args = args
         if args.teacher_compile:
             for model in self.models:
                 model.compile(backend=args.teacher_compile)
@@ -115,10 +117,20 @@ class Teachers:
         columns = self.columns
         return {k: v for k, v in batch.items() if k not in columns and not k.startswith(PREFIX)}
 
-    def place(self, device: torch.device) -> None:
-        """Move the teachers; one that is quantized may have to be where it was loaded."""
-        for model in self.models:
-            if next(model.parameters()).device != device:
+    def place(self, device: torch.device, shard: bool = False) -> None:
+        """Move the teachers; one that is quantized may have to be where it was loaded.
+
+        Args:
+            device: Where they run.
+            shard: Whether each process keeps its part of the weights only, where that can be.
+        """
+        for model, name in zip(self.models, self.names, strict=True):
+            why = self._why_whole(model) if shard else ""
+            if why:
+                logger.info(f"the teacher {name} stays whole on every process: {why}")
+            if shard and not why:
+                shard_teacher(model, device)
+            elif next(model.parameters()).device != device:
                 model.to(device)
 
     def each(self, batch: dict[str, Any], **options: Any) -> list[Tensor]:
@@ -154,6 +166,19 @@ class Teachers:
         if len(parts) > 1:
             parts += [f"{self.weights}", self.mean]
         return xxhash.xxh3_128("|".join(parts).encode()).hexdigest()
+
+    def _why_whole(self, model: Any) -> str:
+        """Say why a teacher cannot be in parts, if so."""
+        if self._args.teacher_cache:
+            return "teacher_cache asks it on one process at a time"
+        if self._args.teacher_compile:
+            return "it is compiled"
+        if self._args.teacher_dtype == "int8" or getattr(model, "is_quantized", False):
+            return "it is quantized"
+        students = {p.untyped_storage().data_ptr() for p in self._student.parameters()}
+        if any(p.untyped_storage().data_ptr() in students for p in model.parameters()):
+            return "its weights are the student's too"
+        return ""
 
     def _check_inputs(self, source: Any, model: Any, processor: Any, own: Any) -> None:
         """Refuse inputs that were made for another model, as far as files tell."""

@@ -42,9 +42,10 @@ class DistillationTrainer(
     `loss_...` for each feature loss, with `agreement`, the share of examples for which student and
     teacher give the same class, and `teacher_time_share`.
     Evaluation runs the student alone: `eval_loss` is the labels' loss. The teacher is placed once
-    on the student's device, runs without gradients in evaluation mode, and is in no checkpoint. It
-    sees the student's batches, or the same examples as its own processor makes them. A student
-    without `config.problem_type` takes over the teacher's.
+    on the student's device (under FSDP2 and ZeRO-3 in parts, one on each process), runs without
+    gradients in evaluation mode, and is in no checkpoint. It sees the student's batches, or the
+    same examples as its own processor makes them. A student without `config.problem_type` takes
+    over the teacher's.
 
     Args:
         model: The student.
@@ -97,7 +98,9 @@ class DistillationTrainer(
                 len(given) if teacher_processor is None else 1
             )
         self.teachers = Teachers(given, teacher_processor, student, self.processing_class, args)
-        self.teachers.place(args.device)
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        in_parts = self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+        self.teachers.place(args.device, shard=in_parts)
         if student.config.problem_type is None:
             student.config.problem_type = self.teacher.config.problem_type
         own = zip(self.teachers.prefixes, teacher_processor, strict=True)
