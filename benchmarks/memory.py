@@ -3,8 +3,9 @@
     python -m benchmarks.memory [--sizes tiny small medium large huge] [--criterion fisher obs]
 
 Each line is a process of its own: a BERT with random weights, built from its config, is scored on
-8 texts of 32 tokens and cut to half of its multiply-accumulates. The peak is of resident memory,
-less what was there before the model. Linux only.
+8 texts of 32 tokens, cut to half of its multiply-accumulates and saved. The peak is of resident
+memory until it is cut, less what was there before the model; what is left after that, and the peak
+of saving, are told likewise. Linux only.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import json
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 
 from benchmarks.peak import Peak
@@ -36,23 +38,25 @@ def main() -> None:
         print(json.dumps(measured(*options.one)))
         return
     print(f"{platform.processor() or platform.machine()}, one process for each line\n")
-    print("| criterion | parameters | model | peak, scored and cut | peak / model | seconds |")
-    print("|---|---|---|---|---|---|")
+    columns = ("criterion", "parameters", "model", "peak, scored and cut", "peak / model")
+    print("|", " | ".join((*columns, "left", "peak, saving", "seconds")), "|")
+    print("|" + 8 * "---|")
     for criterion in options.criterion:
         for size in options.sizes:
             command = [sys.executable, "-m", "benchmarks.memory", "--one", size, criterion]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             row = json.loads(done.stdout.splitlines()[-1])
-            mib = {name: f"{row[name] / 2**20:,.0f} MiB" for name in ("model", "peak")}
+            names = ("model", "peak", "left", "saving")
+            model, peak, left, saving = (f"{row[name] / 2**20:,.0f} MiB" for name in names)
             print(
-                f"| {criterion} | {row['parameters'] / 1e6:,.0f} M | {mib['model']} | "
-                f"{mib['peak']} | {row['peak'] / row['model']:.2f} | {row['seconds']:.0f} |",
+                f"| {criterion} | {row['parameters'] / 1e6:,.0f} M | {model} | {peak} | "
+                f"{row['peak'] / row['model']:.2f} | {left} | {saving} | {row['seconds']:.0f} |",
                 flush=True,
             )
 
 
 def measured(size: str, criterion: str) -> dict[str, float]:
-    """Score and cut a model of a size; return bytes above those before it was built."""
+    """Score, cut and save a model of a size; return bytes above those before it was built."""
     import torch
     from transformers import AutoModelForSequenceClassification, BertConfig
 
@@ -95,11 +99,17 @@ def measured(size: str, criterion: str) -> dict[str, float]:
     start = time.perf_counter()
     prune(model)
     seconds = time.perf_counter() - start
-    size_of = 4 * parameters
+    peak, left = memory.growth(), memory.now()
+    with tempfile.TemporaryDirectory() as folder:
+        saving = Peak()
+        model.save_pretrained(folder)
+        peak_of_saving = left + saving.growth()
     return {
         "parameters": parameters,
-        "model": size_of,
-        "peak": memory.growth(),
+        "model": 4 * parameters,
+        "peak": peak,
+        "left": left,
+        "saving": peak_of_saving,
         "seconds": seconds,
     }
 

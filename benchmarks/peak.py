@@ -19,6 +19,10 @@ class Peak:
         """Bytes by which the peak exceeds what there was at first; None where it is not told."""
         return max(_read("VmHWM") - self.before, 0) if self.known else None
 
+    def now(self) -> int | None:
+        """Bytes by which there is more than at first; None where it is not told."""
+        return _read("VmRSS") - self.before if self.known else None
+
 
 def _read(name: str) -> int:
     lines = STATUS.read_text(encoding="ascii").splitlines()

@@ -13,8 +13,9 @@ from hfslim.anatomy import Cut, Site, Units, example_inputs, find_units
 from hfslim.prune import UnreachableTargetError, latency, timetable
 from hfslim.prune.latency import Curve, LatencyTable
 from hfslim.prune.measured import TOLERANCE, to_save
+from hfslim.prune.proof import attention_returns
 from hfslim.prune.search import search
-from hfslim.prune.surgery import attention_returns, cut_for_now
+from hfslim.prune.surgery import cut_for_now
 from hfslim.prune.target import Target
 from hfslim.timing import evaluating
 

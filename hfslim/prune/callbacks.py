@@ -22,10 +22,11 @@ from hfslim.prune.expected import ExpectedCost
 from hfslim.prune.gates import Gates, Key
 from hfslim.prune.importance import Scores
 from hfslim.prune.learned import WARM_UP, LearnedGates
+from hfslim.prune.proof import check_gates
 from hfslim.prune.schedules import Pace, Schedule
 from hfslim.prune.search import search
 from hfslim.prune.steps import agreed, check_reachable, price
-from hfslim.prune.surgery import check_gates, shrink
+from hfslim.prune.surgery import shrink
 from hfslim.prune.target import Target
 from hfslim.prune.training import (
     average_over_processes,

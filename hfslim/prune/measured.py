@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from hfslim.anatomy import Units
 from hfslim.prune.latency import LatencyTable
-from hfslim.prune.surgery import attention_returns, cut_for_now
+from hfslim.prune.proof import attention_returns
+from hfslim.prune.surgery import cut_for_now
 from hfslim.prune.target import Target
 from hfslim.structure import Structure
 from hfslim.timing import paired_latency

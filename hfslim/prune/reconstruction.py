@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -56,7 +57,7 @@ def obs_scores(
         site = units.site(kind, path)
         weight = projection(model, site).double()
         metric = weight.T @ (one.outer / one.examples) @ weight
-        order, costs = eliminate(one.covariance(_has_bias(model, site)), metric, site.width)
+        order, costs = eliminate(one.covariance(_bias(model, site) is not None), metric, site.width)
         # Strictly rising, so that sorting by score gives back the order.
         step = 1e-12 * costs.sum() * torch.arange(1, site.size + 1).to(costs)
         rising = torch.empty_like(costs)
@@ -76,6 +77,36 @@ def obs_scores(
     return scores
 
 
+@dataclass
+class _Mended:
+    """What stays of a projection, and its bias.
+
+    Attributes:
+        site: The site behind which it is.
+        inputs: Numbers of the inputs that stay, `[kept]`.
+        weight: `[outputs, kept]`.
+        bias: `[outputs]`; None if it has none.
+    """
+
+    site: Site
+    inputs: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def now(self, model: PreTrainedModel) -> _Mended:
+        """Return the same of what a model has now."""
+        weight = projection(model, self.site).index_select(1, self.inputs)
+        bias = _bias(model, self.site)
+        return _Mended(self.site, self.inputs, weight, None if bias is None else bias.clone())
+
+    def put(self, model: PreTrainedModel) -> None:
+        """Put it into a model."""
+        projection(model, self.site)[:, self.inputs] = self.weight
+        bias = _bias(model, self.site)
+        if bias is not None and self.bias is not None:
+            bias.copy_(self.bias)
+
+
 @contextmanager
 def reconstructed(
     model: PreTrainedModel,
@@ -87,7 +118,8 @@ def reconstructed(
     """Let what stays make up for what a structure removes; taken back if the block fails.
 
     The projection behind each site is solved for by least squares, and its bias makes up for the
-    mean; the weights that meet removed units become 0. Sites without moments stay as they are.
+    mean. The weights that meet removed units, whose inputs are gone, stay as they are, and so do
+    sites without moments.
 
     Args:
         model: The model whose moments these are.
@@ -100,33 +132,30 @@ def reconstructed(
     Yields:
         Nothing.
     """
-    before: list[tuple[torch.Tensor, torch.Tensor]] = []
+    mended = []
+    for site in units if how != "none" else ():
+        one = moments.get((site.kind, site.path))
+        kept = structure.kept(site.kind, site.path)
+        if one is not None and len(kept) < site.size:
+            mended.append(_mended(model, site, kept, one, how))
+    before: list[_Mended] = []
     try:
-        if how != "none":
-            for site in units:
-                one = moments.get((site.kind, site.path))
-                kept = structure.kept(site.kind, site.path)
-                if one is not None and len(kept) < site.size:
-                    _reconstruct(model, site, kept, one, how, before)
+        while mended:
+            before.append(mended[-1].now(model))
+            mended.pop().put(model)
         yield
     except BaseException:
-        for parameter, old in before:
-            parameter.copy_(old)
+        for old in before:
+            old.put(model)
         raise
 
 
-def _reconstruct(
-    model: PreTrainedModel,
-    site: Site,
-    kept: tuple[int, ...],
-    moments: Moments,
-    how: Reconstruction,
-    before: list[tuple[torch.Tensor, torch.Tensor]],
-) -> None:
-    module = model.get_submodule(site.gate)
-    view = projection(model, site)
-    old = view.double()
-    second = moments.covariance(_has_bias(model, site))
+def _mended(
+    model: PreTrainedModel, site: Site, kept: tuple[int, ...], moments: Moments, how: Reconstruction
+) -> _Mended:
+    """Solve for the projection behind a site."""
+    weight, bias = projection(model, site), _bias(model, site)
+    old, second = weight.double(), moments.covariance(bias is not None)
     units = torch.tensor(kept, dtype=torch.long, device=old.device)
     inputs = (units[:, None] * site.width + torch.arange(site.width).to(units)).flatten()
     if how == "weights":
@@ -142,13 +171,12 @@ def _reconstruct(
             scales = torch.ones_like(scales)
         new = torch.zeros_like(old)
         new[:, inputs] = old[:, inputs] * scales.repeat_interleave(site.width)
-    before.append((view, view.clone()))
-    view.copy_(new)
-    if _has_bias(model, site):
-        bias = module.get_parameter("bias").detach()
-        before.append((bias, bias.clone()))
-        bias += ((old - new) @ moments.mean).to(bias)
+    if bias is not None:
+        bias = bias + ((old - new) @ moments.mean).to(bias)
+    return _Mended(site, inputs, new[:, inputs].to(weight), bias)
 
 
-def _has_bias(model: PreTrainedModel, site: Site) -> bool:
-    return getattr(model.get_submodule(site.gate), "bias", None) is not None
+def _bias(model: PreTrainedModel, site: Site) -> torch.Tensor | None:
+    """Return the bias of the projection behind a site, if it has one."""
+    bias = getattr(model.get_submodule(site.gate), "bias", None)
+    return None if bias is None else bias.detach()

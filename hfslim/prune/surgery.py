@@ -13,22 +13,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hfslim.adapters import check_merged
-from hfslim.anatomy import Site, Units, example_inputs, find_units, layer_lists
+from hfslim.anatomy import Site, Units, find_units, layer_lists
 from hfslim.hub import blueprint, modeling_hfslim, reload
 from hfslim.hub.depth import configs, set_depth
-from hfslim.prune.gates import Gates
+from hfslim.prune.parted import Parted
+from hfslim.prune.proof import Returns, Settings, check_equal, probe_inputs, run_gated
 from hfslim.structure import Structure
-from hfslim.timing import evaluating
 
 logger = logging.getLogger(__name__)
-
-Settings = dict[str, Any]
-Returns = dict[str, Settings]
-"""What each attention module returns, as settings of the class that may stand in for it."""
-
-PROBE_LENGTH = {"input_ids": 16, "input_values": 4000, "input_features": 64}
-RELATIVE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
-HALF_TOLERANCE = 5e-2
 
 
 def shrink(
@@ -40,7 +32,8 @@ def shrink(
 
     The model keeps its class; its config is brought up to date, so that the stock
     `save_pretrained` writes it and `from_pretrained` loads it. Before and after the cut the model
-    runs once: its outputs must be those of the gated model, or the cut is taken back.
+    runs once: its outputs must be those of the gated model, or the cut is taken back. What is cut
+    off is kept until then, and no tensor is held twice.
 
     Args:
         model: The model itself, not a wrapper, and not one that an optimizer is training: its
@@ -63,33 +56,23 @@ def shrink(
         logger.info("nothing to remove")
         return model
     if inputs is None:
-        inputs = _probe_inputs(model)
-    expected, returns = _probe(model, units, structure, inputs)
-    surgery = _Surgery(model)
+        inputs = probe_inputs(model)
+    expected, returns = run_gated(model, units, structure, inputs)
+    surgery = _Surgery(model, sparing=True)
     try:
         surgery.cut(units, structure, returns)
         depth = set_depth(model, units, structure)
         surgery.remember_settings()
-        _check_equal(expected, model, inputs)
+        check_equal(expected, model, inputs)
         if blueprint.describe(model, units, structure, depth):
-            _check_equal(expected, model, inputs)
+            check_equal(expected, model, inputs)
     except BaseException:
         surgery.undo()
         raise
+    surgery.finish()
     reload.carry_file(model)
     logger.info("shrunk to %s (%s)", structure, structure.digest())
     return model
-
-
-def check_gates(model: PreTrainedModel, units: Units) -> None:
-    """Check by one forward pass that gates on a model's units act, before training relies on them.
-
-    Raises:
-        RuntimeError: Some do not.
-    """
-    with Gates(model, units) as gates:
-        _logits(model, _probe_inputs(model))
-        gates.check_fired()
 
 
 @contextmanager
@@ -97,6 +80,9 @@ def cut_for_now(
     model: PreTrainedModel, units: Units, structure: Structure, returns: Returns
 ) -> Iterator[None]:
     """Cut a model inside the block only, unchecked, its config untouched.
+
+    The whole tensors stay beside the cut ones: going back takes no time, and what is timed next
+    finds them where they were.
 
     Args:
         model: The model itself, not a wrapper.
@@ -107,7 +93,7 @@ def cut_for_now(
     Yields:
         Nothing.
     """
-    surgery = _Surgery(model)
+    surgery = _Surgery(model, sparing=False)
     try:
         surgery.cut(units, structure, returns)
         yield
@@ -115,16 +101,17 @@ def cut_for_now(
         surgery.undo()
 
 
-def attention_returns(model: PreTrainedModel, units: Units) -> Returns:
-    """Run a model once, to see what each attention module returns."""
-    return _probe(model, units, units.full(), _probe_inputs(model))[1]
-
-
 class _Surgery:
-    """Changes to a model that can be taken back."""
+    """Changes to a model that can be taken back.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    Args:
+        model: The model.
+        sparing: Whether no tensor is to be held twice meanwhile.
+    """
+
+    def __init__(self, model: PreTrainedModel, sparing: bool) -> None:
         self.model = model
+        self.parted = Parted(model, sparing)
         self.before: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self.classes: list[tuple[nn.Module, type]] = []
         self.configs = [(config, dict(vars(config))) for config in configs(model)]
@@ -175,6 +162,13 @@ class _Surgery:
         for config, old in self.configs:
             vars(config).clear()
             vars(config).update(old)
+        self.before.clear()
+        self.parted.restore()
+
+    def finish(self) -> None:
+        """Let go of what was removed; nothing can be taken back from now on."""
+        self.before.clear()
+        self.parted.let_go()
 
     def _remember(self, *mappings: dict[str, Any]) -> None:
         self.before.extend((mapping, dict(mapping)) for mapping in mappings)
@@ -192,7 +186,7 @@ class _Surgery:
                 index = cut.indices(kept, site.size, size)
                 others = indices.get(where, index)
                 indices[where] = index[torch.isin(index, others)]
-        made: dict[tuple[int, int, tuple[int, ...]], Any] = {}
+        made: dict[tuple[int, int, tuple[int, ...]], torch.Tensor] = {}
         for (path, name, dim), index in indices.items():
             module = self.model.get_submodule(path)
             self._remember(vars(module), module._parameters, module._buffers)
@@ -201,24 +195,24 @@ class _Surgery:
                 self._keep_weight(module, index.to(old.device), dim)
             same = id(old), dim, tuple(index.tolist())
             if same not in made:
-                made[same] = old.detach().index_select(dim, index.to(old.device))
-                if name not in module._buffers:
-                    made[same] = nn.Parameter(made[same], requires_grad=old.requires_grad)
+                made[same] = self.parted.select(old, dim, index)
             # Modules that shared a weight go on sharing it.
-            (module._buffers if name in module._buffers else module._parameters)[name] = made[same]
+            owner: Any = module._buffers if name in module._buffers else module._parameters
+            owner[name] = made[same]
+        self.parted.restore_used(self.model)
         for path in dict.fromkeys(path for path, *_ in indices):
             module = self.model.get_submodule(path)
             modeling_hfslim.tell_sizes(module, groups_stay=path in in_blocks)
 
     def _keep_weight(self, module: nn.Module, index: torch.Tensor, dim: int) -> None:
         """Keep the weight that a weight norm makes of what is left of its direction."""
-        length, whole = (module.get_parameter(name) for name in ("original0", "original1"))
+        both = [module.get_parameter(name) for name in ("original0", "original1")]
+        length, direction = (self.parted.whole(one) for one in both)
         over = tuple(d for d in range(length.ndim) if length.shape[d] == 1)
         if dim in over:
-            direction = whole.detach()
             left = direction.index_select(dim, index).norm(dim=over, keepdim=True)
-            shorter = length.detach() * left / direction.norm(dim=over, keepdim=True)
-            module._parameters["original0"] = nn.Parameter(shorter, length.requires_grad)
+            shorter = length * left / direction.norm(dim=over, keepdim=True)
+            module._parameters["original0"] = nn.Parameter(shorter, both[0].requires_grad)
 
     def _tell(self, site: Site, kept: tuple[int, ...]) -> None:
         """Bring what modules tell of their units up to date."""
@@ -269,66 +263,3 @@ class _Surgery:
         self.classes.append((module, type(module)))
         self._remember(vars(module))
         modeling_hfslim.replace_class(module, by, **settings)
-
-
-def _probe_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    return example_inputs(model, batch_size=2, length=PROBE_LENGTH.get(model.main_input_name))
-
-
-def _probe(
-    model: PreTrainedModel,
-    units: Units,
-    structure: Structure,
-    inputs: Mapping[str, torch.Tensor],
-) -> tuple[torch.Tensor, Returns]:
-    """Run the gated model; return its logits and what each attention module returns."""
-    returns: Returns = {}
-
-    def note(path: str) -> Any:
-        def hook(_: nn.Module, __: tuple, output: Any) -> None:
-            returns[path] = {"returns": 0 if isinstance(output, torch.Tensor) else len(output)}
-            if isinstance(output, list):
-                returns[path]["listed"] = True
-
-        return hook
-
-    attentions = [site.path for site in units if site.kind == "heads"]
-    handles = [model.get_submodule(p).register_forward_hook(note(p)) for p in attentions]
-    try:
-        # Sites that stay whole need not be reached by gates.
-        cut = [e for e in structure if len(e.kept) < e.total]
-        gates = Gates(model, Units(tuple(units.site(e.kind, e.path) for e in cut)))
-        gates.set(Structure(tuple(cut)))
-        with gates:
-            logits = _logits(model, inputs)
-            gates.check_fired()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return logits, returns
-
-
-def _logits(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    with evaluating(model):
-        return model(**inputs).logits
-
-
-def _check_equal(
-    expected: torch.Tensor, model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]
-) -> None:
-    remedy = (
-        "so this family cannot be cut like this; nothing was changed. Leave the kind of unit that "
-        "causes it out of `units`"
-    )
-    try:
-        found = _logits(model, inputs)
-    except Exception as error:
-        raise RuntimeError(f"the cut model does not run ({error}), {remedy}") from error
-    if not torch.isfinite(expected).all():
-        raise RuntimeError("the gated model's output is not finite, so the cut cannot be checked")
-    tolerance = RELATIVE_TOLERANCE.get(expected.dtype, HALF_TOLERANCE)
-    difference = (found - expected).abs().max().item()
-    if not difference <= tolerance * max(1.0, expected.abs().max().item()):
-        raise RuntimeError(
-            f"the cut model differs from the gated one by {difference:.2g} in its logits, {remedy}"
-        )

@@ -20,7 +20,8 @@ from hfslim.anatomy import Site, Units
 from hfslim.prune import latency
 from hfslim.prune.gates import Key
 from hfslim.prune.latency import Curve, LatencyTable, layers_of
-from hfslim.prune.surgery import attention_returns, cut_for_now
+from hfslim.prune.proof import attention_returns
+from hfslim.prune.surgery import cut_for_now
 from hfslim.structure import Entry, Structure
 from hfslim.timing import describe_inputs, evaluating, placed
 
