@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import patch_environment
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from hfslim.checkpoint import SlimTrainer
@@ -46,10 +47,12 @@ __all__ = ["run"]
 logger = logging.getLogger(__name__)
 
 
+@patch_environment(fsdp_cpu_ram_efficient_loading="false")
 def run(recipe: Recipe) -> Path:
     """Run the stages of a recipe that are not finished yet.
 
-    Every process of a launch calls this; the first one writes.
+    Every process of a launch calls this; the first one writes. Under FSDP each loads whole models,
+    as scoring and cutting need them.
 
     Args:
         recipe: What to do.

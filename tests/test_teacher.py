@@ -84,6 +84,8 @@ def test_the_student_and_other_things_are_no_teachers() -> None:
         load_teacher(3, student)
     with pytest.raises(ValueError, match="Linear is no"):
         load_teacher("anywhere", torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="without its weights"):
+        load_teacher(tiny("bert").to("meta"), student)
 
 
 def test_the_teacher_gets_what_it_reads_and_answers_in_the_students_order() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import patch_environment
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
@@ -31,6 +32,7 @@ __all__ = [
 logger = logging.get_logger(__name__)
 
 
+@patch_environment(fsdp_cpu_ram_efficient_loading="false")
 def load_teacher(
     teacher: PreTrainedModel | str | PathLike[str],
     student: nn.Module,
@@ -38,6 +40,8 @@ def load_teacher(
     dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """Load a teacher for the student's task, freeze it and put it in evaluation mode.
+
+    Each process loads all of it, where FSDP would leave new weights to the first one of a machine.
 
     Args:
         teacher: A model, which is frozen in place; or a Hub id, with its revision as `id@revision`
@@ -51,8 +55,9 @@ def load_teacher(
         The teacher.
 
     Raises:
-        ValueError: If the teacher is the student itself, or the task of the student is not known;
-            or a dtype is asked for and the teacher is quantized by its own config.
+        ValueError: If the teacher is the student itself, or was passed without its weights, or the
+            task of the student is not known; or a dtype is asked for and the teacher is quantized
+            by its own config.
         TypeError: If the teacher is something else.
         FileNotFoundError: If there is no such folder or Hub id.
         UntrainedTeacherError: If weights of the teacher are new, or all biases of its head are 0.
@@ -84,6 +89,11 @@ def load_teacher(
         if teacher is student:
             raise ValueError(
                 "The teacher is the student itself; pass another model, or its folder."
+            )
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise ValueError(
+                f"The teacher {name} was passed without its weights; pass its folder or Hub id, or "
+                "set fsdp_cpu_ram_efficient_loading: false in the accelerate configuration."
             )
     else:
         raise TypeError(

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import patch_environment
 from datasets import Dataset
 from models import tiny
 from torch.distributed.tensor import DTensor
 from transformers import set_seed
 
 from hfslim import DistillationConfig, DistillationTrainer
+from hfslim.distill.teacher import load_teacher
 
 CALM = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
@@ -51,6 +53,19 @@ def train(folder: Path, shard: bool, **given: Any) -> dict[str, Any]:
     return {"losses": losses, "share": here / whole}
 
 
+def loaded(folder: Path) -> dict[str, bool]:
+    """Load a model with a new head as FSDP would, and as hfslim does; is the head here?"""
+    first = torch.distributed.get_rank() == 0
+    tiny("bert").base_model.save_pretrained(folder, is_main_process=first)
+    torch.distributed.barrier()
+    asks = {"accelerate_use_fsdp": "true", "fsdp_cpu_ram_efficient_loading": "true"}
+    with patch_environment(**asks):
+        stock = type(tiny("bert")).from_pretrained(folder)
+        ours = load_teacher(folder, tiny("bert"), allow_untrained=True)
+    heads = {"stock": stock.classifier.weight, "ours": ours.get_parameter("classifier.weight")}
+    return {name: not head.is_meta for name, head in heads.items()}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     target = Path(sys.argv[1])
@@ -62,5 +77,6 @@ if __name__ == "__main__":
         ),
     }
     rank = torch.distributed.get_rank()
+    found["loaded"] = loaded(target / "teacher")
     (target / f"{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()

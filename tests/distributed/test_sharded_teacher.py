@@ -12,7 +12,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.distributed
-def test_a_split_teacher_teaches_like_a_whole_one(tmp_path: Path) -> None:
+def test_a_teacher_is_loaded_whole_then_split_and_teaches_the_same(tmp_path: Path) -> None:
     launch(Path(sharded_teacher.__file__), tmp_path, processes=2)
     for rank in (0, 1):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
@@ -22,3 +22,4 @@ def test_a_split_teacher_teaches_like_a_whole_one(tmp_path: Path) -> None:
                 assert one == pytest.approx(other, rel=1e-5)
         assert found["split"]["share"] == pytest.approx(0.5, abs=0.02)
         assert found["whole"]["share"] == found["cached"]["share"] == 1
+        assert found["loaded"] == {"stock": rank == 0, "ours": True}
