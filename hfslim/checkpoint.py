@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import DistributedType, broadcast_object_list, parse_flag_from_env
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -40,6 +40,7 @@ from hfslim.atomic import (
 from hfslim.hub.trainer import HubMixin
 from hfslim.log_figures import FiguresMixin
 from hfslim.objective import MeanLossMixin
+from hfslim.parallel import check_fsdp, save_where_asked
 from hfslim.preemption import SaveOnSigterm
 
 if TYPE_CHECKING:
@@ -98,12 +99,9 @@ class CheckpointMixin(_Base):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        asked = self.args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
-        if asked and self.accelerator.distributed_type != DistributedType.FSDP:
-            raise ValueError(
-                f"FSDP was asked for and the Trainer would ignore it on {self.args.device}: use "
-                "GPUs, or DDP on the CPU (accelerate_configs/multi_cpu.yaml)"
-            )
+        check_fsdp(self.args)
+        if self.args.save_on_each_node:
+            save_where_asked(self.model)
         self._staging: Path | None = None
         self._sigterm = SaveOnSigterm(self.accelerator)
         stock = self.callback_handler.pop_callback(JITCheckpointCallback)
@@ -137,12 +135,16 @@ class CheckpointMixin(_Base):
         """Return the checkpoint to resume from, the same on all processes."""
         run = Path(str(self.args.output_dir))
         last, broken = last_whole(run)
-        path = broadcast_object_list([str(last or "") if given is True else given])[0]
         if given is True:
             for one in broken:
                 logger.warning(f"passing over a checkpoint that is not whole: {one}")
-            if not path:
+            # Of machines that share no file system one may have been stopped before it had saved.
+            names = gather_object([last.name if last else ""])
+            if not all(names):
                 raise ValueError(f"there is no whole checkpoint in {run} to resume from")
+            path = str(run / min(names, key=lambda name: int(name.rpartition("-")[2])))
+        else:
+            path = broadcast_object_list([given])[0]
         problem = problem_of(Path(path))
         if problem is not None:
             also = f"; the last whole one is {last}" if last else ""
@@ -189,15 +191,20 @@ class CheckpointMixin(_Base):
         if self.args.should_save:
             state.save_to_json(str(staged / TRAINER_STATE_NAME))
         self.accelerator.wait_for_everyone()
-        # Machines that share no file system have each their own part of it.
+        # Machines that share no file system have each their own part of it. None deletes an older
+        # checkpoint before all have this one.
+        published = False
         for turn in (self.is_world_process_zero(), self.is_local_process_zero()):
             if turn and staged.is_dir():
                 publish(staged, run / name)
                 for beside in (path for path in staged.parent.iterdir() if path.is_file()):
                     beside.replace(run / beside.name)
-                rotate(run, self.args.save_total_limit, state.best_model_checkpoint)
-                staged.parent.rmdir()
+                published = True
             self.accelerator.wait_for_everyone()
+        if published:
+            rotate(run, self.args.save_total_limit, state.best_model_checkpoint)
+            staged.parent.rmdir()
+        self.accelerator.wait_for_everyone()
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import patch_environment
+from accelerate.utils import broadcast_object_list, patch_environment
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from hfslim.checkpoint import SlimTrainer
@@ -17,9 +17,11 @@ from hfslim.distill import DistillationConfig, DistillationTrainer
 from hfslim.distill.student import student_structure
 from hfslim.hub.card import RECIPE
 from hfslim.hub.push import check_login, push
+from hfslim.launch import check_folder, check_launch, launch_arguments
 from hfslim.manifest import Entry, Manifest
 from hfslim.measure import compare
 from hfslim.page import publish
+from hfslim.parallel import forget_trainers
 from hfslim.prune import PruningCallback, prune, shrink, sparsify
 from hfslim.recipe import Recipe, RecipeError, recipe_yaml
 from hfslim.report import REPORT
@@ -40,7 +42,6 @@ from hfslim.tasks import TASKS
 from hfslim.traces import units_of
 from hfslim.transfer import L2SP, GradualUnfreezing, train_head_only, with_lora
 from hfslim.work import Work
-from hfslim.workbench import uses_cpu
 
 __all__ = ["run"]
 
@@ -73,16 +74,21 @@ def run(recipe: Recipe) -> Path:
         if _trains(stage)
     }
     evaluation = _arguments(recipe, Transfer(), folder)
+    forget_trainers()
     manifest = Manifest.open(folder, _base(recipe))
     manifest.check([stage.name for stage, _ in plan], [stage.settings for stage, _ in plan])
     process = PartialState()
-    if manifest.finished(len(plan)) and (folder / REPORT).exists():
+    finished = manifest.finished(len(plan)) and (folder / REPORT).exists()
+    if broadcast_object_list([finished])[0]:
         logger.info("finished before, report in %s", folder)
         return folder / next(n for s, n in reversed(plan) if not isinstance(s, Measure | Push))
     if process.is_main_process and _will_push(manifest, plan):
         check_login()
     try:
-        with process.main_process_first():
+        check_launch([(stage, arguments.get(name)) for stage, name in plan])
+        check_folder(folder, evaluation)
+        each = evaluation.save_on_each_node
+        with process.local_main_process_first() if each else process.main_process_first():
             work = Work.begin(recipe, manifest, evaluation, arguments)
         process.wait_for_everyone()
         work.check_target()
@@ -98,6 +104,7 @@ def run(recipe: Recipe) -> Path:
             work.save_manifest()
             set_seed(recipe.seed)
             RUNNERS[type(stage)](work, stage, entry, arguments.get(name))
+            forget_trainers()
             process.wait_for_everyone()
             entry.finished = True
             work.save_manifest()
@@ -135,7 +142,7 @@ def _trains(stage: Stage) -> bool:
 def _arguments(recipe: Recipe, stage: Any, folder: Path) -> TrainingArguments:
     cls = TrainingArguments if isinstance(stage, Transfer) else DistillationConfig
     return cls(
-        **{"use_cpu": uses_cpu(), **recipe.training, **stage.training},
+        **launch_arguments({**recipe.training, **stage.training}),
         output_dir=str(folder),
         seed=recipe.seed,
         remove_unused_columns=not TASKS[recipe.task].lazy,
@@ -212,7 +219,7 @@ def _prune(work: Work, stage: Prune, entry: Entry, args: Any) -> None:
     )
     entry.structure = result.structure.table()
     entry.units = units_of(result.structure, result.scores)
-    work.save_cut(model, entry)
+    work.save_whole(model, entry)
 
 
 def _student(work: Work, stage: Student, entry: Entry, args: Any) -> None:
@@ -226,7 +233,7 @@ def _student(work: Work, stage: Student, entry: Entry, args: Any) -> None:
         progress=PartialState().is_main_process,
     )
     entry.structure = structure.table()
-    work.save_cut(shrink(teacher, structure), entry)
+    work.save_whole(shrink(teacher, structure), entry)
 
 
 def _sparsify(work: Work, stage: Sparsify, entry: Entry, args: Any) -> None:
@@ -250,7 +257,7 @@ def _sparsify(work: Work, stage: Sparsify, entry: Entry, args: Any) -> None:
         exclude_modules=stage.exclude_modules,
         progress=PartialState().is_main_process,
     )
-    work.save_cut(model, entry)
+    work.save_whole(model, entry)
 
 
 def _measure(work: Work, stage: Measure, entry: Entry, args: Any) -> None:

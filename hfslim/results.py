@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from hfslim.distill import DistillationConfig
@@ -114,13 +115,20 @@ def current_report(work: Work) -> Report:
 
     Every process calls this.
     """
+    # The first process measures. Where machines share no folder, it alone can read what it wrote.
+    made = _measured(work) if PartialState().is_main_process else None
+    return broadcast_object_list([made])[0] or run_report(work, judge_pair(work))
+
+
+def _measured(work: Work) -> Report | None:
+    """Return the report that a stage made of the current model."""
     for entry in reversed(work.manifest.stages):
         if entry is work.latest:
             break
         folder = work.manifest.folder / entry.folder
         if entry.name in (Measure.name, Push.name) and (folder / REPORT).exists():
             return Report.load(folder)
-    return run_report(work, judge_pair(work))
+    return None
 
 
 def _curve(work: Work, pair: Pair, comparisons: Sequence[Comparison]) -> list[Mapping[str, Any]]:

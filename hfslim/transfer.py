@@ -21,6 +21,7 @@ from transformers.utils import logging
 from hfslim.adapters import base_of
 from hfslim.distill.capture import layer_modules
 from hfslim.log_figures import FiguresCallback
+from hfslim.parallel import way_of
 from hfslim.prune.weights import sparse_modules
 
 __all__ = ["L2SP", "GradualUnfreezing", "head_modules", "train_head_only", "with_lora"]
@@ -116,7 +117,7 @@ class GradualUnfreezing(TrainerCallback):
         until: Share of the training's steps after which all is trained, above 0 and up to 1.
 
     Raises:
-        ValueError: If `until` is out of range.
+        ValueError: If `until` is out of range; or, when training begins, parameters are sharded.
 
     References:
         Howard and Ruder, Universal Language Model Fine-tuning, 2018, arXiv:1801.06146.
@@ -134,6 +135,11 @@ class GradualUnfreezing(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, *_: Any, model: Any, **__: Any
     ) -> None:
         """Find the layers."""
+        if way_of(args) != "DDP":
+            raise ValueError(
+                f"GradualUnfreezing keeps the optimizer away from whole parameters: use DDP, not "
+                f"{way_of(args)}."
+            )
         self.groups = _from_the_head_down(base_of(model))
         closed = {p: depth for depth, group in enumerate(self.groups) for p in group}
         for parameter, depth in closed.items():

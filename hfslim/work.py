@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
@@ -20,12 +21,12 @@ from transformers import (
 from hfslim.adapters import merge_adapters
 from hfslim.anatomy import find_units
 from hfslim.atomic import last_whole
-from hfslim.checkpoint import SlimTrainer
 from hfslim.distill.adapted import saved_config
 from hfslim.distill.labels import align_labels
 from hfslim.distill.student import student_structure
 from hfslim.distill.teacher import split_revision
 from hfslim.manifest import Entry, Manifest
+from hfslim.parallel import save_where_asked
 from hfslim.prune.steps import check_reachable, price
 from hfslim.prune.target import Target
 from hfslim.prune.weight_callback import WeightPruningCallback
@@ -122,8 +123,8 @@ class Work(Workbench):
             check_reachable(units, goal, price(model, units, goal, inputs, shown))
 
     def save_manifest(self) -> None:
-        """Write the manifest, on the first process."""
-        if PartialState().is_main_process:
+        """Write the manifest, on the processes that write."""
+        if self.evaluation.should_save:
             self.manifest.write()
 
     def load(self, new_head: bool = False) -> PreTrainedModel:
@@ -140,21 +141,23 @@ class Work(Workbench):
         own = Path(str(trainer.args.output_dir))
         whole, _ = last_whole(own)
         self._hold_zeros(trainer)
-        trainer.train(resume_from_checkpoint=whole is not None)
+        trainer.train(resume_from_checkpoint=all(gather_object([whole is not None])))
         entry.steps, entry.series = trainer.state.global_step, series_of(trainer.state.log_history)
         plain = merge_adapters(trainer.model)
         if plain is not trainer.model:
-            trainer = SlimTrainer(model=plain, args=trainer.args, **self.trainer_parts())
+            self.save_whole(plain, entry)
+            return
         entry.metrics = self.metrics(trainer)
         trainer.save_model(str(self.manifest.folder / entry.folder))
 
-    def save_cut(self, model: PreTrainedModel, entry: Entry) -> None:
-        """Save a model that was cut in one go, on the first process, and evaluate it."""
-        process, folder = PartialState(), self.manifest.folder / entry.folder
-        if process.is_main_process:
+    def save_whole(self, model: PreTrainedModel, entry: Entry) -> None:
+        """Save a model that no Trainer holds, on the processes that write, and evaluate it."""
+        folder = self.manifest.folder / entry.folder
+        if self.evaluation.should_save:
+            save_where_asked(model)
             for part in (model, self.processor):
                 part.save_pretrained(folder)
-        process.wait_for_everyone()
+        PartialState().wait_for_everyone()
         entry.metrics = self.evaluate(model)
 
     @staticmethod

@@ -30,6 +30,7 @@ from hfslim.checkpoint import SlimTrainer
 from hfslim.distill.adapted import base_source
 from hfslim.distill.teacher import accepted_inputs, split_revision
 from hfslim.pairing import same_processing
+from hfslim.parallel import whole
 from hfslim.schema import RecipeError
 from hfslim.tasks import TASKS, DataConfig, Examples, Task, build_model, compute_metrics, load_model
 from hfslim.tasks.metrics import decide, usual_metric
@@ -223,10 +224,11 @@ class Workbench:
             parts["data_collator"] = self.task.collator(processor)
             parts["processing_class"] = processor
         # Where examples are grouped by length, the Trainer's own order is another one each time.
-        arguments = copy.copy(self.evaluation)
-        arguments.train_sampling_strategy = "sequential"
-        trainer = SlimTrainer(model=model, args=arguments, **parts)
-        said = trainer.predict(parts["eval_dataset"], metric_key_prefix="eval")
+        with whole(self.evaluation) as given:
+            arguments = copy.copy(given)
+            arguments.train_sampling_strategy = "sequential"
+            trainer = SlimTrainer(model=model, args=arguments, **parts)
+            said = trainer.predict(parts["eval_dataset"], metric_key_prefix="eval")
         logits = said.predictions[0] if isinstance(said.predictions, tuple) else said.predictions
         told = said.metrics or {}
         metrics = {name: told[f"eval_{name}"] for name in (self.metric, "loss")}

@@ -19,6 +19,7 @@ from hfslim.distill.auto import auto_class
 from hfslim.distill.eight_bit import to_int8
 from hfslim.distill.skill import OVERRIDE, UntrainedTeacherError
 from hfslim.pairing import has_words, same_processing, settings_of
+from hfslim.parallel import loading_whole
 
 __all__ = [
     "accepted_inputs",
@@ -32,6 +33,7 @@ __all__ = [
 logger = logging.get_logger(__name__)
 
 
+@loading_whole()
 @patch_environment(fsdp_cpu_ram_efficient_loading="false")
 def load_teacher(
     teacher: PreTrainedModel | str | PathLike[str],
@@ -41,7 +43,8 @@ def load_teacher(
 ) -> PreTrainedModel:
     """Load a teacher for the student's task, freeze it and put it in evaluation mode.
 
-    Each process loads all of it, where FSDP would leave new weights to the first one of a machine.
+    Each process loads all of it, where FSDP would leave new weights to the first one of a machine,
+    and a Trainer that is set up for ZeRO-3 would keep a part.
 
     Args:
         teacher: A model, which is frozen in place; or a Hub id, with its revision as `id@revision`
