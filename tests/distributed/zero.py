@@ -1,23 +1,33 @@
-"""Distil with a hidden-state loss and cut, under DeepSpeed's ZeRO; write what comes out.
+"""Distil with a hidden-state loss, under DeepSpeed's ZeRO; write what comes out.
 
-Stage 0 is without DeepSpeed, stage 2 prunes in training, stage 3 distils and cuts the saved model.
+Stage 0 is without DeepSpeed. WHAT is done on the way: `prune`, `layerdrop`, else nothing. `parts`
+comes after another one whose arguments are still there, so that its models are built in parts.
+Where FOLDER/WHAT holds checkpoints, training resumes from the last whole one.
 
-Usage, under torchrun or alone: zero.py FOLDER STAGE
+Usage, under torchrun: zero.py FOLDER STAGE WHAT …
 """
 
+import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from models import tiny
-from transformers import AutoModelForSequenceClassification, set_seed
+from transformers import AutoModelForSequenceClassification, TrainerCallback, TrainerState, set_seed
 
 import hfslim
-from hfslim import DistillationConfig, DistillationTrainer, PruningCallback
+from hfslim import (
+    DistillationConfig,
+    DistillationTrainer,
+    LayerDropCallback,
+    PruningCallback,
+)
 from hfslim.anatomy import example_inputs
+from hfslim.parallel import forget_trainers
 
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 CALM = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -36,7 +46,14 @@ def settings(stage: int) -> dict[str, Any]:
     }
 
 
-def train(folder: Path, stage: int, prunes: bool) -> None:
+class Began(TrainerCallback):
+    """Tells the step that a training begins at."""
+
+    def on_train_begin(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
+        print(f"began at step {state.global_step}")
+
+
+def train(folder: Path, stage: int, what: str) -> None:
     set_seed(0)
     texts = torch.randint(64, (21, 8), generator=torch.Generator().manual_seed(0))
     data = Dataset.from_dict({"input_ids": texts.tolist(), "labels": (texts[:, 0] % 3).tolist()})
@@ -56,17 +73,24 @@ def train(folder: Path, stage: int, prunes: bool) -> None:
         disable_tqdm=True,
         deepspeed=settings(stage) if stage else None,
     )
-    callbacks = [PruningCallback(TARGET, end=0.8, interval=2)] if prunes else []
+    callbacks: dict[str, Callable[[], TrainerCallback]] = {
+        "prune": lambda: PruningCallback(TARGET, end=0.8, interval=2),
+        "layerdrop": lambda: LayerDropCallback(p=0.5),
+    }
     trainer = DistillationTrainer(
-        student, arguments, teacher=teacher, train_dataset=data, callbacks=callbacks
+        student,
+        arguments,
+        teacher=teacher,
+        train_dataset=data,
+        callbacks=[Began(), *([callbacks[what]()] if what in callbacks else [])],
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=(folder / "checkpoint-3").exists())
     trainer.save_model(str(folder / "saved"))
     trainer.accelerator.wait_for_everyone()
 
 
 def cut(folder: Path) -> None:
-    """Cut what was saved, and save that."""
+    """Cut what a training saved, and save that."""
     model = AutoModelForSequenceClassification.from_pretrained(folder / "saved")
     batch = example_inputs(model, batch_size=6, length=8)
     hfslim.prune(model, [batch], TARGET, progress=False, reconstruction="none")
@@ -76,14 +100,14 @@ def cut(folder: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     target, stage = Path(sys.argv[1]), int(sys.argv[2])
-    train(target, stage, prunes=stage == 2)
-    if stage == 3:
-        # The arguments of before are still there, so that the models are built in parts.
-        refused = ""
+    refused = {}
+    for what in sys.argv[3:]:
+        if what != "parts":
+            forget_trainers()
         try:
-            train(target / "refused", stage, prunes=False)
+            train(target / what, stage, what)
         except ValueError as error:
-            refused = str(error)
-        if int(os.environ.get("RANK", "0")) == 0:
-            (target / "refused.txt").write_text(refused)
+            refused[what] = str(error)
+    if int(os.environ.get("RANK", "0")) == 0:
+        (target / "refused.json").write_text(json.dumps(refused))
     torch.distributed.destroy_process_group()
