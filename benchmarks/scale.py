@@ -24,7 +24,7 @@ from transformers import (
 
 import hfslim
 from hfslim.prune.batches import Batches
-from hfslim.prune.moments import gather
+from hfslim.prune.moments import SecondMoments
 from hfslim.prune.reconstruction import obs_scores
 from hfslim.prune.steps import Calibration, cut, decide, price
 from hfslim.prune.target import Target
@@ -70,7 +70,8 @@ def main() -> None:
     print(f"{options.examples} examples of {shape}\n")
     print("| step | seconds | CPU seconds | peak of memory |\n|---|---|---|---|")
     watched("forward and backward pass, to compare", lambda: passes(model, data))
-    moments = watched("second moments", lambda: gather(model, units, data, progress=False))
+    moments = SecondMoments(units, data, progress=False)
+    watched("second moments", lambda: moments.kept(model))
     scores = watched("order of elimination", lambda: obs_scores(model, units, moments))
     known = Calibration(units, scores, Batches(data, options.examples), moments, "weights")
     costs = watched("costs of units", lambda: price(model, units, target, one))

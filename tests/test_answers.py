@@ -90,7 +90,7 @@ def test_a_family_is_scored_once(monkeypatch):
         calls.append(args)
         return gather(*args)
 
-    monkeypatch.setattr(sys.modules["hfslim.prune.steps"], "gather", counted)
+    monkeypatch.setattr(sys.modules["hfslim.prune.moments"], "gather", counted)
     _prune(tiny("bert"), family=[0.8, 0.6])
     assert len(calls) == 1
 

@@ -1,6 +1,7 @@
 """Calibration where memory is short."""
 
 import logging
+import weakref
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from models import tiny
 
 import hfslim
 from hfslim.anatomy import example_inputs, find_units
+from hfslim.prune import room
 from hfslim.prune.collect import collect
-from hfslim.prune.moments import gather
+from hfslim.prune.family import PruneFamily
+from hfslim.prune.moments import InputMoments, Moments, gather
 
 
 class _Small:
@@ -65,3 +68,88 @@ def test_where_single_examples_do_not_fit_the_error_stays():
     _Small(model, fits=0)
     with pytest.raises(torch.OutOfMemoryError):
         hfslim.prune(model, _batches((4,)), {"macs": 0.5}, criterion="fisher", progress=False)
+
+
+LAYER = 8 * (48**2 + 32**2 + 2 * 32**2)
+"""Bytes of the second moments of one layer of the tiny BERT."""
+
+
+class _Held:
+    """Notes how many bytes of second moments there are at once, and leaves little room for them."""
+
+    def __init__(self, monkeypatch, kind, leaves):
+        self.most, self._seen, made = 0, [], kind.nothing.__func__
+        monkeypatch.setattr(room, "ROOM", leaves)
+        monkeypatch.setattr(room, "SHARE", 0.0)
+
+        def nothing(cls, *args):
+            one = made(cls, *args)
+            self._seen += [weakref.ref(t) for t in vars(one).values() if t.ndim == 2]
+            alive = [t for ref in self._seen if (t := ref()) is not None]
+            self.most = max(self.most, sum(t.numel() * 8 for t in alive))
+            return one
+
+        monkeypatch.setattr(kind, "nothing", classmethod(nothing))
+
+
+def _outcome(**how):
+    model = tiny("bert")
+    how = {"target": {"macs": 0.5}, "progress": False, **how}
+    found = hfslim.prune(model, _batches((4, 4)), **how)
+    members = found if isinstance(found, PruneFamily) else [found]
+    scores = {} if isinstance(found, PruneFamily) else found.scores
+    return [m.structure for m in members], scores, [m.model.state_dict() for m in members]
+
+
+@pytest.mark.parametrize(
+    ("how", "passes"),
+    [
+        ({"reconstruction": "none"}, 1),
+        ({"reconstruction": "scales", "units": ("heads", "neurons", "layers")}, 2),
+        ({"criterion": "fisher"}, 1),
+        ({"target": None, "family": (0.75, 0.5)}, 3),
+    ],
+)
+def test_moments_in_groups_give_what_they_give_at_once(monkeypatch, caplog, how, passes):
+    expected = _outcome(**how)
+    held = _Held(monkeypatch, Moments, leaves=LAYER)
+    with caplog.at_level(logging.INFO, "hfslim"):
+        structures, scores, states = _outcome(**how)
+    assert structures == expected[0]
+    assert all(torch.equal(scores[key], value) for key, value in expected[1].items())
+    for state, other in zip(states, expected[2], strict=True):
+        assert state.keys() == other.keys()
+        assert all(torch.equal(state[name], value) for name, value in other.items())
+    assert held.most == LAYER
+    assert caplog.text.count("3 passes over the calibration data") == passes
+
+
+def test_moments_that_fit_are_gathered_once_for_scores_and_reconstruction(monkeypatch, caplog):
+    held = _Held(monkeypatch, Moments, leaves=3 * LAYER)
+    with caplog.at_level(logging.INFO, "hfslim"):
+        _outcome()
+    assert held.most == 3 * LAYER
+    assert len(held._seen) == 2 * 6
+    assert "passes" not in caplog.text
+
+
+def test_a_quarter_of_a_large_model_may_be_moments(monkeypatch):
+    monkeypatch.setattr(room, "ROOM", 100)
+    assert room.room_beside(torch.nn.Linear(10, 100, bias=False)) == 1000
+    assert room.room_beside(torch.nn.Linear(1, 1)) == 100
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
+def test_single_weights_are_the_same_with_moments_in_groups(monkeypatch, method):
+    def outcome():
+        model = tiny("bert")
+        found = hfslim.sparsify(model, _batches((4, 4)), 0.5, method=method, progress=False)
+        return found.errors, model.state_dict()
+
+    errors, expected = outcome()
+    largest = 8 * 48**2
+    held = _Held(monkeypatch, InputMoments, leaves=largest)
+    again, found = outcome()
+    assert again == errors
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert held.most == largest

@@ -9,7 +9,7 @@ import hfslim
 from hfslim.anatomy import example_inputs, find_units
 from hfslim.prune import UnusableScoresError, steps
 from hfslim.prune.batches import Batches
-from hfslim.prune.moments import InputMoments, gather
+from hfslim.prune.moments import InputMoments, SecondMoments, gather
 from hfslim.prune.obs import eliminate, refit, rescale
 from hfslim.prune.reconstruction import obs_scores
 from hfslim.structure import Structure
@@ -184,7 +184,7 @@ def test_reconstruction_brings_the_model_closer(family):
 def test_a_layer_scores_the_sum_of_what_is_in_it():
     model = tiny("bert")
     units = find_units(model)
-    scores = obs_scores(model, units, gather(model, units.of(NARROW), _data(model), progress=False))
+    scores = obs_scores(model, units, SecondMoments(units.of(NARROW), _data(model), False))
     inside = [s for s in units if s.layer == "bert.encoder.layer.1"]
     assert len(inside) == 2
     expected = sum(scores[s.kind, s.path].sum() for s in inside)

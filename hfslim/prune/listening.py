@@ -28,6 +28,7 @@ def listen(
     heard: Heard,
     progress: bool = True,
     ran: Callable[[], None] = lambda: None,
+    title: str = "second moments",
 ) -> int:
     """Run data through a model, and its decisions backward, once.
 
@@ -40,6 +41,7 @@ def listen(
         heard: Called for each module, each use of it and each root.
         progress: Whether to show a progress bar.
         ran: Called after each forward pass.
+        title: What the progress bar says.
 
     Returns:
         The number of examples, on this rank.
@@ -49,7 +51,7 @@ def listen(
     """
     examples = 0
     with _hooks(modules, heard), evaluating(model), frozen(model), torch.enable_grad():
-        for batch in track(batches, "second moments", disable=not progress, transient=True):
+        for batch in track(batches, title, disable=not progress, transient=True):
             inputs = {k: v for k, v in placed(model, batch).items() if k not in ("labels", "label")}
             logits = logits_of(model(**inputs))
             ran()

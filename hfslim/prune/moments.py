@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +15,9 @@ from hfslim.prune.batches import fitting
 from hfslim.prune.gates import Gates, Key
 from hfslim.prune.importance import EMPTY, UnusableScoresError
 from hfslim.prune.listening import listen
+from hfslim.prune.room import in_passes, room_beside
+
+T = TypeVar("T")
 
 RIDGE = 1e-2
 """Added to the diagonal of second moments, as a fraction of its mean."""
@@ -51,9 +54,8 @@ class InputMoments:
 
     def reduce(self) -> None:
         """Add up those of all ranks."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            for total in vars(self).values():
-                torch.distributed.all_reduce(total)
+        for total in vars(self).values():
+            add_ranks(total)
 
     def covariance(self, centred: bool, ridge: float = RIDGE) -> torch.Tensor:
         """Return mean second moments with a ridge, `[inputs, inputs]`; about the mean if centred.
@@ -67,11 +69,12 @@ class InputMoments:
             torch.finfo(torch.float32).eps * second.trace() if ridge else second.new_zeros(())
         )
         if centred:
-            second = second - torch.outer(self.first, self.first) / weight.square()
+            second -= torch.outer(self.first, self.first).div_(weight.square())
         added = torch.maximum(ridge * second.diagonal().mean(), rounding).clamp_min(1e-30)
-        return (second + second.T) / 2 + added * torch.eye(
-            len(second), dtype=second.dtype, device=second.device
-        )
+        # In place, because these matrices are the largest that there are.
+        second = (second + second.T).div_(2)
+        second.diagonal().add_(added)
+        return second
 
     @property
     def mean(self) -> torch.Tensor:
@@ -101,6 +104,11 @@ class Moments(InputMoments):
         shapes = ((), (inputs,), (inputs, inputs), (outputs, outputs), ())
         return cls.nothing(weight.device, *shapes)
 
+    @staticmethod
+    def size(weight: torch.Tensor) -> int:
+        """Return the bytes of the sums around a projection, but for what is no matrix."""
+        return 8 * sum(side * side for side in weight.shape)
+
     def add(self, x: torch.Tensor, g: torch.Tensor) -> None:
         """Add positions: inputs `[positions, inputs]`, gradients `[positions, outputs]`."""
         g = g.float()
@@ -108,11 +116,72 @@ class Moments(InputMoments):
         self.outer += g.T @ g
 
 
+class SecondMoments:
+    """The second moments around a model's projections, as many at once as there is room for.
+
+    Where there is room for all, data is gone through once, and they are kept. Where there is not,
+    it is gone through anew for each group of sites, whose moments are used and forgotten.
+
+    Args:
+        units: Sites of heads and neurons.
+        batches: Model inputs; labels are passed over.
+        progress: Whether to show progress bars.
+    """
+
+    def __init__(
+        self, units: Units, batches: Iterable[Mapping[str, Any]], progress: bool = True
+    ) -> None:
+        self.units = units
+        self._batches = batches
+        self._progress = progress
+        self._kept: dict[Key, Moments] | None = None
+
+    def kept(self, model: PreTrainedModel) -> Mapping[Key, Moments] | None:
+        """Return the moments of all sites, gathered when first asked for; None without room."""
+        if self._kept is None:
+            sizes = {site: Moments.size(projection(model, site)) for site in self.units}
+            if sum(sizes.values()) <= room_beside(model):
+                self._kept = gather(model, self.units, self._batches, self._progress)
+        return self._kept
+
+    def each(
+        self,
+        model: PreTrainedModel,
+        sites: Sequence[Site],
+        use: Callable[[Site, Moments], T],
+        purpose: str,
+    ) -> dict[Key, T]:
+        """Use the moments of some sites, one by one.
+
+        Args:
+            model: The model, or a copy of it; it is not changed, nor may `use` change it.
+            sites: The sites, some of `units`.
+            use: Called with each of them and its moments.
+            purpose: What for, for the log.
+
+        Returns:
+            What `use` returned, by site.
+        """
+        kept = self.kept(model) if sites else {}
+        if kept is not None:
+            return {(s.kind, s.path): use(s, kept[s.kind, s.path]) for s in sites}
+        sizes = {site: Moments.size(projection(model, site)) for site in sites}
+        results = {}
+        for title, group in in_passes(sizes, model, purpose):
+            found = gather(model, self.units, self._batches, self._progress, group, title)
+            for site in group:
+                key = site.kind, site.path
+                results[key] = use(site, found.pop(key))
+        return results
+
+
 def gather(
     model: PreTrainedModel,
     units: Units,
     batches: Iterable[Mapping[str, Any]],
     progress: bool = True,
+    sites: Sequence[Site] | None = None,
+    title: str = "second moments",
 ) -> dict[Key, Moments]:
     """Sum second moments around the projections behind heads and neurons, in one pass over data.
 
@@ -123,6 +192,8 @@ def gather(
         units: Sites of heads and neurons.
         batches: Model inputs; labels are passed over.
         progress: Whether to show a progress bar.
+        sites: Those of the units whose moments are wanted; all if not given.
+        title: What the progress bar says.
 
     Returns:
         The sums over the examples of all ranks, by site.
@@ -131,22 +202,24 @@ def gather(
         UnusableScoresError: There are no examples, or an activation or gradient is not finite; the
             message names the module.
     """
-    gates = Gates(model, units)
+    # All are gated and listened at, so that not a bit depends on which are wanted.
+    gates, wanted = Gates(model, units), list(units) if sites is None else sites
 
     def check() -> None:
         gates.check_fired()
         gates.fired.clear()
 
     def once(batches: Iterable[Mapping[str, Any]]) -> tuple[dict[Key, Moments], int]:
-        found = {(site.kind, site.path): Moments.of(projection(model, site)) for site in units}
-        by_gate = {site.gate: found[site.kind, site.path] for site in units}
+        found = {(site.kind, site.path): Moments.of(projection(model, site)) for site in wanted}
+        by_gate = {site.gate: found[site.kind, site.path] for site in wanted}
 
         def heard(path: str, x: torch.Tensor, g: torch.Tensor) -> None:
-            by_gate[path].add(x.flatten(0, -2), g.flatten(0, -2))
+            if path in by_gate:
+                by_gate[path].add(x.flatten(0, -2), g.flatten(0, -2))
 
         with gates:
-            modules = {path: model.get_submodule(path) for path in by_gate}
-            return found, listen(model, modules, batches, heard, progress, check)
+            modules = {site.gate: model.get_submodule(site.gate) for site in units}
+            return found, listen(model, modules, batches, heard, progress, check, title)
 
     found, examples = fitting(once, batches)
     for (kind, path), moments in found.items():
@@ -160,6 +233,13 @@ def gather(
                 "weights and the calibration data for NaN and overflow"
             )
     return found
+
+
+def add_ranks(total: torch.Tensor) -> torch.Tensor:
+    """Add up a tensor of all ranks, in place."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(total)
+    return total
 
 
 def projection(model: nn.Module, site: Site) -> torch.Tensor:

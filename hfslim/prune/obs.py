@@ -40,6 +40,7 @@ def eliminate(
     """
     size = len(second) // width
     a, b = torch.cholesky_inverse(torch.linalg.cholesky(second)), metric
+    del second, metric
     blocks_a, blocks_b = _diagonal_blocks(a, width), _diagonal_blocks(b, width)
     units = torch.arange(size, device=a.device)
     gone = torch.zeros(size, dtype=torch.bool, device=a.device)

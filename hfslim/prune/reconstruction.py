@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hfslim.anatomy import Site, Units
 from hfslim.prune.gates import Key
-from hfslim.prune.moments import Moments, projection
+from hfslim.prune.moments import Moments, SecondMoments, projection
 from hfslim.prune.obs import eliminate, refit, rescale
 from hfslim.structure import Structure
 
@@ -37,7 +37,7 @@ def check_reconstruction(how: str) -> None:
 
 
 def obs_scores(
-    model: PreTrainedModel, units: Units, moments: Mapping[Key, Moments]
+    model: PreTrainedModel, units: Units, moments: SecondMoments
 ) -> dict[Key, torch.Tensor]:
     """Score units by what each adds to the loss when it goes in its turn and the others make up.
 
@@ -52,17 +52,16 @@ def obs_scores(
     Returns:
         `[units]` by site, float64.
     """
-    scores = {}
-    for (kind, path), one in moments.items():
-        site = units.site(kind, path)
-        weight = projection(model, site).double()
-        metric = weight.T @ (one.outer / one.examples) @ weight
-        order, costs = eliminate(one.covariance(_bias(model, site) is not None), metric, site.width)
+
+    def rising(site: Site, one: Moments) -> torch.Tensor:
+        order, costs = _eliminated(model, site, one)
         # Strictly rising, so that sorting by score gives back the order.
         step = 1e-12 * costs.sum() * torch.arange(1, site.size + 1).to(costs)
-        rising = torch.empty_like(costs)
-        rising[order] = costs.clamp_min(0).cummax(0).values + step
-        scores[kind, path] = rising.cpu()
+        scores = torch.empty_like(costs)
+        scores[order] = costs.clamp_min(0).cummax(0).values + step
+        return scores.cpu()
+
+    scores = moments.each(model, moments.units.sites, rising, "scores")
     for site in units:
         if site.runs:
             raise ValueError(
@@ -75,6 +74,17 @@ def obs_scores(
             sums = [sum(scores[key].sum() for key in some if key in scores) for some in keys]
             scores[site.kind, site.path] = torch.tensor(sums, dtype=torch.float64)
     return scores
+
+
+def _eliminated(
+    model: PreTrainedModel, site: Site, moments: Moments
+) -> tuple[list[int], torch.Tensor]:
+    weight = projection(model, site).double()
+    return eliminate(
+        moments.covariance(_bias(model, site) is not None),
+        weight.T @ (moments.outer / moments.examples) @ weight,
+        site.width,
+    )
 
 
 @dataclass
@@ -112,7 +122,7 @@ def reconstructed(
     model: PreTrainedModel,
     units: Units,
     structure: Structure,
-    moments: Mapping[Key, Moments],
+    moments: SecondMoments | None,
     how: Reconstruction,
 ) -> Iterator[None]:
     """Let what stays make up for what a structure removes; taken back if the block fails.
@@ -125,19 +135,23 @@ def reconstructed(
         model: The model whose moments these are.
         units: Its sites.
         structure: The units to keep.
-        moments: Second moments by site.
+        moments: Second moments; None if there are none.
         how: `weights`: every weight that stays; `scales`: one factor for each unit that stays,
             which multiplies its weights; `none`: nothing.
 
     Yields:
         Nothing.
     """
-    mended = []
-    for site in units if how != "none" else ():
-        one = moments.get((site.kind, site.path))
-        kept = structure.kept(site.kind, site.path)
-        if one is not None and len(kept) < site.size:
-            mended.append(_mended(model, site, kept, one, how))
+    mended: list[_Mended] = []
+    if moments is not None and how != "none":
+        known = {(site.kind, site.path) for site in moments.units}
+        kept = {(s.kind, s.path): structure.kept(s.kind, s.path) for s in units}
+        cut = [s for s in units if (k := (s.kind, s.path)) in known and len(kept[k]) < s.size]
+
+        def solve(site: Site, one: Moments) -> _Mended:
+            return _mended(model, site, kept[site.kind, site.path], one, how)
+
+        mended = [*moments.each(model, cut, solve, "reconstruction").values()]
     before: list[_Mended] = []
     try:
         while mended:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from hfslim.prune.criteria import CRITERIA
 from hfslim.prune.gates import Key
 from hfslim.prune.latency import LatencyTable
 from hfslim.prune.measured import LatencyTry, search_measured
-from hfslim.prune.moments import Moments, gather, projection
+from hfslim.prune.moments import SecondMoments, projection
 from hfslim.prune.plain_config import Stream
 from hfslim.prune.reconstruction import (
     Reconstruction,
@@ -49,14 +49,15 @@ class Calibration:
         units: The sites that may lose units.
         scores: Importance of every unit by site, `[units]`.
         batches: The data.
-        moments: Second moments of what goes into the projections behind heads and neurons.
+        moments: Second moments of what goes into the projections behind heads and neurons; None
+            where neither scores nor reconstruction need them.
         reconstruction: How the weights that stay make up for what goes.
     """
 
     units: Units
     scores: Mapping[Key, torch.Tensor]
     batches: Batches
-    moments: Mapping[Key, Moments] = field(default_factory=dict)
+    moments: SecondMoments | None = None
     reconstruction: Reconstruction = "none"
 
 
@@ -87,13 +88,12 @@ def calibrate(
     check_reconstruction(reconstruction)
     eliminated = [kind for kind, name in criteria.items() if CRITERIA[name].eliminates]
     around = find_units(model) if "layers" in eliminated else units
-    moments: dict[Key, Moments] = {}
+    moments: SecondMoments | None = None
     scores: dict[Key, torch.Tensor] = {}
     if eliminated or reconstruction != "none":
         projected = _projected(model, around, eliminated)
-        if len(projected):
-            moments = gather(model, projected, batches, progress)
-    if eliminated:
+        moments = SecondMoments(projected, batches, progress) if len(projected) else None
+    if eliminated and moments is not None:
         every = obs_scores(model, around, moments)
         scores = {key: value for key, value in every.items() if key[0] in eliminated}
     others = {kind: name for kind, name in criteria.items() if kind not in eliminated}

@@ -15,7 +15,7 @@ from hfslim.prune.batches import fitting
 from hfslim.prune.gates import Gates
 from hfslim.prune.importance import UnusableScoresError
 from hfslim.prune.listening import listen
-from hfslim.prune.moments import InputMoments
+from hfslim.prune.moments import InputMoments, add_ranks
 from hfslim.prune.weights import outputs_first, weight_of
 
 
@@ -38,12 +38,20 @@ def from_matrices(module: nn.Module, matrices: torch.Tensor) -> torch.Tensor:
     return outputs_first(module, matrices.reshape(out, *kernel, channels).movedim(-1, 1))
 
 
+def size(module: nn.Module) -> int:
+    """Return the bytes of the sums over a module's inputs, but for what is no matrix."""
+    groups, _, inputs = matrices(module, weight_of(module)).shape
+    return 8 * groups * inputs * inputs
+
+
 def gather_inputs(
     model: PreTrainedModel,
     weights: Mapping[str, nn.Module],
     batches: Iterable[Mapping[str, Any]],
     weighed: bool,
     progress: bool = True,
+    wanted: Iterable[str] | None = None,
+    title: str = "second moments",
 ) -> dict[str, list[InputMoments]]:
     """Sum second moments of the inputs of modules, in one pass over data.
 
@@ -56,6 +64,8 @@ def gather_inputs(
         batches: Model inputs; labels are passed over.
         weighed: Whether a position counts by the square of the decision's gradient, instead of 1.
         progress: Whether to show a progress bar.
+        wanted: Paths of those whose moments are wanted; all if not given.
+        title: What the progress bar says.
 
     Returns:
         The sums over the examples of all ranks by path, for each group of channels.
@@ -66,15 +76,18 @@ def gather_inputs(
         ValueError: No decision depends on a module.
     """
 
-    def once(batches: Iterable[Mapping[str, Any]]) -> dict[str, list[InputMoments]]:
+    def once(batches: Iterable[Mapping[str, Any]]) -> tuple[dict[str, list[InputMoments]], int]:
         found = {}
-        for path, module in weights.items():
+        for path in weights if wanted is None else wanted:
+            module = weights[path]
             weight = weight_of(module)
             groups, _, inputs = matrices(module, weight).shape
             shapes = ((), (inputs,), (inputs, inputs))
             found[path] = [InputMoments.nothing(weight.device, *shapes) for _ in range(groups)]
 
         def heard(path: str, x: torch.Tensor, g: torch.Tensor) -> None:
+            if path not in found:
+                return
             squares = by_group(weights[path], g.float().square())
             counts = squares if weighed else (squares > 0).float()
             inputs = inputs_of(weights[path], x)
@@ -83,13 +96,12 @@ def gather_inputs(
 
         # Attentions that read the weights of their projections run them meanwhile.
         with Gates(model):
-            listen(model, weights, batches, heard, progress)
-        return found
+            return found, listen(model, weights, batches, heard, progress, title=title)
 
-    found = fitting(once, batches)
+    found, examples = fitting(once, batches)
     for moments in (one for parts in found.values() for one in parts):
         moments.reduce()
-    if not any(one.weight for parts in found.values() for one in parts):
+    if not add_ranks(torch.tensor(examples, device=model.device)):
         raise UnusableScoresError("no examples were scored: the calibration data is empty")
     for path, parts in found.items():
         if not all(torch.isfinite(one.second).all() for one in parts):

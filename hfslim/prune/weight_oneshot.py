@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,9 +16,10 @@ from hfslim.adapters import check_merged
 from hfslim.prune.batches import Batches
 from hfslim.prune.held_zeros import HeldZeros
 from hfslim.prune.moments import InputMoments
+from hfslim.prune.room import in_passes
 from hfslim.prune.sparsegpt import sparsegpt
 from hfslim.prune.weight_masks import Goal, Scope, remove
-from hfslim.prune.weight_moments import from_matrices, gather_inputs, matrices
+from hfslim.prune.weight_moments import from_matrices, gather_inputs, matrices, size
 from hfslim.prune.weights import (
     Names,
     WeightSparsity,
@@ -120,40 +122,29 @@ def sparsify(
             f"{held.fraction:.2%} of the weights are zero already, more than the "
             f"{goal.sparsity:.2%} asked for"
         )
-    moments: dict[str, list[InputMoments]] = {}
-    if method != "magnitude":
-        if data is None:
-            raise ValueError(
-                f"method {method!r} looks at what modules get: give data, batches of model inputs, "
-                "or use method='magnitude'"
-            )
-        batches = Batches(data, max_examples)
-        moments = gather_inputs(model, weights, batches, method == "sparsegpt", progress)
-    if method == "sparsegpt":
-        solved = {p: _solved(m, moments[p], held.zeros[p], goal) for p, m in weights.items()}
-        new = {path: weight for path, (weight, _) in solved.items()}
-        zeros = {path: gone for path, (_, gone) in solved.items()}
+    if method == "magnitude":
+        changes = _by_magnitude(weights, held.zeros, goal, scope)
+    elif data is None:
+        raise ValueError(
+            f"method {method!r} looks at what modules get: give data, batches of model inputs, "
+            "or use method='magnitude'"
+        )
     else:
-        scores = {p: _scores(m, moments.get(p)) for p, m in weights.items()}
-        before = {p: outputs_first(m, held.zeros[p]) for p, m in weights.items()}
-        found = remove(scores, before, goal, scope)
-        zeros = {p: outputs_first(m, found[p]) for p, m in weights.items()}
-        new = {p: weight_of(m).masked_fill(zeros[p], 0) for p, m in weights.items()}
-    held.add(zeros)
-    errors = {}
-    for path, module in weights.items():
-        weight = weight_of(module)
-        if path in moments:
-            lost = matrices(module, weight).double() - matrices(module, new[path]).double()
-            mends = method == "sparsegpt" and module.bias is not None
-            errors[path] = _error(module, lost, moments[path], centred=mends)
-            if mends:
-                means = [m @ one.mean for m, one in zip(lost, moments[path], strict=True)]
-                bias = module.get_parameter("bias")
-                bias.copy_(bias + torch.cat(means).to(bias))
-        weight.copy_(new[path])
+        batches, weighed = Batches(data, max_examples), method == "sparsegpt"
+        settled = (
+            partial(_solved, goal=goal) if weighed else partial(_weighed, goal=goal, scope=scope)
+        )
+        sizes, changes = {path: size(module) for path, module in weights.items()}, {}
+        for title, group in in_passes(sizes, model, method):
+            moments = gather_inputs(model, weights, batches, weighed, progress, group, title)
+            for path in group:
+                changes[path] = settled(weights[path], moments.pop(path), held.zeros[path])
+    held.add({path: change.zeros for path, change in changes.items()})
+    for path, change in changes.items():
+        change.make(weights[path])
     held.apply()
     logger.info("%s: %.2f %% of the weights are zero", method, 100 * held.fraction)
+    errors = {path: one.error for path, one in changes.items() if one.error is not None}
     return SparsifyResult(model, weight_sparsity(model, target_modules, exclude_modules), errors)
 
 
@@ -171,19 +162,77 @@ def check_scope(method: str, scope: str | None) -> Scope:
     return next(one for one in scopes if scope in (None, one))
 
 
+@dataclass(frozen=True)
+class _Change:
+    """What becomes of a module.
+
+    Attributes:
+        zeros: Where its weight is removed, in the shape of the weight.
+        weight: Its weight, where more changes than that.
+        bias: Its bias, where that changes.
+        error: What `SparsifyResult` tells of it.
+    """
+
+    zeros: torch.Tensor
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    error: float | None = None
+
+    def make(self, module: nn.Module) -> None:
+        """Put the new weight and bias into the module; the zeros are held."""
+        if self.weight is not None:
+            weight_of(module).copy_(self.weight)
+        if self.bias is not None:
+            module.get_parameter("bias").copy_(self.bias)
+
+
+def _by_magnitude(
+    weights: Mapping[str, nn.Module], zeros: Mapping[str, torch.Tensor], goal: Goal, scope: Scope
+) -> dict[str, _Change]:
+    """Remove the lowest weights."""
+    scores = {path: _scores(module, None) for path, module in weights.items()}
+    before = {path: outputs_first(module, zeros[path]) for path, module in weights.items()}
+    found = remove(scores, before, goal, scope)
+    return {path: _Change(outputs_first(weights[path], gone)) for path, gone in found.items()}
+
+
+def _weighed(
+    module: nn.Module,
+    moments: Sequence[InputMoments],
+    zeros: torch.Tensor,
+    goal: Goal,
+    scope: Scope,
+) -> _Change:
+    """Remove a module's weights that are lowest times the norms of their inputs."""
+    scores, before = _scores(module, moments), outputs_first(module, zeros)
+    gone = outputs_first(module, remove({"": scores}, {"": before}, goal, scope)[""])
+    lost = matrices(module, weight_of(module).masked_fill(~gone, 0)).double()
+    return _Change(gone, error=_error(module, lost, moments, centred=False))
+
+
 def _solved(
-    module: nn.Module, moments: Sequence[InputMoments], zeros: torch.Tensor, goal: Goal
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a module's new weight and where it is removed."""
+    module: nn.Module,
+    moments: Sequence[InputMoments],
+    zeros: torch.Tensor,
+    goal: Goal,
+) -> _Change:
+    """Remove weights of a module while the others, and its bias, make up for them."""
     weight = weight_of(module)
+    bias: torch.Tensor | None = None if module.bias is None else module.get_parameter("bias")
     channels = outputs_first(module, weight).shape[1]
     groups = zip(matrices(module, weight), matrices(module, zeros), moments, strict=True)
     solved = [
-        sparsegpt(one.double(), seen.covariance(module.bias is not None), gone, goal, channels)
+        sparsegpt(one.double(), seen.covariance(bias is not None), gone, goal, channels)
         for one, gone, seen in groups
     ]
-    new, removed = (torch.stack(parts) for parts in zip(*solved, strict=True))
-    return from_matrices(module, new).to(weight.dtype), from_matrices(module, removed)
+    parts, removed = (torch.stack(parts) for parts in zip(*solved, strict=True))
+    new = from_matrices(module, parts).to(weight.dtype)
+    lost = matrices(module, weight).double() - matrices(module, new).double()
+    error = _error(module, lost, moments, centred=bias is not None)
+    if bias is not None:
+        means = [m @ one.mean for m, one in zip(lost, moments, strict=True)]
+        bias = bias + torch.cat(means).to(bias)
+    return _Change(from_matrices(module, removed), new, bias, error)
 
 
 def _scores(module: nn.Module, moments: Sequence[InputMoments] | None) -> torch.Tensor:
