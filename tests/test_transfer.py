@@ -1,6 +1,7 @@
 """What trains in transfer learning, when it begins to, and what pulls it back."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import (
     AutoModelForImageClassification,
     PreTrainedModel,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -104,6 +106,13 @@ def test_the_norm_of_a_gradient_is_that_of_what_trains(tmp_path: Path) -> None:
         trainer = train(model, tmp_path, *callbacks, max_steps=1, save_strategy="no")
         norms.append(trainer.state.log_history[0]["grad_norm"])
     assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+
+
+def test_gradual_unfreezing_is_refused_where_the_optimizer_holds_parts(tmp_path: Path) -> None:
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    args.deepspeed_plugin = SimpleNamespace(zero_stage=2)
+    with pytest.raises(ValueError, match="use DDP, not ZeRO-2"):
+        GradualUnfreezing().on_train_begin(args, TrainerState(), None, model=tiny("bert"))
 
 
 @pytest.mark.parametrize("callback", [GradualUnfreezing, L2SP])

@@ -1,6 +1,8 @@
 """Each launch configuration: what accelerate makes of it, and which recipes it can run."""
 
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -115,6 +117,18 @@ def test_a_recipe_is_refused_before_it_trains_where_a_stage_cannot_run(
     assert "launch with accelerate_configs/multi_gpu.yaml" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, {"bf16": True}), ({"fp16": True}, {"fp16": True}), ({"bf16": False}, {"bf16": False})],
+)
+def test_the_launch_says_the_precision_where_a_recipe_does_not(
+    given: dict[str, bool], expected: dict[str, bool], monkeypatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    said = launch_arguments(given)
+    assert {name: said[name] for name in ("bf16", "fp16") if name in said} == expected
+
+
 def machines(*folders: Path, options: tuple[str, ...] = ()) -> list[tuple[int, str]]:
     """Run a recipe by multi_node.yaml, once for each folder, as if on so many machines."""
     with socket.socket() as free:
@@ -143,11 +157,28 @@ def machines(*folders: Path, options: tuple[str, ...] = ()) -> list[tuple[int, s
 
 
 @pytest.mark.distributed
-def test_two_machines_with_folders_of_their_own_end_with_the_same_model(tmp_path: Path) -> None:
+def test_two_machines_with_folders_of_their_own_end_and_resume_with_the_same_model(
+    tmp_path: Path,
+) -> None:
     folders = tmp_path / "first", tmp_path / "second"
-    each = ("--training.save_on_each_node", "true", "--training.save_strategy", "steps")
-    ended = machines(*folders, options=(*each, "--training.save_steps", "2"))
+    options = ("--training.save_on_each_node", "true", "--training.save_strategy", "steps")
+    options += ("--training.save_steps", "1")
+    ended = machines(*folders, options=options)
     assert [code for code, _ in ended] == [0, 0], ended
+    first = load_file(folders[0] / "03-recover" / "model.safetensors")
+    # Stopped in the last training, the second machine before it had saved what the first had.
+    for folder in folders:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        for entry in manifest["stages"][2:]:
+            entry["finished"] = False
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    lost = folders[1] / "03-recover" / "training" / "checkpoint-2"
+    shutil.rmtree(lost)
+    ended = machines(*folders, options=options)
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert lost.is_dir()
+    again = load_file(folders[0] / "03-recover" / "model.safetensors")
+    assert all(value.equal(again[key]) for key, value in first.items())
     for name in ("01-transfer", "02-prune", "03-recover", "03-recover/training/checkpoint-2"):
         one, other = (load_file(folder / name / "model.safetensors") for folder in folders)
         assert one.keys() == other.keys()
