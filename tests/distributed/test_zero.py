@@ -51,7 +51,8 @@ def resumed(run: Path, stage: str, what: str) -> Path:
 def test_zero_trains_like_one_process_and_resumes(
     stage: str, ways: tuple[str, ...], tmp_path: Path
 ) -> None:
-    launch(SCRIPT, tmp_path / "two", stage, *ways, processes=2)
+    told = launch(SCRIPT, tmp_path / "two", stage, *ways, processes=2)
+    assert told.count(f"the teacher is {'split' if stage == '3' else 'whole'}") == 4
     for what in ways:
         zero.train(tmp_path / "one" / what, 0, what)
         equal(tmp_path / "one" / what / "saved", tmp_path / "two" / what / "saved")

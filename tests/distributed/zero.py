@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from models import tiny
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForSequenceClassification, TrainerCallback, TrainerState, set_seed
 
 import hfslim
@@ -84,6 +85,8 @@ def train(folder: Path, stage: int, what: str) -> None:
         train_dataset=data,
         callbacks=[Began(), *([callbacks[what]()] if what in callbacks else [])],
     )
+    split = all(isinstance(parameter, DTensor) for parameter in trainer.teacher.parameters())
+    print(f"the teacher is {'split' if split else 'whole'}")
     trainer.train(resume_from_checkpoint=(folder / "checkpoint-3").exists())
     trainer.save_model(str(folder / "saved"))
     trainer.accelerator.wait_for_everyone()
