@@ -1,5 +1,7 @@
 """How much memory a step takes at its peak."""
 
+import ctypes
+import gc
 from pathlib import Path
 
 STATUS = Path("/proc/self/status")
@@ -7,11 +9,18 @@ RESET = Path("/proc/self/clear_refs")
 
 
 class Peak:
-    """The peak of this process's memory from now on, where the system tells it (Linux)."""
+    """The peak of this process's memory from now on, where the system tells it (Linux).
+
+    What earlier steps have freed goes back to the system first: used again, it would not count.
+    """
 
     def __init__(self) -> None:
         self.known = RESET.exists()
         if self.known:
+            gc.collect()
+            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+            if trim is not None:
+                trim(0)
             RESET.write_text("5", encoding="ascii")
             self.before = _read("VmRSS")
 
