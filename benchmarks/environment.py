@@ -33,9 +33,15 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+    """Return the commit that runs, marked where more has changed since than the results."""
+    root = Path(__file__).parents[1]
+
+    def git(*command: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(["git", *command], cwd=root, capture_output=True, text=True)
+
+    commit = git("describe", "--always").stdout.strip()
+    changed = git("diff", "--quiet", "HEAD", "--", ".", ":(exclude)benchmarks/results").returncode
+    return commit + "-dirty" * bool(changed) if commit else "unknown"
 
 
 def _cpu() -> str:

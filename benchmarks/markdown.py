@@ -34,7 +34,7 @@ def circumstances(data: Row) -> str:
         if number in used:
             for key, value in run.items():
                 values.setdefault(key, {})[str(value)] = None
-    joined = {key: " and ".join(sorted(found)) for key, found in values.items()}
+    joined = {key: listed(sorted(found)) for key, found in values.items()}
     date, commit = joined.pop("date"), joined.pop("commit")
     seeds = sorted({cell["seed"] for cell in data["cells"]})
     versions = ", ".join(f"{key} {value}" for key, value in joined.items())
