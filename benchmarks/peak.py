@@ -1,8 +1,9 @@
 """How much memory a step takes at its peak."""
 
-import ctypes
 import gc
 from pathlib import Path
+
+from hfslim.prune.parted import return_memory
 
 STATUS = Path("/proc/self/status")
 RESET = Path("/proc/self/clear_refs")
@@ -18,9 +19,7 @@ class Peak:
         self.known = RESET.exists()
         if self.known:
             gc.collect()
-            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-            if trim is not None:
-                trim(0)
+            return_memory()
             RESET.write_text("5", encoding="ascii")
             self.before = _read("VmRSS")
 

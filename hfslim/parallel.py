@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, parse_flag_from_env
+from accelerate.utils import DistributedType, parse_flag_from_env, patch_environment
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import deepspeed
 
@@ -85,11 +85,16 @@ def forget_trainers() -> None:
 
 @contextmanager
 def loading_whole() -> Iterator[None]:
-    """Load models whole inside the block, although a Trainer is set up for ZeRO-3."""
+    """Load models whole on each process inside the block.
+
+    Otherwise a Trainer that is set up for ZeRO-3 has them built in parts, and FSDP may leave new
+    weights to the first process of a machine.
+    """
     before = deepspeed._hf_deepspeed_config_weak_ref
     deepspeed.unset_hf_deepspeed_config()
     try:
-        yield
+        with patch_environment(fsdp_cpu_ram_efficient_loading="false"):
+            yield
     finally:
         deepspeed._hf_deepspeed_config_weak_ref = before
 

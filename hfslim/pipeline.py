@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, patch_environment
+from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from hfslim.checkpoint import SlimTrainer
@@ -21,7 +21,7 @@ from hfslim.launch import check_folder, check_launch, launch_arguments
 from hfslim.manifest import Entry, Manifest
 from hfslim.measure import compare
 from hfslim.page import publish
-from hfslim.parallel import forget_trainers
+from hfslim.parallel import forget_trainers, loading_whole
 from hfslim.prune import PruningCallback, prune, shrink, sparsify
 from hfslim.recipe import Recipe, RecipeError, recipe_yaml
 from hfslim.report import REPORT
@@ -48,7 +48,7 @@ __all__ = ["run"]
 logger = logging.getLogger(__name__)
 
 
-@patch_environment(fsdp_cpu_ram_efficient_loading="false")
+@loading_whole()
 def run(recipe: Recipe) -> Path:
     """Run the stages of a recipe that are not finished yet.
 

@@ -26,6 +26,7 @@ def shard_teacher(teacher: torch.nn.Module, device: torch.device) -> None:
     References:
         Zhao et al., PyTorch FSDP, 2023, arXiv:2304.11277; this is its second form, `fully_shard`.
     """
+    name = type(teacher).__name__
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     blocks = set(getattr(teacher, "_no_split_modules", None) or ())
     layers = [module for module in teacher.modules() if type(module).__name__ in blocks]
@@ -33,6 +34,5 @@ def shard_teacher(teacher: torch.nn.Module, device: torch.device) -> None:
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
     teacher.to(device)
     logger.info(
-        f"the teacher {type(teacher).__mro__[2].__name__} is split over {mesh.size()} processes, "
-        f"in {len(layers) + 1} parts"
+        f"the teacher {name} is split over {mesh.size()} processes, in {len(layers) + 1} parts"
     )

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import patch_environment
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
@@ -34,7 +33,6 @@ logger = logging.get_logger(__name__)
 
 
 @loading_whole()
-@patch_environment(fsdp_cpu_ram_efficient_loading="false")
 def load_teacher(
     teacher: PreTrainedModel | str | PathLike[str],
     student: nn.Module,

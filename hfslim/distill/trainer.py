@@ -24,6 +24,7 @@ from hfslim.hub.trainer import HubMixin
 from hfslim.log_figures import FiguresMixin
 from hfslim.objective import MeanLossMixin, logits_of, problem_type, with_loss
 from hfslim.pairing import PairedCollator, collator_of
+from hfslim.parallel import way_of
 
 __all__ = ["DistillationTrainer"]
 
@@ -98,9 +99,7 @@ class DistillationTrainer(
                 len(given) if teacher_processor is None else 1
             )
         self.teachers = Teachers(given, teacher_processor, student, self.processing_class, args)
-        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
-        in_parts = self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
-        self.teachers.place(args.device, shard=in_parts)
+        self.teachers.place(args.device, shard=way_of(args) in ("ZeRO-3", "FSDP"))
         if student.config.problem_type is None:
             student.config.problem_type = self.teacher.config.problem_type
         own = zip(self.teachers.prefixes, teacher_processor, strict=True)

@@ -102,7 +102,7 @@ class Parted:
         """Forget what is gone, for good; make whole what others than the model still hold."""
         while self._parts:
             self._settle(next(iter(self._parts)))
-        _return_memory()
+        return_memory()
 
     def _settle(self, key: int) -> None:
         """Make a tensor whole, if anybody has it, and forget its parts."""
@@ -124,7 +124,7 @@ def _others(index: torch.Tensor, size: int) -> torch.Tensor:
     return others.nonzero().flatten()
 
 
-def _return_memory() -> None:
+def return_memory() -> None:
     """Give the system back what is free between memory in use, which glibc keeps otherwise."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -38,7 +38,7 @@ def from_matrices(module: nn.Module, matrices: torch.Tensor) -> torch.Tensor:
     return outputs_first(module, matrices.reshape(out, *kernel, channels).movedim(-1, 1))
 
 
-def size(module: nn.Module) -> int:
+def moments_size(module: nn.Module) -> int:
     """Return the bytes of the sums over a module's inputs, but for what is no matrix."""
     groups, _, inputs = matrices(module, weight_of(module)).shape
     return 8 * groups * inputs * inputs

@@ -19,7 +19,7 @@ from hfslim.prune.moments import InputMoments
 from hfslim.prune.room import in_passes
 from hfslim.prune.sparsegpt import sparsegpt
 from hfslim.prune.weight_masks import Goal, Scope, remove
-from hfslim.prune.weight_moments import from_matrices, gather_inputs, matrices, size
+from hfslim.prune.weight_moments import from_matrices, gather_inputs, matrices, moments_size
 from hfslim.prune.weights import (
     Names,
     WeightSparsity,
@@ -134,7 +134,7 @@ def sparsify(
         settled = (
             partial(_solved, goal=goal) if weighed else partial(_weighed, goal=goal, scope=scope)
         )
-        sizes, changes = {path: size(module) for path, module in weights.items()}, {}
+        sizes, changes = {path: moments_size(module) for path, module in weights.items()}, {}
         for title, group in in_passes(sizes, model, method):
             moments = gather_inputs(model, weights, batches, weighed, progress, group, title)
             for path in group:
