@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -129,18 +130,27 @@ def test_the_launch_says_the_precision_where_a_recipe_does_not(
     assert {name: said[name] for name in ("bf16", "fp16") if name in said} == expected
 
 
+def free_port() -> int:
+    """Return a port that is free, and that no connection is given before it is listened on."""
+    for port in random.sample(range(20_000, 30_000), 100):
+        with socket.socket() as free:
+            try:
+                free.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise OSError("100 ports of 20000 to 29999 are taken")
+
+
 def machines(*folders: Path, options: tuple[str, ...] = ()) -> list[tuple[int, str]]:
     """Run a recipe by multi_node.yaml, once for each folder, as if on so many machines."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = str(ROOT)
     count = str(len(folders))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     command += ["accelerate_configs/multi_node.yaml", "--num_processes", count]
     command += ["--num_machines", count, "--main_process_ip", "127.0.0.1"]
-    command += ["--main_process_port", port]
+    command += ["--main_process_port", str(free_port())]
     logs = [folder.parent / f"{rank}.log" for rank, folder in enumerate(folders)]
     running = []
     for rank, (folder, log) in enumerate(zip(folders, logs, strict=True)):
