@@ -152,6 +152,9 @@ def describe_inputs(inputs: Inputs) -> str:
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """Put models in eval mode without gradients, and each module back in its mode afterwards.
 
+    BigBird turns its sparse attention into a full one for good when it sees a short text; that is
+    undone too.
+
     Args:
         models: Models to run inside the context.
 
@@ -159,6 +162,9 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
         Nothing.
     """
     training = [(m, m.training) for model in models for m in model.modules()]
+    attention: list[tuple[Any, str]] = [
+        (m, str(m.attention_type)) for m, _ in training if hasattr(m, "set_attention_type")
+    ]
     for model in models:
         model.eval()
     try:
@@ -168,6 +174,8 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in training:
             module.training = mode
+        for module, kind in attention:
+            module.set_attention_type(kind)
 
 
 def _reference(model: nn.Module) -> torch.Tensor:

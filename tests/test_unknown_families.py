@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import hfslim
-from hfslim.anatomy import families, find_units
+from hfslim.anatomy import families, feed_forwards, find_units
 
 
 class OwnConfig(PreTrainedConfig):
@@ -125,7 +125,9 @@ def build(_: str) -> OwnForSequenceClassification:
 
 def test_the_template_of_the_guide_teaches_a_family(monkeypatch, tmp_path):
     monkeypatch.setattr(families, "ATTENTIONS", dict(families.ATTENTIONS))
-    monkeypatch.setattr(families, "FEED_FORWARDS", list(families.FEED_FORWARDS))
+    known = list(feed_forwards.FEED_FORWARDS)
+    for module in (families, feed_forwards):
+        monkeypatch.setattr(module, "FEED_FORWARDS", known)
     guide = Path(__file__).parent.with_name("docs").joinpath("add_a_family.md").read_text()
     template = re.search(r"```python\n(from hfslim.anatomy.families.*?)```", guide, re.DOTALL)[1]
     assert template.count("\n") < 20

@@ -281,12 +281,12 @@ def auto_class(case: str) -> type:
     return getattr(transformers, TASKS[case.split("/")[0]][0])
 
 
-def tiny(case: str, attention: str = "eager", seed: int = 0) -> PreTrainedModel:
+def tiny(case: str, attention: str = "eager", seed: int = 0, **options: Any) -> PreTrainedModel:
     """Build a type's classifier, weights, biases and norms off their initial values."""
     if ":" in case:
         return _own(case, attention)
     task, kind = case.split("/")
-    config = tiny_config(kind)
+    config = tiny_config(kind, **options)
     classes = TABLES[task][kind]
     config.architectures = [classes if isinstance(classes, str) else classes[0]]
     torch.manual_seed(seed)
@@ -319,9 +319,9 @@ def _own(case: str, attention: str) -> PreTrainedModel:
     return model
 
 
-def tiny_config(kind: str) -> PreTrainedConfig:
-    """Return a type's config with the common overrides, and its own."""
-    own = TYPES.get(kind, {})
+def tiny_config(kind: str, **options: Any) -> PreTrainedConfig:
+    """Return a type's config with the common overrides, its own, and what is asked for."""
+    own = TYPES.get(kind, {}) | options
     fields = _common(AutoConfig.for_model(kind))
     for name, value in own.items():
         inside = isinstance(value, dict) and isinstance(fields.get(name), dict)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from hfslim.anatomy import families, layer_lists
+from hfslim.anatomy import families, feed_forwards, layer_lists
 from hfslim.anatomy.attention import find_heads
 from hfslim.anatomy.channels import find_channels
 from hfslim.anatomy.dimensions import find_dimensions
@@ -114,11 +114,11 @@ class _Finder:
 
     def neurons(self) -> Iterator[Site]:
         for path, module in self.modules.items():
-            if type(module).__name__ in families.REFUSED_NEURONS:
-                reason = families.REFUSED_NEURONS[type(module).__name__]
+            if type(module).__name__ in feed_forwards.REFUSED_NEURONS:
+                reason = feed_forwards.REFUSED_NEURONS[type(module).__name__]
                 self.refusals.append(Refusal("neurons", path, reason))
                 continue
-            for names in families.FEED_FORWARDS:
+            for names in feed_forwards.FEED_FORWARDS:
                 inputs = [self.projection(path, (name,)) for name in names.inputs]
                 output = self.projection(path, (names.output,))
                 rows = [i.rows(*[1] * names.blocks) for i in inputs if i]
@@ -147,7 +147,7 @@ class _Finder:
                     break
                 size = output.inputs
                 if all(i.outputs == size * names.blocks for i in inputs if i):
-                    counts = [n for n in families.NEURON_COUNTS if vars(module).get(n) == size]
+                    counts = [n for n in feed_forwards.NEURON_COUNTS if vars(module).get(n) == size]
                     yield Site(
                         kind="neurons",
                         path=path,
@@ -206,7 +206,8 @@ class _Finder:
             layers = self.modules[path]
             if uses > 1 and len(layers) == 1:
                 runs = self._runs(path)
-                if getattr(self.config, runs) != uses:
+                told = (getattr(self.config, "hfslim", None) or {}).get("layers", {})
+                if getattr(self.config, runs) != uses or path in told:
                     reason = "its layers are run several times, with the same weights"
                     self.refusals.append(Refusal("layers", path, reason))
                     continue

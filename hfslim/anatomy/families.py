@@ -12,6 +12,8 @@ from typing import Literal
 
 from torch import nn
 
+from hfslim.anatomy.feed_forwards import FEED_FORWARDS, FeedForward
+
 QUERY = (
     *("query", "q_proj", "q_lin", "query_proj", "q", "Wq", "q_head", "linear_q", "q_b_proj"),
     "q_gate_proj",
@@ -156,6 +158,10 @@ _RANDOM_BLOCKS = Attention(
     refused="its random blocks are drawn head after head (attention_type='block_sparse')",
     refused_if=("attention_type", "block_sparse"),
 )
+_ROTATED = Attention(
+    refused="its hidden states are turned head by head before any projection (rotary positions)",
+    refused_if=("position_embeddings_type", "rotary"),
+)
 _LINEAR = Attention(refused="heads of linear attention are not known here")
 _BIASED = Attention(replacement="BiasedHeads")
 
@@ -177,7 +183,15 @@ ATTENTIONS = {
         counted=True,
         sizes=("embed_dim",),
     ),
+    "Data2VecVisionSelfAttention": Attention(
+        refused="a bias of all heads comes from outside (use_shared_relative_position_bias)",
+        refused_if=("use_shared_relative_position_bias", True),
+    ),
     "DiffLlamaAttention": Attention(paired=True),
+    "DisentangledSelfAttention": Attention(
+        refused="its heads are mixed with each other (talking_head)",
+        refused_if=("talking_head", True),
+    ),
     "DogeAttention": Attention(
         replacement="DogeHeads", stays="values", rows=("dt_proj",), tensors=(("A", 0),)
     ),
@@ -194,7 +208,7 @@ ATTENTIONS = {
             ("seg_embed", 1),
         ),
     ),
-    "GPTBigCodeAttention": Attention(sizes=("embed_dim",)),
+    "GPTBigCodeAttention": Attention(fused="c_attn", layout="heads", sizes=("embed_dim",)),
     "HieraMaskUnitAttention": Attention(sizes=("hidden_size_output",), keeps_one=True),
     "IBertSelfAttention": Attention(keeps_one=True),
     "LiltSelfAttention": Attention(
@@ -229,6 +243,7 @@ ATTENTIONS = {
         keeps_one=True,
     ),
     "LongformerSelfAttention": Attention(replacement="LongformerHeads"),
+    "LukeSelfAttention": Attention(rows=("w2e_query", "e2w_query", "e2e_query"), keeps_one=True),
     "PvtV2SelfAttention": Attention(replacement="PvtV2Heads"),
     "MiniMaxLightningAttention": Attention(refused="a norm runs across all heads"),
     "MraSelfAttention": Attention(refused="its attention runs in a CUDA kernel only"),
@@ -248,7 +263,11 @@ ATTENTIONS = {
     "MPNetSelfAttention": _BIASED,
     "MptAttention": _BIASED,
     "LayoutLMv3SelfAttention": _BIASED,
-    "MvpAttention": Attention(sizes=("embed_dim",)),
+    "MvpAttention": Attention(
+        sizes=("embed_dim",),
+        refused="its prompts have keys and values of all heads (use_prompt)",
+        refused_if=("use_prompt", True),
+    ),
     "MT5Attention": Attention(replacement="SharedBiasHeads"),
     "Phi3Attention": Attention(count_field="num_attention_heads"),
     "T5Attention": Attention(replacement="SharedBiasHeads"),
@@ -257,6 +276,7 @@ ATTENTIONS = {
         refused="adapters, other ones in every layer, add to its projections",
         refused_if=("use_shared_attention_adapter", True),
     ),
+    **dict.fromkeys(("Wav2Vec2BertSelfAttention", "Wav2Vec2ConformerSelfAttention"), _ROTATED),
     "WavLMAttention": Attention(replacement="WavLMHeads"),
 }
 """Attention by class name, where it differs."""
@@ -266,65 +286,6 @@ def attention(module: nn.Module) -> Attention:
     """Return what is known of a module's class or of one it derives from."""
     names = (cls.__name__ for cls in type(module).__mro__)
     return next((ATTENTIONS[name] for name in names if name in ATTENTIONS), Attention())
-
-
-@dataclass(frozen=True)
-class FeedForward:
-    """Names of what lies around the neurons.
-
-    Attributes:
-        inputs: The projections that end in them.
-        output: The projection that starts from them.
-        blocks: Blocks of the rows of a fused input projection.
-        between: A depthwise convolution in the middle, which needs one neuron or more.
-        norm: A batch norm in the middle.
-        across: A norm in the middle that runs across all neurons, which therefore have to stay.
-    """
-
-    inputs: tuple[str, ...]
-    output: str
-    blocks: int = 1
-    between: str = ""
-    norm: str = ""
-    across: str = ""
-
-
-FEED_FORWARDS = [
-    FeedForward(("gate_proj", "up_proj"), "down_proj"),
-    FeedForward(("up_proj",), "down_proj"),
-    FeedForward(("gate_up_proj",), "down_proj", blocks=2),
-    FeedForward(("intermediate.dense",), "output.dense"),
-    FeedForward(("layout_intermediate.dense",), "layout_output.dense"),
-    FeedForward(("intermediate.conv1d",), "output.conv1d"),
-    FeedForward(("intermediate_dense",), "output_dense"),
-    FeedForward(("dense.dense",), "output.dense"),
-    FeedForward(("fc1",), "fc2", between="dwconv.dwconv"),
-    FeedForward(("fc1",), "fc2"),
-    FeedForward(("fc11", "fc12"), "fc2"),
-    FeedForward(("fc_in",), "fc_out"),
-    FeedForward(("c_fc",), "c_proj"),
-    FeedForward(("lin1",), "lin2"),
-    FeedForward(("linear_1",), "linear_2"),
-    FeedForward(("linear_up.linear",), "linear_down.linear", norm="linear_up.batch_norm"),
-    FeedForward(("linear_fc1",), "linear_fc2"),
-    FeedForward(("layer_1",), "layer_2"),
-    FeedForward(("pwconv1",), "pwconv2", across="grn"),
-    FeedForward(("dense1",), "dense2", between="dwconv.dwconv"),
-    FeedForward(("dense1",), "dense2"),
-    FeedForward(("dense_h_to_4h",), "dense_4h_to_h"),
-    FeedForward(("wi_0", "wi_1"), "wo"),
-    FeedForward(("wi",), "wo"),
-    FeedForward(("ffn",), "ffn_output"),
-    FeedForward(("ffn.0",), "ffn.2"),
-    FeedForward(("Wi",), "Wo", blocks=2),
-    FeedForward(("weights_in",), "weights_out", blocks=2),
-    FeedForward(("w1", "w3"), "w2"),
-    FeedForward(("w1", "w2"), "w3"),
-]
-
-
-REFUSED_NEURONS = {"Zamba2MLP": "adapters, other ones in every layer, add to them"}
-"""Modules whose neurons cannot go, and why."""
 
 
 def add_family(
@@ -339,9 +300,6 @@ def add_family(
     ATTENTIONS.update(attentions or {})
     FEED_FORWARDS[:0] = feed_forwards
 
-
-NEURON_COUNTS = ("intermediate_size", "intermediate_dim")
-"""Attributes of the module around the neurons that count them."""
 
 STAGE = r"Stage$|^PvtV2EncoderLayer$"
 """Class names of modules that look like layers, but are stages of them."""

@@ -5,8 +5,12 @@ SIDE_BY_SIDE = dict.fromkeys(
 )
 """Modules whose layers lie in several lists, in the order in which they run."""
 
-STREAMS = {"LiltLayer": ("hidden_states", "layout_inputs")}
-"""Layers that add to several streams: the arguments that hold them, in the order of the outputs."""
+STREAMS = {
+    "LiltLayer": ("hidden_states", "layout_inputs"),
+    "LukeLayer": ("word_hidden_states", "entity_hidden_states"),
+}
+"""Layers that add to several streams: the arguments that hold them, in the order of the outputs; a
+stream is none of an input without it."""
 
 ENDS = {"SqueezeBertModule": ("attention", "output")}
 """Layers that are not called as modules, but by their forward: names of the modules inside that get

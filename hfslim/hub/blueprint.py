@@ -125,6 +125,9 @@ def difference(
         settings = _replacement(module)
         if settings:
             replaced[path] = settings
+        if path not in modules:
+            # BigBird's full attention, in the place of its sparse one, has a module of its own.
+            continue
         changed = dict(_changed(module, modules[path], set(settings)))
         if changed:
             attributes[path] = changed

@@ -11,7 +11,7 @@ from hfslim.anatomy.config_fields import DEPTH_FIELDS, PER_LAYER_FIELDS
 from hfslim.anatomy.units import Units
 from hfslim.structure import Structure
 
-__all__ = ["Depth", "configs", "set_depth"]
+__all__ = ["Depth", "check_layer_types", "configs", "set_depth"]
 
 Fields = dict[str, Any]
 
@@ -67,6 +67,26 @@ def set_depth(model: PreTrainedModel, before: Units, structure: Structure) -> li
             if fields:
                 told.append(Depth(site.path, *_change(config, fields)))
     return told
+
+
+def check_layer_types(model: PreTrainedModel) -> None:
+    """Check that layers whose number the config cannot tell go on finding their own type in it.
+
+    When they run, layers look up by their position which kind of attention they get. Beyond its
+    window alone does a wrong one differ, so no short input shows it.
+
+    Raises:
+        RuntimeError: Some would find that of another.
+    """
+    told = (getattr(model.config, "hfslim", None) or {}).get("layers", {})
+    for path, kept in told.items():
+        types = list(getattr(_config_around(model, path), "layer_types", None) or ())
+        if types and [types[i] for i in kept] != types[: len(kept)]:
+            raise RuntimeError(
+                f"its config builds no model with the layers {list(kept)} of {path!r} alone, and "
+                f"with all it tells others their kind of attention (layer_types: {types}); leave "
+                "layers out of `units`, or let the last ones go"
+            )
 
 
 def _depth_fields(config: PreTrainedConfig, size: int, kept: tuple[int, ...]) -> Fields:

@@ -30,6 +30,7 @@ from hfslim.prune.taps import (
     Tap,
     by_layer,
     by_unit,
+    joined,
     states_after,
     states_before,
     with_states,
@@ -272,11 +273,10 @@ class Gates:
                 # It cannot go: it is no addition to its input, and has nothing to be scored by.
                 return output
             if self.on_activation is not None:
-                wide = [torch.cat(x, -1) if len(x) > 1 else x[0] for x in (before, after)]
-                self.on_activation(site, index, *(x.detach().movedim(site.batch, 0) for x in wide))
-            after = [
-                self._gated_state(site, index, b, a) for b, a in zip(before, after, strict=True)
-            ]
+                whole = (joined(states).detach() for states in (before, after))
+                self.on_activation(site, index, *(x.movedim(site.batch, 0) for x in whole))
+            pairs = zip(before, after, strict=True)
+            after = [self._gated_state(site, index, b, a) for b, a in pairs]
             return with_states(output, after)
 
         return hook

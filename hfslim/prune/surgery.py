@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from hfslim.adapters import check_merged
 from hfslim.anatomy import Site, Units, find_units, layer_lists
 from hfslim.hub import blueprint, modeling_hfslim, reload
-from hfslim.hub.depth import configs, set_depth
+from hfslim.hub.depth import check_layer_types, configs, set_depth
 from hfslim.prune.parted import Parted
 from hfslim.prune.proof import Returns, Settings, check_equal, probe_inputs, run_gated
 from hfslim.structure import Structure
@@ -47,7 +47,8 @@ def shrink(
     Raises:
         KeyError: The structure names a site that the model does not have.
         ValueError: It counts other numbers of units, or removes one that cannot go.
-        RuntimeError: The cut model does not equal the gated one; the model is as before.
+        RuntimeError: The cut model does not equal the gated one, or its config would tell layers
+            the attention of others; the model is as before.
     """
     check_merged(model)
     units = find_units(model, structure.has("dimensions"))
@@ -66,6 +67,7 @@ def shrink(
         check_equal(expected, model, inputs)
         if blueprint.describe(model, units, structure, depth):
             check_equal(expected, model, inputs)
+        check_layer_types(model)
     except BaseException:
         surgery.undo()
         raise

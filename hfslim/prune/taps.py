@@ -84,7 +84,7 @@ def states_before(
     """Return what a layer adds to: its first argument, or the streams that it is known by."""
     if site.streams:
         given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-        return [given[name] for name in site.streams]
+        return [given[name] for name in site.streams if given.get(name) is not None]
     return [args[0] if args else kwargs["hidden_states"]]
 
 
@@ -102,6 +102,12 @@ def with_states(output: Any, states: list[torch.Tensor]) -> Any:
     if type(output) is dict:
         return output | dict(zip(output, states, strict=False))
     return type(output)([*states, *output[len(states) :]])
+
+
+def joined(states: list[torch.Tensor]) -> torch.Tensor:
+    """Join the streams of a layer: along features, or positions if those of each are its own."""
+    along = -1 if len({state.shape[1] for state in states}) == 1 else 1
+    return torch.cat(states, along)
 
 
 def by_unit(product: torch.Tensor, examples: int, site: Site, feed: Feed) -> torch.Tensor:
