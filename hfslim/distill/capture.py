@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -106,11 +106,15 @@ class Capture:
                 handle.remove()
 
     def _check(self, seen: Seen) -> None:
-        if len(seen.hidden) != len(self.layers) or (self.projections and len(seen.vectors) != 3):
+        if len(seen.hidden) != len(self.layers):
             raise RuntimeError(
-                f"{self.name} ran {len(seen.hidden)} of {len(self.layers)} layers and "
-                f"{len(seen.vectors)} of {3 * bool(self.projections)} attention projections as "
-                "modules, so their outputs cannot be told apart; leave out the feature losses."
+                f"{self.name} ran {len(seen.hidden)} of {len(self.layers)} layers as modules, so "
+                "their outputs cannot be told apart; use minilm_v2 or losses on logits."
+            )
+        if self.projections and len(seen.vectors) != 3:
+            raise ValueError(
+                f"{self.name} does not run the projections of its last attention as modules, so "
+                "queries, keys and values are not seen; use a loss on hidden states."
             )
         if self.attentions and not seen.attentions:
             raise ValueError(
@@ -118,12 +122,25 @@ class Capture:
                 "minilm_v2."
             )
         if torch.is_grad_enabled() and self.model.training:
-            if not all(x.requires_grad for x in (*seen.hidden, *seen.attentions, *seen.vectors)):
-                raise ValueError(
-                    f"no gradient reaches what {self.name} computes inside its layers: reentrant "
-                    "gradient checkpointing hides it; set activation_checkpointing_kwargs="
-                    "{'use_reentrant': False}."
-                )
+            for kind in fields(seen):
+                tensors = getattr(seen, kind.name)
+                if tensors and not any(x.requires_grad for x in tensors):
+                    raise ValueError(
+                        f"no gradient reaches the {kind.name} of {self.name}: {self._why_none()}"
+                    )
+
+    def _why_none(self) -> str:
+        functions = (
+            getattr(m, "_gradient_checkpointing_func", None)
+            for m in self.model.modules()
+            if getattr(m, "gradient_checkpointing", False)
+        )
+        if any(getattr(f, "keywords", {}).get("use_reentrant") for f in functions):
+            return (
+                "reentrant gradient checkpointing hides it; set activation_checkpointing_kwargs="
+                "{'use_reentrant': False}."
+            )
+        return "what trains comes behind it; let layers train too, or leave out the feature losses."
 
     def _split(self, output: Tensor) -> list[Tensor]:
         return list(output.chunk(3, dim=-1)) if len(self.projections) == 1 else [output]
@@ -166,13 +183,19 @@ def position_mask(model: Any, inputs: dict[str, Any], positions: int) -> Tensor 
         ValueError: The batch's mask has another length, and the model does not say how its frames
             follow from it.
     """
-    mask = inputs.get("attention_mask")
+    mask = inputs.get("attention_mask", inputs.get("pixel_attention_mask"))
     if mask is None or mask.ndim != 2:
         return None
     if mask.shape[1] == positions:
         return mask
     frames = getattr(base_of(model), "_get_feature_vector_attention_mask", None)
-    if frames is None:
+    whole = getattr(base_of(model), "_get_feat_extract_output_lengths", lambda _: positions)
+    number = int(whole(torch.tensor(mask.shape[1])))
+    squeezed = number // max(positions, 1)  # SEW's layers run on the mean of so many frames.
+    if frames is not None and squeezed > 1:
+        starts = torch.arange(positions, device=mask.device) * squeezed
+        return starts < frames(number, mask).sum(-1, keepdim=True)
+    if frames is None or number != positions:
         raise ValueError(
             f"{type(base_of(model)).__name__} turns {mask.shape[1]} positions of the attention "
             f"mask into {positions} hidden states and does not tell which are padding; leave out "

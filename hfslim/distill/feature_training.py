@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import Trainer, TrainerCallback
 
+from hfslim.adapters import base_of
+from hfslim.distill.comparable import every_layer_runs
 from hfslim.distill.config import DistillationConfig, parse_weights
 from hfslim.distill.layers import parse_map
 from hfslim.distill.terms import FeatureTerms
@@ -37,14 +39,18 @@ class FeatureMixin(_Base):
         super().__init__(*args, **kwargs)
         self.feature_weights = parse_weights(self.args.feature_losses)
         self.features: FeatureTerms | None = None
+        self._projections: list[torch.nn.Parameter] = []
         # First, so that gates are still there when the map of layers is chosen.
         self.callback_handler.callbacks.insert(0, _EndOfStep(self))
 
     @contextmanager
     def feature_training(self) -> Iterator[None]:
         """Have the feature losses ready inside the block."""
-        if self.feature_weights:
-            self._check_feature_training()
+        if not self.feature_weights:
+            yield
+            return
+        self._check_feature_training()
+        with every_layer_runs(base_of(self.model)):
             self.features = FeatureTerms(
                 self.model,
                 self.teacher,
@@ -54,10 +60,10 @@ class FeatureMixin(_Base):
                 self.args.relation_heads,
             )
             self._check_projections()
-        try:
-            yield
-        finally:
-            self.features = None
+            try:
+                yield
+            finally:
+                self.features = None
 
     def _check_feature_training(self) -> None:
         if len(self.teachers.models) > 1:
@@ -90,7 +96,14 @@ class FeatureMixin(_Base):
                 )
 
     def _check_projections(self) -> None:
-        if self.is_deepspeed_enabled and self.features and len(self.features.projections):
+        if not self.features or not len(self.features.projections):
+            return
+        if self.lr_scheduler is not None and not self._created_lr_scheduler:
+            raise ValueError(
+                "hidden_projection adds its maps to the optimizer, which the scheduler that was "
+                "passed with it does not know: pass optimizers=(optimizer, None)."
+            )
+        if self.is_deepspeed_enabled:
             raise ValueError(
                 "hidden_projection trains maps outside of the student, and DeepSpeed's optimizer "
                 "takes the student's parameters alone: use a teacher of the student's width, "
@@ -101,9 +114,15 @@ class FeatureMixin(_Base):
         """Build the optimizer of the student and of the projections of its hidden states."""
         optimizer = super().create_optimizer(*args, **kwargs)
         projections = list(self.features.projections.parameters()) if self.features else []
-        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if projections and id(projections[0]) not in known:
+        # An earlier training of this Trainer had maps of its own.
+        old = {id(parameter) for parameter in self._projections}
+        groups = optimizer.param_groups
+        groups[:] = [g for g in groups if not any(id(p) in old for p in g["params"])]
+        for parameter in self._projections:
+            optimizer.state.pop(parameter, None)
+        if projections:
             optimizer.add_param_group({"params": projections, "weight_decay": 0.0})
+        self._projections = projections
         return optimizer
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

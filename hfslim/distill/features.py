@@ -118,7 +118,8 @@ def attention_kl(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -
 
     Args:
         student: Attention probabilities `[B, H, S, S]`.
-        teacher: Likewise, with the same number of heads.
+        teacher: Likewise, with the same number of heads. A key to which the student gives exactly
+            nothing, as where dropout has left it out, is left out of both.
         mask: `[B, S]`; a query that does not count is left out.
 
     Returns:
@@ -133,8 +134,10 @@ def attention_kl(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -
         Wang et al., MiniLM, 2020, arXiv:2002.10957.
     """
     smallest = torch.finfo(torch.float32).tiny
-    p, q = (x.float().clamp_min(smallest) for x in (teacher, student))
-    return _mean((p * (p.log() - q.log())).sum(-1).mean(1), mask)
+    weights = [x.float() * (student > 0) for x in (teacher, student)]
+    p, q = (x / x.sum(-1, keepdim=True).clamp_min(smallest) for x in weights)
+    divergence = p * (p.clamp_min(smallest).log() - q.clamp_min(smallest).log())
+    return _mean(divergence.sum(-1).mean(1), mask)
 
 
 def relation_kl(student: Tensor, teacher: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:

@@ -16,21 +16,19 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hfslim.adapters import base_of
-from hfslim.anatomy.inputs import example_inputs
 from hfslim.distill import features
-from hfslim.distill.capture import Capture, Seen, position_mask
+from hfslim.distill.capture import Capture, Seen, layer_modules, position_mask
+from hfslim.distill.comparable import check_layers, probed
 from hfslim.distill.layers import Pairs, dynamic_pairs, static_pairs
 from hfslim.distill.packing import Packing
 from hfslim.prune.gates import closed_layers
 from hfslim.shares import share_of
-from hfslim.timing import evaluating
 
 __all__ = ["FEATURE_LOSSES", "FeatureTerms"]
 
 logger = logging.get_logger(__name__)
 
 _STATE = "distillation.safetensors"
-_PROBE_LENGTH = {"input_ids": 16, "input_values": 4000, "input_features": 64}
 
 
 @dataclass(frozen=True)
@@ -109,24 +107,32 @@ class FeatureTerms:
         self.student, self.teacher = base_of(student), base_of(teacher)
         self.captures = Capture(student, **needs), Capture(teacher, **needs)
         self.layer_map = layer_map
-        self._probe = self._run_probe()
+        self._probe = probed(self.captures, any(loss.last_attention for loss in used))
+        compared = {loss.on for loss in used} - {"vectors"}
+        self._by = "hidden" if "hidden" in compared else "attentions"
+        self._layers = layer_modules(self.student) if compared else []
+        self._sizes = tuple(len(self._by_layer(seen)) for seen in self._probe) if compared else ()
         self.teacher_layers = self._chosen_teacher_layers()
         self._pairs: Pairs | None = None
+        if compared and not isinstance(layer_map, str):
+            check_layers(layer_map, self._sizes)
         self.packing = Packing(self._kept_layers(), self._probe[1])
         self._costs = np.zeros(1)
         self.relation_heads = self._fitting_heads(relation_heads) if needs["vectors"] else 0
         self.projections = self._make_projections(projection)
-        if needs["hidden"] or any(loss.on == "attentions" for loss in used):
+        if compared:
             logger.info(f"layers of student and teacher that are paired: {self.pairs()}")
 
     def pairs(self) -> Pairs:
         """Return the layers to compare in this step, of the student's those that are not closed."""
-        sizes = [len(seen.hidden or seen.attentions) for seen in self._probe]
+        if not self._sizes:
+            return []
+        alive = self._alive()
         if not isinstance(self.layer_map, str):
-            return self.layer_map
-        alive = self._alive(sizes[0])
+            return [pair for pair in self.layer_map if pair[0] in alive]
         if self.layer_map != "dynamic":
-            return [(alive[s], t) for s, t in static_pairs(self.layer_map, len(alive), sizes[1])]
+            number = self._sizes[1]
+            return [(alive[s], t) for s, t in static_pairs(self.layer_map, len(alive), number)]
         if self._pairs is not None and {s for s, _ in self._pairs} <= set(alive):
             return self._pairs
         chosen = self.teacher_layers
@@ -145,10 +151,9 @@ class FeatureTerms:
             `[batch]` by name; losses on layers are means over the pairs.
         """
         result: dict[str, Tensor] = {}
-        pairs = self.pairs() if taught.hidden or taught.attentions else []
-        first = next(iter([*seen.hidden, *seen.vectors]), None)
-        positions = seen.attentions[0].shape[-1] if first is None else first.shape[1]
-        mask = position_mask(self.student, inputs, positions)
+        pairs = self.pairs()
+        first = [*seen.hidden, *seen.vectors, *seen.attentions][0]
+        mask = position_mask(self.student, inputs, first.shape[-1 if first.ndim == 4 else 1])
         projected = {
             (s, t): self._project(seen.hidden[s], taught.hidden[t]) for s, t in pairs if seen.hidden
         }
@@ -168,8 +173,9 @@ class FeatureTerms:
                 if loss.last_attention:
                     last = seen.attentions[-1], taught.attentions[-1]
                     parts.append(features.attention_kl(*last, mask))
-            result[name] = torch.stack(parts).mean(0)
-        if self.layer_map == "dynamic" and seen.hidden:
+            # All layers of an explicit map may be closed; then there is nothing to learn.
+            result[name] = torch.stack(parts).mean(0) if parts else first.new_zeros(len(first))
+        if self.layer_map == "dynamic" and self._sizes:
             self._add_costs(seen, taught, mask)
         return result
 
@@ -192,7 +198,7 @@ class FeatureTerms:
         if self._costs.ndim == 2:
             costs = torch.from_numpy(self._costs).float().to(accelerator.device)
             total = accelerator.reduce(costs, reduction="sum").cpu().double().numpy()
-            closed = set(range(total.shape[1])) - set(self._alive(total.shape[1]))
+            closed = set(range(total.shape[1])) - set(self._alive())
             total[:, sorted(closed)] = np.inf
             before = self._pairs
             self._pairs = [(s, self.teacher_layers[t]) for s, t in dynamic_pairs(total)]
@@ -227,33 +233,10 @@ class FeatureTerms:
             )
         self.projections.load_state_dict(state)
 
-    def _run_probe(self) -> tuple[Seen, Seen]:
-        length = _PROBE_LENGTH.get(self.student.main_input_name)
-        result = []
-        for capture in self.captures:
-            model = capture.model
-            inputs = example_inputs(model, batch_size=2, length=length)
-            with capture.recording() as seen, evaluating(model):
-                model(**inputs, **capture.arguments)
-            result.append(seen)
-        mine, theirs = result
-        for one, other, what in (
-            (mine.hidden, theirs.hidden, "hidden states"),
-            (mine.vectors, theirs.vectors, "queries, keys and values"),
-        ):
-            shapes = [{tuple(x.shape[:2]) for x in group} for group in (one, other)]
-            if shapes[0] != shapes[1] or len(shapes[0]) > 1:
-                raise ValueError(
-                    f"The {what} of student and teacher have {shapes[0]} and {shapes[1]} examples "
-                    "and positions for the same 2 examples, so they cannot be compared one by one; "
-                    "use losses on logits."
-                )
-        return mine, theirs
-
     def _chosen_teacher_layers(self) -> list[int]:
-        number = len(self._probe[1].hidden)
-        if self.layer_map != "dynamic" or not number:
+        if self.layer_map != "dynamic" or not self._sizes:
             return []
+        number = self._sizes[1]
         few = max(1, round(number / 3))
         return [t for _, t in static_pairs("uniform", few, number)]
 
@@ -262,11 +245,15 @@ class FeatureTerms:
             return []
         return self.teacher_layers or sorted({t for _, t in self.pairs()})
 
-    def _alive(self, number: int) -> list[int]:
-        closed = closed_layers(self.student)
-        layers = self.captures[0].layers
-        alive = [i for i in range(number) if i >= len(layers) or layers[i] not in closed]
-        return alive or [number - 1]
+    def _by_layer(self, seen: Seen) -> list[Tensor]:
+        """Return what layers are chosen by."""
+        return seen.hidden if self._by == "hidden" else seen.attentions
+
+    def _alive(self) -> list[int]:
+        number, closed = self._sizes[0], closed_layers(self.student)
+        if len(self._layers) != number:  # attention maps of some layers alone
+            return list(range(number))
+        return [i for i in range(number) if self._layers[i] not in closed] or [number - 1]
 
     def _fitting_heads(self, asked: int | None) -> int:
         widths = [x.shape[-1] for seen in self._probe for x in seen.vectors]
@@ -290,12 +277,6 @@ class FeatureTerms:
         pairs = self.pairs()
         if self.layer_map == "dynamic":
             pairs = [(s, t) for s in range(len(hidden[0])) for t in self.teacher_layers]
-        for s, t in pairs:
-            if s >= len(hidden[0]) or t >= len(hidden[1]):
-                raise ValueError(
-                    f"layer_map pairs layer {s} of the student with {t} of the teacher; they have "
-                    f"{len(hidden[0])} and {len(hidden[1])}, counted from 0."
-                )
         widths = {(hidden[0][s], hidden[1][t]) for s, t in pairs}
         unequal = sorted((s, t) for s, t in widths if s != t)
         if unequal and not allowed:
@@ -318,17 +299,17 @@ class FeatureTerms:
 
     @torch.no_grad()
     def _add_costs(self, seen: Seen, taught: Seen, mask: Tensor | None) -> None:
+        theirs = self._by_layer(taught)
+
+        def cost(student: Tensor, teacher: Tensor) -> float:
+            if self._by == "hidden":
+                each = features.hidden_mse(self._project(student, teacher), teacher, mask)
+            else:
+                each = features.attention_mse(student, teacher, mask)
+            return each.double().sum().item()
+
         costs = np.array(
-            [
-                [
-                    features.hidden_mse(self._project(s, taught.hidden[t]), taught.hidden[t], mask)
-                    .double()
-                    .sum()
-                    .item()
-                    for s in seen.hidden
-                ]
-                for t in self.teacher_layers
-            ]
+            [[cost(s, theirs[t]) for s in self._by_layer(seen)] for t in self.teacher_layers]
         )
         share = share_of(self.student)
         self._costs = self._costs + costs * (share is None or share.counts)

@@ -100,8 +100,7 @@ class DistillationTrainer(
             )
         self.teachers = Teachers(given, teacher_processor, student, self.processing_class, args)
         self.teachers.place(args.device, shard=way_of(args) in ("ZeRO-3", "FSDP"))
-        if student.config.problem_type is None:
-            student.config.problem_type = self.teacher.config.problem_type
+        self._take_over_problem()
         own = zip(self.teachers.prefixes, teacher_processor, strict=True)
         batchers = {prefix: collator_of(processor) for prefix, processor in own if prefix}
         if batchers and not isinstance(self.data_collator, PairedCollator):
@@ -129,11 +128,21 @@ class DistillationTrainer(
                 f"logit_loss='dist' correlates the examples of one batch: {parts} batches a step "
                 "are not what one large batch would be."
             )
+        return super().train(*args, **kwargs)
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Train the student that `model_init` may have made anew by now."""
+        self._take_over_problem()
         with self.feature_training():
             if self.args.teacher_cache:
                 self._open_cache(self.args.teacher_cache)
             self._clock = TeacherClock(self.args.device)
-            return super().train(*args, **kwargs)
+            return super()._inner_training_loop(*args, **kwargs)
+
+    def _take_over_problem(self) -> None:
+        student: Any = self.model
+        if student.config.problem_type is None:
+            student.config.problem_type = self.teacher.config.problem_type
 
     def _check_teacher(self) -> None:
         data: Any = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
