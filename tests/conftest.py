@@ -1,11 +1,19 @@
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Of tests that run beside each other, one would import code that another is copying.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hfslim-modules-")
+
+import atexit
+import shutil
 
 import pytest
 import torch
 import transformers
+
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True, scope="session")

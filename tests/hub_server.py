@@ -437,6 +437,7 @@ def etag(name: str, content: bytes) -> str:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 128  # Of a longer queue, connections would be dropped.
 
     def __init__(self, hub: Hub) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)

@@ -3,6 +3,7 @@
 Usage: shared_base.py FOLDER; the folder gets a base of 60 MB and an adapter.
 """
 
+import gc
 import json
 import resource
 import sys
@@ -14,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
 from hfslim.distill.teacher import load_teacher
+from hfslim.prune.parted import return_memory
 
 
 def peak() -> int:
@@ -35,6 +37,8 @@ def main(folder: Path) -> None:
     grown = []
     for owner in (student, student.get_base_model()):
         # What was freed before must not hide what is taken now.
+        gc.collect()
+        return_memory()
         ballast = torch.ones(max(0, peak() - current()) // 4)
         before = peak()
         teacher = load_teacher(folder / "adapter", owner, allow_untrained=True)

@@ -15,6 +15,7 @@ import yaml
 from hub_server import Hub, serve
 from safetensors.torch import save_file
 from standins import image_model, text_file, text_model
+from test_push import environment
 
 from hfslim.cli import main
 from hfslim.cli.app import VERBS
@@ -333,14 +334,9 @@ def test_card_is_written_for_a_name(hfslim, shared: Path) -> None:
 
 def test_push_reaches_the_hub_and_names_the_commit(shared: Path, tmp_path: Path) -> None:
     def push(hub: Hub, token: str) -> subprocess.CompletedProcess:
-        environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | {
-            "HF_ENDPOINT": hub.url,
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HOME": str(tmp_path),
-            "HF_TOKEN": token,
-        }
         command = [sys.executable, "-m", "hfslim", "push", "other", "lab/tiny", "--json"]
-        return subprocess.run(command, cwd=shared, env=environment, capture_output=True, text=True)
+        env = environment(hub, tmp_path, token)
+        return subprocess.run(command, cwd=shared, env=env, capture_output=True, text=True)
 
     with serve(lab="hf_lab") as hub:
         refused = push(hub, "hf_wrong")

@@ -154,7 +154,6 @@ def test_where_hfslim_is_not_installed_the_same_is_refused(folder: Path, tmp_pat
         env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")},
         capture_output=True,
         text=True,
-        timeout=120,
     )
     assert done.returncode == 1
     assert f"BlueprintError: {name!r} cannot get the shape [1000000000" in done.stderr

@@ -55,7 +55,7 @@ def start(hub: Hub, folder: Path, *command: str, token: str = "hf_lab") -> subpr
 
 
 def end(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
-    out, err = process.communicate(timeout=400)
+    out, err = process.communicate()
     assert process.returncode == code, err[-4000:]
     return out, err
 

@@ -17,4 +17,6 @@ if __name__ == "__main__":
         hfslim.prune(model, data, {"macs": 0.5}, criterion="magnitude", progress=False)
     except RuntimeError as error:
         print(f"rank {rank}: {error}", file=sys.stderr)
+        # The launcher ends the other process as soon as one has ended.
+        torch.distributed.barrier()
         sys.exit(3)

@@ -162,7 +162,11 @@ def machines(*folders: Path, options: tuple[str, ...] = ()) -> list[tuple[int, s
                     [*command, *own], cwd=ROOT, env=environment, stdout=file, stderr=file
                 )
             )
-    codes = [process.wait(timeout=300) for process in running]
+    try:
+        codes = [process.wait() for process in running]
+    finally:
+        for process in running:
+            process.kill()
     return list(zip(codes, [log.read_text() for log in logs], strict=True))
 
 

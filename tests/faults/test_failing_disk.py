@@ -1,7 +1,9 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,17 @@ ERRORS = {
     "full": r"No space left|inline_container",
     "read-only": r"Read-only file system",
 }
-MOUNTS = subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0
+
+
+def mounts() -> bool:
+    """Tell whether a tmpfs can be mounted here, in a namespace of its own."""
+    if shutil.which("unshare") is None:
+        return False
+    command = ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", tempfile.gettempdir()]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+MOUNTS = mounts()
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,3 @@
-import time
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,9 @@ def test_a_rank_that_dies_or_is_told_to_stop_ends_the_run_and_it_resumes(tmp_pat
     run = tmp_path / "run"
     launch(SCRIPT, tmp_path / "whole", tmp_path / "expected", processes=2)
 
-    start = time.monotonic()
+    # One that hangs meets with the time limit of the test.
     died = launched(SCRIPT, run, tmp_path / "none", "SIGKILL", "4", processes=2)
-    assert died.returncode != 0 and time.monotonic() - start < 120
+    assert died.returncode != 0
     assert "Signal 9 (SIGKILL)" in died.stdout + died.stderr
     assert last_whole(run)[0] == run / "checkpoint-3"
 
