@@ -1,7 +1,7 @@
 """Whether budgets are kept: a latency as measured afterwards, a drop on data that nothing has seen.
 
     python -m benchmarks.budgets RECIPE --model FOLDER [--latency 0.5] [--batch_sizes 1 32]
-        [--max_metric_drop 0.01] [--only latency|drop] [--key value …]
+        [--units heads neurons] [--max_metric_drop 0.01] [--only latency|drop] [--key value …]
 
 The recipe tells the data and the metric, its training examples calibrate. Latency tables are
 measured anew; the cut model is timed against the whole one, their calls in turn; seconds are those
@@ -24,13 +24,13 @@ import hfslim
 from benchmarks.workbenches import opened
 from hfslim.measure import macs
 from hfslim.prune.batches import Batches
+from hfslim.prune.criteria import criteria_by_kind, usual_criterion
 from hfslim.prune.steps import calibrate, cut, decide, price
 from hfslim.prune.target import Target
-from hfslim.structure import Kind
+from hfslim.structure import KINDS, Kind
 from hfslim.timing import paired_latency
 from hfslim.workbench import Workbench
 
-KINDS: tuple[Kind, ...] = ("heads", "neurons")
 CALLS = 60
 """Timed calls of each model at batch 1; a third of that at larger ones."""
 
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder or Hub id of the trained model")
     parser.add_argument("--latency", type=float, default=0.5)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--units", nargs="+", choices=KINDS, default=["heads", "neurons"])
     parser.add_argument("--max_metric_drop", type=float, default=0.01)
     parser.add_argument("--only", choices=("latency", "drop"))
     options, overrides = parser.parse_known_args()
@@ -51,21 +52,25 @@ def main() -> None:
     if options.only != "drop":
         with tempfile.TemporaryDirectory() as folder:
             os.environ["HFSLIM_CACHE"] = folder
-            latencies(bench, whole, options.latency, options.batch_sizes)
+            latencies(bench, whole, options.units, options.latency, options.batch_sizes)
     if options.only != "latency":
-        drop(bench, whole, options.max_metric_drop)
+        drop(bench, whole, options.units, options.max_metric_drop)
 
 
-def latencies(bench: Workbench, whole: PreTrainedModel, asked: float, sizes: list[int]) -> None:
-    units, target = hfslim.find_units(whole).of(KINDS), Target.parse({"latency": asked}, KINDS)
+def latencies(
+    bench: Workbench, whole: PreTrainedModel, kinds: list[Kind], asked: float, sizes: list[int]
+) -> None:
+    everything, target = hfslim.find_units(whole, "dimensions" in kinds), {"latency": asked}
+    units, goal = everything.of(kinds), Target.parse(target, kinds)
     data = Batches(bench.calibration(whole, 512), 512)
-    known = calibrate(whole, units, data, dict.fromkeys(KINDS, "obs"), bench.seed, False)
+    criteria = criteria_by_kind(usual_criterion(kinds, sites=everything), kinds)
+    known = calibrate(whole, units, data, criteria, bench.seed, False)
     print("| batch | asked for | measured | off by | whole | tries | seconds |", bench.metric, "|")
     print("|---|---|---|---|---|---|---|---|")
     for size in sizes:
         inputs, start = bench.inputs(whole, size), time.perf_counter()
-        table = price(whole, units, target, inputs, False)
-        structure, tries = decide(whole, known, target, table, inputs)
+        costs = price(whole, units, goal, inputs, False)
+        structure, tries = decide(whole, known, goal, costs, inputs)
         seconds = time.perf_counter() - start
         small = copy.deepcopy(whole)
         cut(small, structure, known)
@@ -79,7 +84,7 @@ def latencies(bench: Workbench, whole: PreTrainedModel, asked: float, sizes: lis
         )
 
 
-def drop(bench: Workbench, whole: PreTrainedModel, allowed: float) -> None:
+def drop(bench: Workbench, whole: PreTrainedModel, kinds: list[Kind], allowed: float) -> None:
     mixed = bench.eval.shuffle(seed=bench.seed)
     middle = len(mixed) // 2
     seen = replace(bench, eval=mixed.select(range(middle)))
@@ -88,6 +93,7 @@ def drop(bench: Workbench, whole: PreTrainedModel, allowed: float) -> None:
     result = hfslim.prune(
         small,
         bench.calibration(whole, 512),
+        units=kinds,
         max_metric_drop=allowed,
         evaluate=lambda model: seen.predict(model).value,
         inputs=inputs,

@@ -120,7 +120,8 @@ class Work(Workbench):
             goal = Target.parse(cut.target, cut.units)
             inputs = self.inputs(model, cut.batch_size)
             shown = PartialState().is_main_process
-            check_reachable(units, goal, price(model, units, goal, inputs, shown))
+            costs = price(model, units, goal, inputs, shown)
+            check_reachable(model, units, goal, costs, inputs)
 
     def save_manifest(self) -> None:
         """Write the manifest, on the processes that write."""

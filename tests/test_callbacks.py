@@ -2,6 +2,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import zoo
 from datasets import Dataset
 from models import tiny
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -218,6 +219,13 @@ def test_an_unreachable_target_is_refused_before_training(tmp_path):
     with pytest.raises(UnreachableTargetError, match="are left"):
         trainer.train()
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_latency_without_a_table_is_refused_before_training(tmp_path):
+    model = zoo.tiny("image/resnet")
+    callback = PruningCallback(target={"latency": 0.5}, units=["channels"])
+    with pytest.raises(ValueError, match="no latency table for channels"):
+        _trainer(tmp_path, callback, model).train()
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,6 @@ def test_some_of_what_is_asked_for_is_refused():
     with pytest.raises(ValueError, match="at least one of the channels"):
         hfslim.shrink(model, Structure.of({"channels": {STEM: ([], 16)}}))
     for wrong, message in (
-        ({"target": {"latency": 0.5}}, "no latency table for channels"),
         ({"target": {"macs": 0.5}, "criterion": "obs"}, "obs scores heads and neurons and layers"),
         ({"target": {"sparsity": 0.95}}, "one must stay in each of 10 places"),
         ({"target": {"macs": 0.5}, "uniform": True}, "uniform"),

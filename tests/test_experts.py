@@ -205,7 +205,7 @@ def test_experts_go_while_a_trainer_trains(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"units": ["experts"], "target": {"latency": 0.5}}, "no latency table for experts"),
+        ({"units": ["experts"], "target": {"latency": 0.5}}, "of the latency is left"),
         ({"units": ["experts"], "target": {"macs": 0.5}}, "cannot be reached"),
         ({"criterion": "obs", "target": {"sparsity": 0.5}}, "use criterion='fisher'"),
         ({"criterion": "kl_fisher", "target": {"sparsity": 0.5}}, "such as fisher"),

@@ -5,12 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+import zoo
 from models import FAMILIES, tiny
 from structures import Unchanged, uneven
+from transformers import ResNetForImageClassification
 
 import hfslim
 from hfslim.anatomy import Cut, Site, Units, example_inputs, find_units
-from hfslim.prune import UnreachableTargetError, latency, timetable
+from hfslim.prune import UnreachableTargetError, latency, measured, timetable
 from hfslim.prune.latency import Curve, LatencyTable
 from hfslim.prune.measured import TOLERANCE, to_save
 from hfslim.prune.proof import attention_returns
@@ -36,6 +38,9 @@ class WorkClock:
     def work(self, module, args, output):
         if isinstance(module, torch.nn.Linear):
             self.now += self.PER_CALL + self.PER_MAC * args[0].numel() * module.out_features
+        elif isinstance(module, torch.nn.Conv2d):
+            work = output.numel() * module.weight.shape[1:].numel()
+            self.now += self.PER_CALL + self.PER_MAC * work
 
 
 @pytest.fixture
@@ -44,6 +49,7 @@ def clock(monkeypatch, tmp_path):
     monkeypatch.setattr(timetable, "time", clock)
     monkeypatch.setattr("hfslim.timing.time", clock)
     monkeypatch.setattr(timetable, "SECONDS", 0.0)
+    monkeypatch.setattr(measured, "SECONDS", 0.0)
     monkeypatch.setenv(latency.CACHE, str(tmp_path))
     handle = torch.nn.modules.module.register_module_forward_hook(clock.work)
     yield clock
@@ -249,16 +255,70 @@ def test_a_table_that_is_wrong_by_kind_still_leads_to_the_latency(monkeypatch, h
     assert abs(tries[-1].measured - 0.6) < 0.02
 
 
+def _resnet():
+    torch.manual_seed(0)
+    config = zoo.tiny_config("resnet")
+    config.embedding_size, config.hidden_sizes = 48, [64, 96]
+    return ResNetForImageClassification(config).eval()
+
+
+def _bert():
+    return tiny("bert", hidden_size=96, num_attention_heads=12, intermediate_size=192)
+
+
+@pytest.mark.parametrize(
+    ("build", "units"),
+    [
+        (_resnet, ["channels"]),
+        (_resnet, ["channels", "layers"]),
+        (_bert, ["heads", "neurons", "dimensions"]),
+    ],
+)
+def test_a_latency_is_met_without_a_table_where_units_share_their_costs(build, units, clock):
+    clock.PER_CALL = 1e-3
+    model, whole = build(), build()
+    inputs = example_inputs(model, length=16)
+    data = [example_inputs(model, 4, length=16) | {"labels": torch.arange(4) % 3}]
+    result = hfslim.prune(model, data, {"latency": 0.8}, units, inputs=inputs, progress=False)
+    with timetable.Stopwatch(model, []) as small, timetable.Stopwatch(whole, []) as large:
+        small.run(inputs), large.run(inputs)
+        ratio = small.seconds[""] / large.seconds[""]
+    # What a call takes whatever its width is what makes latency differ from what is counted.
+    assert len(result.tries) > 1
+    assert ratio in [pytest.approx(done.measured) for done in result.tries]
+    assert ratio == pytest.approx(0.8, rel=0.06)
+    kept = [e for e in result.structure if e.kind in ("neurons", "channels", "dimensions")]
+    assert any(len(e.kept) < e.total for e in kept)
+    assert {len(e.kept) % 16 for e in kept if len(e.kept) < e.total} == {0}
+
+
+def test_what_is_counted_may_have_to_fall_to_the_least_that_can_be_reached(clock):
+    """Where calls take most of the time, the first guess asks for more than there is."""
+    clock.PER_CALL = 1e-2
+    model = _resnet()
+    data = [example_inputs(model, 4) | {"labels": torch.arange(4) % 3}]
+    with pytest.raises(UnreachableTargetError) as failure:
+        hfslim.prune(model, data, {"latency": 0.01}, ["channels"], progress=False)
+    least = failure.value.least
+    assert 0.3 < least < 0.9
+    result = hfslim.prune(model, data, {"latency": least}, ["channels"], progress=False)
+    assert len(result.tries) > 1
+    assert result.tries[-1].measured == pytest.approx(least, rel=TOLERANCE)
+
+
 @pytest.mark.usefixtures("clock")
-def test_a_latency_that_cannot_be_reached_is_refused_before_scoring():
-    model = tiny("bert")
+@pytest.mark.parametrize(
+    ("build", "units"), [(lambda: tiny("bert"), ["heads", "neurons"]), (_resnet, ["channels"])]
+)
+def test_a_latency_that_cannot_be_reached_is_refused_before_scoring(build, units):
+    model = build()
 
     def data():
         raise AssertionError("the data was touched")
         yield
 
     with Unchanged(model), pytest.raises(UnreachableTargetError, match="of the latency is left"):
-        hfslim.prune(model, data(), {"latency": 0.01}, progress=False)
+        hfslim.prune(model, data(), {"latency": 0.01}, units, progress=False)
 
 
 @pytest.mark.usefixtures("clock")

@@ -21,6 +21,7 @@ from hfslim.prune.criteria import Criteria, criteria_by_kind, learns
 from hfslim.prune.expected import ExpectedCost
 from hfslim.prune.gates import Gates, Key
 from hfslim.prune.importance import Scores
+from hfslim.prune.latency import LatencyTable
 from hfslim.prune.learned import WARM_UP, LearnedGates
 from hfslim.prune.proof import check_gates
 from hfslim.prune.schedules import Pace, Schedule
@@ -130,7 +131,13 @@ class PruningCallback(FiguresCallback, ExportableState):
         kinds = self._arguments["units"]
         units = find_units(model, "dimensions" in kinds).of(kinds)
         self._costs = price(model, units, self.goal, self._inputs)
-        check_reachable(units, self.goal, self._costs)
+        if self.goal.resource == "latency" and not isinstance(self._costs, LatencyTable):
+            coupled = " and ".join(sorted({site.kind for site in units if site.coupled}))
+            raise ValueError(
+                f"there is no latency table for {coupled} to go by while a model trains: give "
+                'target={"macs": …}, or cut in one go by hfslim.prune, which times what it cuts'
+            )
+        check_reachable(model, units, self.goal, self._costs)
         self._decisions = self._pace.over(state.max_steps)
         check_gates(model, units)
         gates = Gates(model, units, owner=type(self).__name__)

@@ -60,6 +60,7 @@ class Costs:
         layer: Cost of each layer of each list, everything inside it included.
         products: What holds units whose costs depend on each other, tensor by tensor: channels and
             experts, and where dimensions may go all units.
+        step: The number of features whose multiples are to stay.
     """
 
     resource: Resource
@@ -67,6 +68,13 @@ class Costs:
     unit: Mapping[Key, int]
     layer: Mapping[Key, tuple[int, ...]]
     products: tuple[Product, ...] = ()
+    step: int = 1
+
+    def step_of(self, site: Site) -> int:
+        """Return the number of units of a site whose multiples are to stay."""
+        if site.kind in ("heads", "experts"):
+            return 1
+        return self.step // math.gcd(self.step, site.width)
 
     def left_in(self, dropped: Set[str]) -> list[Product]:
         """Return the products outside of dropped layers."""

@@ -169,8 +169,8 @@ def prune(
     stream = check_plain(model, sites) if uniform else None
     criteria = criteria_by_kind(criterion or usual_criterion(units, sites=everything), units)
     costs = price(model, sites, goal.targets[0], inputs, progress)
-    for one in goal.targets:
-        check_reachable(sites, one, costs, uniform, stream)
+    least = min(goal.targets, key=lambda one: one.kept)
+    check_reachable(model, sites, least, costs, inputs, uniform, stream)
     calibration = calibrate(model, sites, batches, criteria, seed, progress, reconstruction)
 
     def found(one: Target) -> tuple[Structure, tuple[LatencyTry, ...]]:

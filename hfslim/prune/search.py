@@ -12,7 +12,7 @@ import torch
 
 from hfslim.anatomy import Site, Units
 from hfslim.prune.costs import Costs
-from hfslim.prune.coupled import numbers_to_lose
+from hfslim.prune.coupled import lots, numbers_to_lose
 from hfslim.prune.gates import Key
 from hfslim.prune.latency import LatencyTable
 from hfslim.prune.target import Target, UnreachableTargetError, unreachable
@@ -199,12 +199,20 @@ def _by_coupled_budget(pool: _Pool, costs: Costs, target: Target, budget: int) -
         for among in going.values():
             if among[0].site.needs_one and not among[0].site.fixed:
                 among.pop()
-        scores = {key: [unit.score for unit in among] for key, among in going.items()}
-        numbers, saved = numbers_to_lose(costs, scores, gone, dropped, cost - budget)
+        parted = {
+            key: lots(
+                [unit.score for unit in among],
+                among[0].site.size - gone[key],
+                costs.step_of(among[0].site),
+            )
+            for key, among in going.items()
+            if among
+        }
+        numbers, saved = numbers_to_lose(costs, parted, gone, dropped, cost - budget)
         least = min(least, cost - saved)
         if cost - saved > budget:
             continue
-        lost = {unit for key, among in going.items() for unit in among[: numbers[key]]}
+        lost = {unit for key, among in going.items() for unit in among[: numbers.get(key, 0)]}
         total = lost_layers + sum(unit.score for unit in lost)
         if best is None or total < best[0]:
             best = total, pool.structure([u for u in units if u not in lost], dropped)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from hfslim.prune.collect import collect, same_total
 from hfslim.prune.criteria import CRITERIA
 from hfslim.prune.gates import Key
 from hfslim.prune.latency import LatencyTable
-from hfslim.prune.measured import LatencyTry, search_measured
+from hfslim.prune.measured import LatencyTry, check_measured, search_measured
 from hfslim.prune.moments import SecondMoments, projection
 from hfslim.prune.plain_config import Stream
 from hfslim.prune.reconstruction import (
@@ -31,14 +31,17 @@ from hfslim.prune.reconstruction import (
 from hfslim.prune.search import search
 from hfslim.prune.surgery import shrink
 from hfslim.prune.target import Target
-from hfslim.prune.timetable import latency_table
+from hfslim.prune.timetable import latency_table, liked_multiple
 from hfslim.prune.uniform import search_uniform
 from hfslim.structure import Kind, Structure
 
 logger = logging.getLogger(__name__)
 
 Prices = pricing.Costs | LatencyTable | None
-"""What units cost; None where a target counts units."""
+"""What units cost; None where a target counts units.
+
+For a latency without a table it is multiply-accumulates, and the latency is met by timing.
+"""
 
 
 @dataclass(frozen=True)
@@ -163,10 +166,10 @@ def decide(
     units, scores = calibration.units, calibration.scores
     find = functools.partial(search_uniform, stream=stream) if uniform else search
     tries: list[LatencyTry] = []
-    if isinstance(costs, LatencyTable):
+    if target.resource == "latency" and costs is not None:
         stated = stated_inputs(model, inputs)
         structure, tries = search_measured(
-            model, units, target, costs, stated, lambda table: find(units, scores, target, table)
+            model, units, target, costs, stated, lambda goal: find(units, scores, goal, costs)
         )
     else:
         structure = find(units, scores, target, costs)
@@ -199,21 +202,18 @@ def price(
 ) -> Prices:
     """Tell what units cost in a target's resource; None where the target is a sparsity.
 
-    Latencies are measured, where the cache does not have them.
+    Latencies are measured, where the cache does not have them. What one of the units that share
+    their costs takes depends on all that it meets, so there is no table for these, and what they
+    cost is their multiply-accumulates, in the numbers of units that the device likes.
     """
     if target.resource == "sparsity":
         return None
     stated = stated_inputs(model, inputs)
-    if target.resource == "latency":
-        coupled = sorted({site.kind for site in units if site.coupled})
-        if coupled:
-            raise ValueError(
-                f"what one of the {coupled[0]} takes depends on all that it meets, so there is no "
-                f'latency table for {" and ".join(coupled)} here: cut to a target of "macs" or '
-                '"parameters" and measure'
-            )
-        return latency_table(model, units, stated, progress)
-    return pricing.count(model, units, target.resource, stated)
+    if target.resource != "latency":
+        return pricing.count(model, units, target.resource, stated)
+    if any(site.coupled for site in units):
+        return replace(pricing.count(model, units, "macs", stated), step=liked_multiple(model))
+    return latency_table(model, units, stated, progress)
 
 
 def agreed(structure: Structure) -> Structure:
@@ -237,9 +237,11 @@ def agreed(structure: Structure) -> Structure:
 
 
 def check_reachable(
+    model: PreTrainedModel,
     units: Units,
     target: Target,
     costs: Prices,
+    inputs: Stated | None = None,
     uniform: bool = False,
     stream: Stream | None = None,
 ) -> None:
@@ -250,4 +252,10 @@ def check_reachable(
     """
     alike = {(s.kind, s.path): torch.ones(s.size, dtype=torch.float64) for s in units}
     find = functools.partial(search_uniform, stream=stream) if uniform else search
-    find(units, alike, target, costs)
+    if target.resource == "latency" and isinstance(costs, pricing.Costs):
+        stated = stated_inputs(model, inputs)
+        check_measured(
+            model, units, target, costs, stated, lambda goal: find(units, alike, goal, costs)
+        )
+    else:
+        find(units, alike, target, costs)

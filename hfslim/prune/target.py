@@ -15,7 +15,13 @@ RESOURCES: tuple[Resource, ...] = get_args(Resource)
 
 
 class UnreachableTargetError(ValueError):
-    """The target is below what is left when everything that may go is gone."""
+    """The target is below what is left when everything that may go is gone.
+
+    Attributes:
+        least: The smallest fraction to keep that can be reached, of a budget.
+    """
+
+    least: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -139,12 +145,15 @@ class Goal:
 
 def unreachable(target: Target, units: Units, least: float) -> UnreachableTargetError:
     """Say that a target cannot be reached, and the fraction that can."""
-    return UnreachableTargetError(
+    least = math.ceil(1e4 * least) / 1e4
+    error = UnreachableTargetError(
         f"target {target.resource}={target.kept:g} cannot be reached: without any of the "
-        f"{sorted({s.kind for s in units})} that may go, {math.ceil(1e4 * least) / 1e4:.4f} of the "
-        f"{target.resource} {'is' if target.resource == 'latency' else 'are'} left; "
-        "raise the target or add kinds to `units`"
+        f"{sorted({s.kind for s in units})} that may go, {least:.4f} of the {target.resource} "
+        f"{'is' if target.resource == 'latency' else 'are'} left; raise the target or add kinds to "
+        "`units`"
     )
+    error.least = least
+    return error
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:

@@ -49,7 +49,7 @@ def search_uniform(
         UnreachableTargetError: The target cannot be met; the message says what can.
         ValueError: The layers have different numbers of units.
     """
-    step = costs.step if isinstance(costs, LatencyTable) else 1
+    step = costs.step if costs else 1
     pool = UniformPool(units, scores, step, stream)
     if costs is None:
         return pool.by_sparsity(target)
