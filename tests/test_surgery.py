@@ -1,3 +1,4 @@
+import copy
 from dataclasses import replace
 
 import pytest
@@ -64,6 +65,17 @@ def test_outputs_that_are_not_finite_cannot_be_checked():
     structure = uneven(model)
     with pytest.raises(RuntimeError, match="not finite"):
         hfslim.shrink(model, structure)
+
+
+def test_a_cut_that_the_check_cannot_see_is_told(caplog):
+    model = tiny("bert")
+    structure = uneven(model)
+    hfslim.shrink(copy.deepcopy(model), structure)
+    assert not caplog.records
+    model.classifier.weight.data.zero_()
+    hfslim.shrink(model, structure)
+    (record,) = caplog.records
+    assert "changes the logits of BertForSequenceClassification by 0 " in record.getMessage()
 
 
 def test_a_structure_of_another_model_is_refused():

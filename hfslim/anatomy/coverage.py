@@ -130,7 +130,7 @@ classes of transformers {version} found it: each type is built tiny and cut kind
 eager and sdpa attention. `yes`: gated, cut and reloaded outputs are equal, after a second cut too.
 `refused`: not offered, or taken back, with the reason; `no`: it fails with an error. `–`: the type
 has no such part. Empty: not tried. Nothing is cut wrongly without an error: a cut that does not
-equal its gates is taken back.
+equal its gates is taken back, and a warning tells where it changes too little for that to be seen.
 
 "Plain reload" names the kinds of unit whose uniform cut (the same number everywhere) the type's own
 config describes, so that the result loads with nothing of hfslim's; all other results load after

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ from hfslim.anatomy import Units, example_inputs
 from hfslim.prune.gates import Gates
 from hfslim.structure import Structure
 from hfslim.timing import evaluating
+
+logger = logging.getLogger(__name__)
 
 Settings = dict[str, Any]
 Returns = dict[str, Settings]
@@ -77,6 +80,28 @@ def run_gated(
     return logits, returns
 
 
+def tell_unseen(
+    expected: torch.Tensor, model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]
+) -> None:
+    """Warn where gates change the logits so little that a wrong cut would not be seen either.
+
+    Args:
+        expected: The gated model's logits.
+        model: The model, without gates, not yet cut.
+        inputs: What both run on.
+    """
+    effect = (_logits(model, inputs) - expected).abs().max().item()
+    if effect <= _tolerance(expected):
+        logger.warning(
+            "what is cut changes the logits of %s by %.2g on the inputs of the check, too little "
+            "to see in %s whether the cut is exact: cut it trained, in float32, or on `inputs` of "
+            "its task",
+            type(model).__name__,
+            effect,
+            str(expected.dtype).removeprefix("torch."),
+        )
+
+
 def check_equal(
     expected: torch.Tensor, model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]
 ) -> None:
@@ -100,12 +125,16 @@ def check_equal(
         raise RuntimeError(f"the cut model does not run ({error}), {remedy}") from error
     if not torch.isfinite(expected).all():
         raise RuntimeError("the gated model's output is not finite, so the cut cannot be checked")
-    tolerance = RELATIVE_TOLERANCE.get(expected.dtype, HALF_TOLERANCE)
     difference = (found - expected).abs().max().item()
-    if not difference <= tolerance * max(1.0, expected.abs().max().item()):
+    if not difference <= _tolerance(expected):
         raise RuntimeError(
             f"the cut model differs from the gated one by {difference:.2g} in its logits, {remedy}"
         )
+
+
+def _tolerance(expected: torch.Tensor) -> float:
+    relative = RELATIVE_TOLERANCE.get(expected.dtype, HALF_TOLERANCE)
+    return relative * max(1.0, expected.abs().max().item())
 
 
 def _logits(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

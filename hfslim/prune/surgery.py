@@ -17,7 +17,14 @@ from hfslim.anatomy import Site, Units, find_units, layer_lists
 from hfslim.hub import blueprint, modeling_hfslim, reload
 from hfslim.hub.depth import check_layer_types, configs, set_depth
 from hfslim.prune.parted import Parted
-from hfslim.prune.proof import Returns, Settings, check_equal, probe_inputs, run_gated
+from hfslim.prune.proof import (
+    Returns,
+    Settings,
+    check_equal,
+    probe_inputs,
+    run_gated,
+    tell_unseen,
+)
 from hfslim.structure import Structure
 
 logger = logging.getLogger(__name__)
@@ -32,8 +39,9 @@ def shrink(
 
     The model keeps its class; its config is brought up to date, so that the stock
     `save_pretrained` writes it and `from_pretrained` loads it. Before and after the cut the model
-    runs once: its outputs must be those of the gated model, or the cut is taken back. What is cut
-    off is kept until then, and no tensor is held twice.
+    runs: its outputs must be those of the gated model, or the cut is taken back; a warning tells
+    where they change too little to see that. What is cut off is kept until then, and no tensor is
+    held twice.
 
     Args:
         model: The model itself, not a wrapper, and not one that an optimizer is training: its
@@ -59,6 +67,7 @@ def shrink(
     if inputs is None:
         inputs = probe_inputs(model)
     expected, returns = run_gated(model, units, structure, inputs)
+    tell_unseen(expected, model, inputs)
     surgery = _Surgery(model, sparing=True)
     try:
         surgery.cut(units, structure, returns)
