@@ -7,6 +7,7 @@ deleted or copied by halves is known as such too.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -22,10 +23,12 @@ __all__ = [
     "STAGING",
     "CheckpointError",
     "discard",
+    "flush",
     "last_whole",
     "problem_of",
     "publish",
     "rotate",
+    "stage_told",
     "told",
 ]
 
@@ -37,10 +40,12 @@ _INCOMPLETE = "checkpoint-is-incomplete.txt"
 """What the stock Trainer's checkpoint on SIGTERM holds while it is written."""
 _TORCH = ("PytorchStreamWriter", "inline_container")
 """What `torch.save` names where a write fails."""
+_REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""What a disk says that takes no more, or nothing at all."""
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written, or is not whole."""
+    """A checkpoint, or what a recipe makes, cannot be written, or is not whole."""
 
 
 def publish(staged: Path, target: Path) -> None:
@@ -54,12 +59,17 @@ def publish(staged: Path, target: Path) -> None:
     sizes = {path.relative_to(staged).as_posix(): path.stat().st_size for path in files}
     listed = staged / _FILES
     listed.write_text(json.dumps(sizes, indent=1), encoding="utf-8")
-    folders = [path for path in staged.rglob("*") if path.is_dir()]
-    for path in (*files, listed, *folders, staged):
-        _flush(path)
+    flush(staged)
     discard(target)
     staged.rename(target)
     _flush(target.parent)
+
+
+def flush(folder: Path) -> None:
+    """Make the operating system write what it holds of a folder, with all that is in it."""
+    for path in (*folder.rglob("*"), folder):
+        if path.is_file() or path.is_dir():
+            _flush(path)
 
 
 def discard(folder: Path) -> None:
@@ -132,7 +142,7 @@ def rotate(run: Path, limit: int | None, best: str | None) -> None:
 
 @contextmanager
 def told(name: str, run: Path) -> Iterator[None]:
-    """Say what a write that fails inside leaves behind.
+    """Say what a checkpoint that cannot be written inside leaves behind.
 
     Raises:
         CheckpointError: Writing failed: no space, a quota, a read-only file system.
@@ -141,15 +151,45 @@ def told(name: str, run: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         # torch and safetensors have errors of their own for a disk that is full.
-        if isinstance(error, RuntimeError) and not any(name in str(error) for name in _TORCH):
+        if isinstance(error, RuntimeError) and not _of_torch(error):
             raise
         shutil.rmtree(run / STAGING, ignore_errors=True)
         whole, _ = last_whole(run)
         left = f"{whole.name} is whole, resume goes on from it" if whole else "there is no other"
-        raise CheckpointError(
-            f"{name} could not be written into {run}: {error}; {_free(run)} free there. "
-            f"{left}; free space, or make the folder writable, or set another output_dir"
-        ) from error
+        raise _unwritten(name, run, error, left) from error
+
+
+@contextmanager
+def stage_told(name: str, folder: Path) -> Iterator[None]:
+    """Say what a stage of a recipe that cannot be written inside leaves behind.
+
+    Args:
+        name: Of the stage.
+        folder: The recipe's.
+
+    Raises:
+        CheckpointError: Writing failed, as for `told`. Other errors of reading and writing stay.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        refused = isinstance(error, OSError) and error.errno in _REFUSED
+        forbidden = isinstance(error, PermissionError) and str(folder) in str(error)
+        if not (refused or forbidden or _of_torch(error) or "while serializing" in str(error)):
+            raise
+        left = "what was finished before is whole, the same command goes on from there"
+        raise _unwritten(name, folder, error, left) from error
+
+
+def _of_torch(error: Exception) -> bool:
+    return any(name in str(error) for name in _TORCH)
+
+
+def _unwritten(name: str, folder: Path, error: Exception, left: str) -> CheckpointError:
+    return CheckpointError(
+        f"{name} could not be written into {folder}: {error}; {_free(folder)} free there. "
+        f"{left}; free space, or make the folder writable, or set another output_dir"
+    )
 
 
 def _free(folder: Path) -> str:

@@ -120,7 +120,9 @@ class CheckpointMixin(_Base):
         if self.args.should_save:
             shutil.rmtree(Path(str(self.args.output_dir)) / STAGING, ignore_errors=True)
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            outcome = super().train(resume_from_checkpoint, *args, **kwargs)
+            self._sigterm.leave()
+            return outcome
         finally:
             self._sigterm.stop()
 

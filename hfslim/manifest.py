@@ -12,6 +12,7 @@ from typing import Any
 from hfslim.readable_json import lined
 
 FILE = "manifest.json"
+NEW = f"{FILE}.new"
 ABSENT = "not set"
 
 
@@ -72,7 +73,8 @@ class Manifest:
             raise OutputError(f"output_dir {str(folder)!r} is a file: set output_dir to a folder")
         if not path.exists():
             others = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
-            if others:
+            # The first write of a manifest may have been interrupted.
+            if others not in ([], [NEW]):
                 raise OutputError(
                     f"output_dir {str(folder)!r} holds {', '.join(others[:5])} and no {FILE}, "
                     "so it is not the result of a recipe; nothing was touched: "
@@ -130,7 +132,7 @@ class Manifest:
     def write(self) -> None:
         """Write the manifest in one step: a crash leaves the old one or the new one."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f"{FILE}.new"
+        temporary = self.folder / NEW
         content = {"base": self.base, "stages": [asdict(entry) for entry in self.stages]}
         with temporary.open("w", encoding="utf-8") as file:
             file.write(lined(content))

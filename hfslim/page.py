@@ -101,15 +101,17 @@ def publish(report: Report, folder: Path, tensorboard: bool = False) -> None:
         folder: Where; made if it does not exist.
         tensorboard: Whether to log figures, numbers and text to TensorBoard too.
     """
-    report.write(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         check_matplotlib()
     except RuntimeError as error:
         logger.warning("no %s: %s, then hfslim report %s", folder / PAGE, error, folder)
-        return
-    logger.info("report in %s", write_page(report, folder))
-    if tensorboard:
-        log_to_tensorboard(report, folder / "tensorboard")
+    else:
+        logger.info("report in %s", write_page(report, folder))
+        if tensorboard:
+            log_to_tensorboard(report, folder / "tensorboard")
+    # Last: where it is, all of the report is.
+    report.write(folder)
 
 
 def log_to_tensorboard(report: Report, folder: Path) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
+from hfslim.atomic import flush, stage_told
 from hfslim.checkpoint import SlimTrainer
 from hfslim.distill import DistillationConfig, DistillationTrainer
 from hfslim.distill.student import student_structure
@@ -62,6 +63,7 @@ def run(recipe: Recipe) -> Path:
         The folder of the last model.
 
     Raises:
+        CheckpointError: What a stage made cannot be written: the disk is full, for instance.
         OutputError: `output_dir` holds something else, or the recipe has changed since a stage ran.
         PushError: The Hub refuses the token, which is asked before the first stage, or the push.
         RecipeError: The data, the model or a target do not allow what the recipe asks.
@@ -78,8 +80,8 @@ def run(recipe: Recipe) -> Path:
     manifest = Manifest.open(folder, _base(recipe))
     manifest.check([stage.name for stage, _ in plan], [stage.settings for stage, _ in plan])
     process = PartialState()
-    finished = manifest.finished(len(plan)) and (folder / REPORT).exists()
-    if broadcast_object_list([finished])[0]:
+    reported = not process.is_main_process or (folder / REPORT).exists()
+    if _everywhere(manifest.finished(len(plan)) and reported):
         logger.info("finished before, report in %s", folder)
         return folder / next(n for s, n in reversed(plan) if not isinstance(s, Measure | Push))
     if process.is_main_process and _will_push(manifest, plan):
@@ -97,17 +99,12 @@ def run(recipe: Recipe) -> Path:
     for number, (stage, name) in enumerate(plan, 1):
         entry = manifest.begin(stage.name, name, stage.settings)
         label = f"stage {number} of {len(plan)}, {stage.name}"
-        if entry.finished:
+        if _everywhere(entry.finished):
             logger.info("%s: finished before, in %s", label, folder / name)
         else:
             logger.info("%s", label)
-            work.save_manifest()
-            set_seed(recipe.seed)
-            RUNNERS[type(stage)](work, stage, entry, arguments.get(name))
-            forget_trainers()
-            process.wait_for_everyone()
-            entry.finished = True
-            work.save_manifest()
+            with stage_told(name, folder):
+                _run_stage(work, stage, entry, arguments.get(name))
             if entry.metrics:
                 figures = ", ".join(f"{k} {v:.4f}" for k, v in entry.metrics.items())
                 logger.info("%s: %s, saved in %s", label, figures, folder / name)
@@ -115,8 +112,29 @@ def run(recipe: Recipe) -> Path:
             work.whole = work.source
         if not isinstance(stage, Measure | Push):
             work.source, work.latest = str(folder / name), entry
-    _publish(work)
+    with stage_told("the report", folder):
+        _publish(work)
     return Path(work.source or folder)
+
+
+def _run_stage(work: Work, stage: Stage, entry: Entry, args: TrainingArguments | None) -> None:
+    """Run a stage, and note that it is finished once all that it made is on the disk."""
+    process = PartialState()
+    entry.finished = False
+    work.save_manifest()
+    set_seed(work.recipe.seed)
+    RUNNERS[type(stage)](work, stage, entry, args)
+    forget_trainers()
+    if work.evaluation.should_save:
+        flush(work.manifest.folder)
+    process.wait_for_everyone()
+    entry.finished = True
+    work.save_manifest()
+
+
+def _everywhere(here: bool) -> bool:
+    """Tell whether something holds on all processes, whose machines may share no folder."""
+    return all(gather_object([here]))
 
 
 def _publish(work: Work) -> None:

@@ -1,4 +1,4 @@
-"""SIGTERM in a training: a checkpoint after the current step, then the end."""
+"""SIGTERM in a training: a checkpoint after the step at hand, then the end."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SaveOnSigterm(TrainerCallback):
 
     All processes agree at the end of each step, so that one signal to one of them is enough, and
     none waits for another. The checkpoint is an ordinary one. `SystemExit` keeps the script from
-    going on as if the training had ended.
+    going on as if the training had ended, also where the signal came after its last step.
 
     Args:
         accelerator: Of the Trainer.
@@ -33,6 +33,19 @@ class SaveOnSigterm(TrainerCallback):
         self._accelerator = accelerator
         self._asked = self._agreed = False
         self._before: Any = None
+
+    def leave(self) -> None:
+        """Exit where the signal came while the last step was evaluated or saved.
+
+        Raises:
+            SystemExit: It came to one of the processes.
+        """
+        if self._before is not None and self._asked_anywhere():
+            logger.warning(
+                "SIGTERM after the last step: exiting; "
+                "train(resume_from_checkpoint=True) completes the training"
+            )
+            raise SystemExit(EXIT_CODE)
 
     def stop(self) -> None:
         """Give SIGTERM back its old meaning."""
@@ -49,10 +62,17 @@ class SaveOnSigterm(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Ask for a checkpoint if any process got the signal."""
-        asked = torch.tensor(float(self._asked), device=self._accelerator.device)
-        self._agreed = bool(self._accelerator.reduce(asked, reduction="sum"))
+        self._agreed = self._asked_anywhere()
         if self._agreed:
             control.should_save = control.should_training_stop = True
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Ask for a checkpoint where no other step follows."""
+        last = self._before is not None and state.global_step >= state.max_steps
+        if last and self._asked_anywhere():
+            control.should_save = True
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -64,6 +84,10 @@ class SaveOnSigterm(TrainerCallback):
                 "train(resume_from_checkpoint=True) goes on from there"
             )
             raise SystemExit(EXIT_CODE)
+
+    def _asked_anywhere(self) -> bool:
+        asked = torch.tensor(float(self._asked), device=self._accelerator.device)
+        return bool(self._accelerator.reduce(asked, reduction="sum"))
 
     def _note(self, *_: Any) -> None:
         self._asked = True

@@ -186,15 +186,17 @@ class Report:
         return "\n\n".join(blocks) + "\n"
 
     def write(self, folder: str | Path) -> None:
-        """Write `report.json` and `report.md`.
+        """Write `report.md`, and then `report.json` in one step.
 
         Args:
             folder: Where to write; made if it does not exist.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / REPORT).write_text(lined(self.to_dict()) + "\n", encoding="utf-8")
         (folder / "report.md").write_text(self.to_markdown(), encoding="utf-8")
+        new = folder / f"{REPORT}.new"
+        new.write_text(lined(self.to_dict()) + "\n", encoding="utf-8")
+        new.replace(folder / REPORT)
 
     def figures(self) -> list[Row]:
         """The lines of the table of figures."""

@@ -99,6 +99,8 @@ def test_a_finished_run_resumes_to_the_same_cut_model(tmp_path):
     assert first.structure == second.structure and not first.structure.is_full
     assert difference(whole.model, again.model) == 0.0
     assert again.state.global_step == 4
+    assert first.scores.keys() == second.scores.keys() != set()
+    assert all(torch.equal(second.scores[key], value) for key, value in first.scores.items())
 
 
 class _Sends(TrainerCallback):
@@ -125,6 +127,52 @@ def test_sigterm_saves_after_the_step_and_exits(tmp_path):
     assert signal.getsignal(signal.SIGTERM) == before
     assert last_whole(tmp_path / "told") == (tmp_path / "told" / "checkpoint-2", [])
     resumed = trainer(tmp_path / "told", callback(), **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert difference(whole.model, resumed.model) == 0.0
+
+
+class _SendsLate(TrainerCallback):
+    """Sends the own process SIGTERM once there are no steps left."""
+
+    def __init__(self, event: str) -> None:
+        setattr(self, event, self.send)
+
+    def send(self, args, state, control, **kwargs):
+        if state.global_step == state.max_steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("event", "strategy"),
+    [("on_prediction_step", "no"), ("on_evaluate", "steps"), ("on_save", "steps")],
+)
+def test_sigterm_after_the_last_step_exits_too(tmp_path, event, strategy):
+    def run(*callbacks: TrainerCallback) -> Trainer:
+        model = build("bert")
+        settings = arguments(
+            tmp_path,
+            save_strategy=strategy,
+            eval_strategy="steps",
+            eval_steps=4,
+            enable_jit_checkpoint=True,
+        )
+        data = examples(model)
+        return SlimTrainer(
+            model,
+            settings,
+            train_dataset=data,
+            eval_dataset=data,
+            callbacks=[PruningCallback({"macs": 0.5}, interval=1), *callbacks],
+        )
+
+    whole = run()
+    whole.train()
+    told = run(_SendsLate(event))
+    with pytest.raises(SystemExit) as stopped:
+        told.train()
+    assert stopped.value.code == 143
+    assert last_whole(tmp_path) == (tmp_path / "checkpoint-4", [])
+    resumed = run()
     resumed.train(resume_from_checkpoint=True)
     assert difference(whole.model, resumed.model) == 0.0
 

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import resource
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageClassification, BertTokenizer, TrainingArguments
 
+from hfslim.atomic import CheckpointError
 from hfslim.hub.push import PushError
 from hfslim.manifest import Manifest, OutputError
 from hfslim.pipeline import run
@@ -231,6 +234,70 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> Non
     with pytest.raises(OutputError, match=r"holds thesis\.txt.*nothing was touched"):
         run(parse_recipe(raw))
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_an_interrupted_first_write_of_a_manifest_is_not_something_else(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json.new").write_text("{")
+    assert Manifest.open(tmp_path, {}).stages == []
+
+
+def test_a_disk_that_is_full_is_told_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    recipe = parse_recipe(image_recipe(tmp_path))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # The whole model has 26 kB, the code that loads a cut one 34.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+    try:
+        with pytest.raises(CheckpointError) as failure:
+            run(recipe)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    told = str(failure.value)
+    assert told.startswith(f"02-prune could not be written into {tmp_path / 'out'}: ")
+    assert "File too large" in told and "MiB free there" in told
+    assert "the same command goes on from there" in told
+    assert [entry["finished"] for entry in manifest(recipe)["stages"]] == [True, False]
+    weights = tmp_path / "out" / "01-transfer" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    run(recipe)
+    assert weights.stat().st_mtime_ns == before
+    assert all(entry["finished"] for entry in manifest(recipe)["stages"])
+
+
+def test_what_a_stage_made_is_on_the_disk_before_the_manifest_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: set[int] = set()
+    fsync = os.fsync
+
+    def noted(handle: int) -> None:
+        flushed.add(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    missing = []
+
+    def write(manifest: Manifest) -> None:
+        for entry in manifest.stages:
+            made = [path for path in (manifest.folder / entry.folder).rglob("*") if entry.finished]
+            missing.extend(path for path in made if path.stat().st_ino not in flushed)
+        written(manifest)
+
+    written = Manifest.write
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(Manifest, "write", write)
+    run(parse_recipe(image_recipe(tmp_path)))
+    assert flushed and missing == []
+
+
+def test_a_report_that_was_interrupted_is_written_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out = parse_recipe(image_recipe(tmp_path)), tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("hfslim.page.to_png", lambda plot: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(recipe)
+    assert not (out / "report.json").exists()
+    run(recipe)
+    assert (out / "report.json").is_file() and list((out / "figures").glob("*.png"))
 
 
 def test_a_damaged_manifest_is_refused(tmp_path: Path) -> None:

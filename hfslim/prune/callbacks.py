@@ -143,7 +143,7 @@ class PruningCallback(FiguresCallback, ExportableState):
         gates = Gates(model, units, owner=type(self).__name__)
         self._collector = Collector(gates, self.criteria, mean_loss=True)
         self._decided = False
-        self.structure = units.full()
+        self.structure, self.scores = units.full(), None
         self._learned = None
         if self._learns and state.global_step < self._decisions.last:
             cost = ExpectedCost(units, self.goal, self._costs)
@@ -223,7 +223,8 @@ class PruningCallback(FiguresCallback, ExportableState):
                 "structure": self.structure.to_dict(),
                 "decided": self._decided,
                 "count": scores.count,
-                "sums": {" ".join(key): _packed(value) for key, value in scores.sums.items()},
+                "sums": _packed(scores.sums),
+                "scores": self.scores and _packed(self.scores),
                 "learned": self._learned and self._learned.state(),
             }
         return {"args": self._arguments, "attributes": {"saved": saved}}
@@ -232,12 +233,12 @@ class PruningCallback(FiguresCallback, ExportableState):
         saved = saved_state(state, type(self).__name__, self._arguments)
         self.structure = Structure.from_dict(saved["structure"])
         self._decided = saved["decided"]
+        self.scores = saved["scores"] and _unpacked(saved["scores"])
         if self._learned is not None:
             self._learned.restore(saved["learned"])
             self._learned.rest()
         if _rank() == 0:
-            sums = {_key(name): _unpacked(text) for name, text in saved["sums"].items()}
-            self._collector.scores = Scores(sums, saved["count"])
+            self._collector.scores = Scores(_unpacked(saved["sums"]), saved["count"])
 
     def _before_save(self, control: TrainerControl) -> None:
         """Give rank 0, which writes the checkpoint, the scores of all; the sum over ranks stays."""
@@ -311,14 +312,20 @@ def _rank() -> int:
     return torch.distributed.get_rank() if initialized else 0
 
 
-def _key(name: str) -> Key:
-    kind, _, path = name.partition(" ")
-    return kind, path  # type: ignore[return-value]
+def _packed(scores: Mapping[Key, torch.Tensor]) -> dict[str, str]:
+    """Return scores as text, bit for bit."""
+    return {
+        " ".join(key): base64.b64encode(
+            values.detach().cpu().numpy().astype("<f8").tobytes()
+        ).decode()
+        for key, values in scores.items()
+    }
 
 
-def _packed(values: torch.Tensor) -> str:
-    return base64.b64encode(values.numpy().astype("<f8").tobytes()).decode()
-
-
-def _unpacked(text: str) -> torch.Tensor:
-    return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype="<f8").copy())
+def _unpacked(saved: Mapping[str, str]) -> dict[Key, torch.Tensor]:
+    scores = {}
+    for name, text in saved.items():
+        kind, _, path = name.partition(" ")
+        values = np.frombuffer(base64.b64decode(text), dtype="<f8").copy()
+        scores[kind, path] = torch.from_numpy(values)
+    return scores  # type: ignore[return-value]  # kinds that were saved

@@ -185,6 +185,8 @@ def test_two_machines_with_folders_of_their_own_end_and_resume_with_the_same_mod
         manifest = json.loads((folder / "manifest.json").read_text())
         for entry in manifest["stages"][2:]:
             entry["finished"] = False
+        # The second one had not noted either that the stage before was finished.
+        manifest["stages"][1]["finished"] = folder == folders[0]
         (folder / "manifest.json").write_text(json.dumps(manifest))
     lost = folders[1] / "03-recover" / "training" / "checkpoint-2"
     shutil.rmtree(lost)
