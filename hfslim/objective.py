@@ -273,8 +273,20 @@ class MeanLossMixin(_Base):
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """Take the logits from a model's outputs, in either of their forms."""
-    return outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+    """Take the logits from a model's outputs, in either of their forms.
+
+    Raises:
+        TypeError: There are none.
+    """
+    if not isinstance(outputs, dict):
+        return outputs[0]
+    if outputs.get("logits") is None:
+        raise TypeError(
+            f"the model returns {sorted(outputs)} and no logits: load it as a classifier, by "
+            "AutoModelForSequenceClassification, AutoModelForImageClassification or "
+            "AutoModelForAudioClassification"
+        )
+    return outputs["logits"]
 
 
 def with_loss(outputs: Any, loss: Tensor) -> Any:

@@ -58,7 +58,7 @@ def test_a_spread_of_types_is_cut_exactly(case, tmp_path):
 @pytest.mark.timeout(7200)
 def test_every_type_is_exact_or_refused():
     rows = list(sweep.run(list(zoo.CASES), jobs=2, limit=600))
-    assert [row for row in rows if row.outcome == "wrong"] == []
+    assert [row for row in rows if row.outcome in ("wrong", "error")] == []
 
 
 def test_a_row_stays_where_a_package_of_the_type_is_missing(tmp_path, monkeypatch):

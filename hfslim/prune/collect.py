@@ -16,7 +16,7 @@ from hfslim.objective import ProblemType, hard_loss, logits_of, problem_type
 from hfslim.prune import importance
 from hfslim.prune.batches import check_classes, class_of_each, fitting
 from hfslim.prune.criteria import CRITERIA, Criterion, Rows, Seen, check_labels
-from hfslim.prune.finite import check_finite
+from hfslim.prune.finite import check_finite, check_gradients
 from hfslim.prune.gates import Gates, Key
 from hfslim.prune.importance import Scores
 from hfslim.shares import share_of
@@ -311,11 +311,13 @@ def _score(model: PreTrainedModel, collector: Collector, batch: Mapping[str, Any
     collector.problem = problem = problem_type(model.config, labels)
     collector.gates.fired.clear()
     with torch.set_grad_enabled(collector.needs_gradients):
-        logits = model(**inputs).logits
+        logits = logits_of(model(**inputs))
         collector.gates.check_fired()
         check_finite(model, inputs, logits)
         if labels is not None:
             check_classes(labels, logits.shape[-1], problem)
+        if collector.needs_gradients:
+            check_gradients(model, logits)
         if collector.needs_loss:
             hard_loss(logits, labels, problem).sum().backward()
 

@@ -1,4 +1,4 @@
-"""Tell where numbers stop being numbers."""
+"""Tell where numbers stop being numbers, and where gradients end."""
 
 from __future__ import annotations
 
@@ -29,6 +29,19 @@ def check_finite(model: nn.Module, inputs: Mapping[str, Any], logits: torch.Tens
         f"{place or f'the output of {_first(model, inputs)!r}'} is not finite: check the model's "
         "weights and the calibration data for NaN and overflow"
     )
+
+
+def check_gradients(model: nn.Module, logits: torch.Tensor) -> None:
+    """Refuse logits that gradients do not pass from, as in a model that runs without them inside.
+
+    Raises:
+        UnusableScoresError: They do not.
+    """
+    if not logits.requires_grad:
+        raise UnusableScoresError(
+            f"{type(model).__name__} runs its layers without gradients, so none tells what units "
+            "are worth: use criterion='activation' or 'magnitude' with reconstruction='none'"
+        )
 
 
 def _first(model: nn.Module, inputs: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from rich.progress import Progress
 from transformers import PreTrainedModel
 
 from hfslim.anatomy import Units, find_units
-from hfslim.objective import hard_loss, labelled, problem_type
+from hfslim.objective import hard_loss, labelled, logits_of, problem_type
 from hfslim.prune.finite import check_finite
 from hfslim.prune.gates import Gates, Key
 from hfslim.prune.importance import Scores, UnusableScoresError
@@ -176,7 +176,7 @@ def _summed_loss(
         inputs = placed(model, batch)
         labels = inputs.pop("labels", inputs.pop("label", None))
         gates.fired.clear()
-        logits = model(**inputs).logits
+        logits = logits_of(model(**inputs))
         gates.check_fired()
         check_finite(model, inputs, logits)
         losses = hard_loss(logits, labels, problem_type(model.config, labels))

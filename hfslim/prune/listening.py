@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hfslim.objective import ProblemType, logits_of, problem_type
 from hfslim.prune.collect import frozen
-from hfslim.prune.finite import check_finite
+from hfslim.prune.finite import check_finite, check_gradients
 from hfslim.prune.importance import divergence_roots
 from hfslim.timing import evaluating, placed
 
@@ -56,6 +56,7 @@ def listen(
             logits = logits_of(model(**inputs))
             ran()
             check_finite(model, inputs, logits)
+            check_gradients(model, logits)
             examples += len(logits)
             roots = decision_roots(logits, problem_type(model.config)).sum(0)
             for number, root in enumerate(roots, 1):
@@ -97,13 +98,17 @@ def decision_roots(
 
 @contextmanager
 def _hooks(modules: Mapping[str, nn.Module], heard: Heard) -> Iterator[None]:
-    def hook(path: str) -> Callable[..., torch.Tensor]:
-        def show(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    def hook(path: str) -> Callable[..., Any]:
+        def show(module: nn.Module, args: tuple, output: Any) -> Any:
             x = args[0].detach()
-            if not output.requires_grad:
-                output = output.detach().requires_grad_()
-            output.register_hook(lambda g: heard(path, x, g))
-            return output
+            # I-BERT's maps return a scale, too.
+            value, *others = output if isinstance(output, tuple) else (output,)
+            if not value.requires_grad:
+                # A copy, because what is added in place, as in Falcon, can be no leaf.
+                value = value.detach().requires_grad_().clone()
+            if torch.is_grad_enabled():
+                value.register_hook(lambda g: heard(path, x, g))
+            return (value, *others) if isinstance(output, tuple) else value
 
         return show
 

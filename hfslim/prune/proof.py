@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hfslim.anatomy import Units, example_inputs
+from hfslim.objective import logits_of
 from hfslim.prune.gates import Gates
 from hfslim.structure import Structure
 from hfslim.timing import evaluating
@@ -139,4 +140,4 @@ def _tolerance(expected: torch.Tensor) -> float:
 
 def _logits(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     with evaluating(model):
-        return model(**inputs).logits
+        return logits_of(model(**inputs))

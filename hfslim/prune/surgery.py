@@ -74,9 +74,10 @@ def shrink(
         depth = set_depth(model, units, structure)
         surgery.remember_settings()
         check_equal(expected, model, inputs)
-        if blueprint.describe(model, units, structure, depth):
-            check_equal(expected, model, inputs)
+        changed = blueprint.describe(model, units, structure, depth)
         check_layer_types(model)
+        if changed:
+            check_equal(expected, model, inputs)
     except BaseException:
         surgery.undo()
         raise
