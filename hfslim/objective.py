@@ -243,16 +243,21 @@ class MeanLossMixin(_Base):
             loss.
         """
         live: Any = self.model
-        config = live.config
-        problem = problem_type(config, labels)
-        if config.problem_type is None:
-            config.problem_type = problem
+        problem = self.problem_of(labels)
         smoothing = self.label_smoother.epsilon if self.label_smoother and live.training else 0.0
         if counts is None:
             real = max(real_examples(self.accelerator, len(logits)), 1)
             logits, labels = logits[:real], labels[:real]
         losses = hard_loss(logits, labels.to(logits.device), problem, smoothing)
         return self.share(losses, labelled(labels) if counts is None else counts[0], counts is None)
+
+    def problem_of(self, labels: Tensor | None) -> ProblemType:
+        """Tell what the model's outputs mean, and note in its config what labels tell of it."""
+        live: Any = self.model
+        problem = problem_type(live.config, labels)
+        if live.config.problem_type is None and labels is not None:
+            live.config.problem_type = problem
+        return problem
 
     def share(self, losses: Tensor, count: Tensor, local: bool) -> Tensor:
         """Divide a sum of losses by the examples that it is a part of.

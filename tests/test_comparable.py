@@ -135,6 +135,12 @@ def test_what_is_not_one_by_one_is_refused_with_the_fix() -> None:
         terms(tiny("wavlm"), tiny("wavlm", seed=1), "minilm_v2")
 
 
+def test_a_model_that_returns_tuples_tells_its_attentions(tmp_path: Path) -> None:
+    student, teacher = (tiny("bert", seed=seed, return_dict=False) for seed in (0, 1))
+    trainer = trained(student, teacher, tmp_path, feature_losses={"attention": 1.0})
+    assert trainer.state.log_history[0]["loss_attention"] > 0
+
+
 def test_frames_that_layers_squeeze_are_masked_as_the_model_masks_them() -> None:
     torch.manual_seed(0)
     settings = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -209,6 +209,80 @@ def test_training_without_labels_needs_alpha_one(tmp_path: Path) -> None:
         trainer.train()
 
 
+@pytest.mark.parametrize("setting", [{"distil_until": 0.5}, {"alpha_end": 0.5}])
+def test_a_part_without_the_teacher_asks_for_labels_at_once(
+    setting: dict[str, float], tmp_path: Path
+) -> None:
+    student = tiny("bert")
+    trainer = DistillationTrainer(
+        student,
+        config(tmp_path, alpha=1.0, **setting),
+        teacher=tiny("bert", seed=1),
+        train_dataset=examples(student, labels=False),
+    )
+    with pytest.raises(ValueError, match=r"=0\.5 trains on them: name the label column"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_term_that_ends_between_two_logs_is_the_mean_of_its_own_steps(tmp_path: Path) -> None:
+    logs = []
+    for every in (1, 4):
+        set_seed(0)
+        student = tiny("bert")
+        trainer = DistillationTrainer(
+            student,
+            config(tmp_path, distil_until=0.5, logging_steps=every, save_strategy="no"),
+            teacher=tiny("bert", seed=1),
+            train_dataset=examples(student),
+        )
+        trainer.train()
+        logs.append(trainer.state.log_history[:-1])
+    single, together = logs
+    for name, steps in (("loss_distillation", 2), ("agreement", 2), ("loss_hard", 4)):
+        values = [entry[name] for entry in single if name in entry]
+        assert len(values) == steps
+        assert together[0][name] == pytest.approx(sum(values) / steps, rel=1e-5)
+
+
+@pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
+def test_agreement_is_on_all_labels_and_not_of_numbers(problem: str, tmp_path: Path) -> None:
+    student, teacher = tiny("bert"), tiny("bert", seed=1, problem_type=problem)
+    data = examples(student, count=4)
+    for i, row in enumerate(data):
+        row["labels"] = torch.tensor([1.0, 0.0, float(i % 2)])
+    ids = torch.stack([row["input_ids"] for row in data])
+    with torch.no_grad():
+        teacher.classifier.weight.mul_(0.1).add_(student.classifier.weight)
+        for model in (student, teacher):  # All labels are likely, in another order.
+            model.classifier.bias.add_(5)
+        answers = [model(ids).logits for model in (student, teacher)]
+    settings = config(tmp_path, max_steps=1, logging_steps=1, alpha=1.0, save_strategy="no")
+    trainer = DistillationTrainer(student, settings, teacher=teacher, train_dataset=data)
+    for module in student.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    if problem == "regression":
+        assert "agreement" not in entry
+    else:
+        assert (answers[0].argmax(1) == answers[1].argmax(1)).float().mean() == 0.5
+        assert entry["agreement"] == 1.0
+
+
+def test_labels_tell_the_problem_to_the_config_without_a_loss_on_them(tmp_path: Path) -> None:
+    student = tiny("bert")
+    data = examples(student)
+    for row in data:
+        row["labels"] = torch.tensor([1.0, 0.0, 1.0])
+    teacher = tiny("bert", seed=1)
+    DistillationTrainer(
+        student, config(tmp_path, alpha=1.0), teacher=teacher, train_dataset=data
+    ).train()
+    assert student.config.problem_type == "multi_label_classification"
+
+
 def test_a_teacher_may_read_columns_that_the_student_does_not(tmp_path: Path) -> None:
     student, teacher = tiny("distilbert"), tiny("bert", seed=1)
     data = examples(student)

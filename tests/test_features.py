@@ -48,6 +48,15 @@ def test_dkd_leaves_out_examples_without_a_label() -> None:
     assert loss[0] == 0 and loss[1] > 0
 
 
+def test_dkd_of_a_teacher_that_is_sure_has_a_gradient() -> None:
+    # The teacher's other two classes are e and 1 apart, 120 below the label.
+    student = torch.zeros(1, 3, requires_grad=True)
+    decoupled_kl(student, torch.tensor([[120.0, 0.0, 1.0]]), torch.tensor([0])).sum().backward()
+    others = torch.tensor([1 / 2 - 1 / (1 + math.e), 1 / 2 - math.e / (1 + math.e)])
+    expected = torch.tensor([1 / 3 - 1, 1 / 3 + others[0], 1 / 3 + others[1]])
+    torch.testing.assert_close(student.grad[0], expected, rtol=0, atol=1e-6)
+
+
 def test_dist_equals_numpys_correlations() -> None:
     student, teacher = states(6, 4), states(6, 4, seed=1)
     p, q = (F.softmax(x / 3, -1).numpy() for x in (teacher, student))

@@ -273,8 +273,13 @@ def test_what_a_teacher_would_misread_is_refused_with_the_fix(tmp_path: Path) ->
         teach(tmp_path, teacher, images(16, 0.5))
     with pytest.raises(ValueError, match=r"ids up to 64, .* a vocabulary of 64"):
         teach(tmp_path, teacher, tokenizer(*(f"w{i}" for i in range(60))))
-    with pytest.raises(ValueError, match=r"1 teachers and 2 of teacher_processor"):
-        teach(tmp_path, [teacher], [None, None])
+    for given in (teacher, [teacher]):
+        with pytest.raises(ValueError, match=r"1 teachers and 2 of teacher_processor"):
+            teach(tmp_path, given, [None, None])
+    with pytest.raises(ValueError, match=r"2 teachers and 1 of teacher_processor"):
+        teach(tmp_path, [teacher, teacher], tokenizer(*WORDS))
+    with pytest.raises(ValueError, match=r"makes pixel_values, the teacher"):
+        teach(tmp_path, teacher, [images(16, 0.5)])
     folder = saved(tmp_path / "t", "bert", tokenizer(*reversed(WORDS)), seed=1)
     with pytest.raises(ValueError, match=r"pass teacher_processor=<its tokenizer>"):
         teach(tmp_path, folder, None)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import tiny
+from test_adapters import adapted, adapter, base, logits
 from test_distillation_trainer import config, examples
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -78,6 +79,24 @@ def test_a_teacher_quantized_by_its_own_config_is_taken_as_it_is() -> None:
     assert load_teacher(teacher, tiny("bert")) is teacher
     with pytest.raises(ValueError, match=r"quantized by its own config.*leave teacher_dtype out"):
         load_teacher(teacher, tiny("bert"), dtype=torch.bfloat16)
+
+
+def test_an_adapter_on_the_students_base_may_be_in_eight_bits(tmp_path: Path) -> None:
+    source = base(tmp_path)
+    folder, whole = adapter(tmp_path, source)
+    student = adapted(source, seed=2)
+    teacher = load_teacher(folder, student, dtype=torch.int8)
+    rows = examples(student, labels=False)
+    ours, exact = logits(teacher, rows), logits(whole, rows)
+    assert 0 < (ours - exact).abs().max() < 0.05 * exact.abs().max()
+    trainer = DistillationTrainer(
+        student,
+        config(tmp_path, feature_losses={"hidden_mse": 1.0, "minilm_v2": 1.0}),
+        teacher=teacher,
+        train_dataset=examples(student),
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["loss_minilm_v2"] > 0
 
 
 class Packed(Tensor):

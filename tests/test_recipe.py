@@ -60,6 +60,13 @@ def test_a_recipe_becomes_typed_stages(tmp_path: Path) -> None:
     assert recipe.stages[2].settings["training"]["temperature"] == 2.0
 
 
+@pytest.mark.parametrize("given", ["dynamic", [[0, 1], [1, 3]], "[[0, 1], [1, 3]]"])
+def test_a_layer_map_is_a_name_or_pairs_in_either_form(tmp_path: Path, given: object) -> None:
+    recipe = raw()
+    recipe["stages"][2]["recover"]["layer_map"] = given
+    assert load(tmp_path, recipe).stages[2].settings["training"]["layer_map"] == given
+
+
 def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(

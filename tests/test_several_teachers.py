@@ -105,6 +105,10 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"2 teachers and 3 of teacher_weights"):
         settings = config(tmp_path, teacher_weights=[1.0, 1.0, 1.0])
         DistillationTrainer(student, settings, teacher=two)
+    with pytest.raises(ValueError, match=r"\['multi_label.*', 'single_label.*'\]; they must agree"):
+        kinds = ("single_label_classification", "multi_label_classification")
+        others = [tiny("bert", seed=i, problem_type=kind) for i, kind in enumerate(kinds)]
+        DistillationTrainer(student, config(tmp_path), teacher=others)
     with pytest.raises(ValueError, match="compare with one teacher"):
         settings = config(tmp_path, feature_losses={"hidden_mse": 1.0})
         data = examples(student)

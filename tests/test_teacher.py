@@ -3,12 +3,20 @@ from pathlib import Path
 import pytest
 import torch
 from models import tiny
-from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizer
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    BertTokenizer,
+    DataCollatorWithPadding,
+)
 
 from hfslim import DistillationConfig, DistillationTrainer
 from hfslim.distill.labels import align_labels
 from hfslim.distill.skill import UntrainedTeacherError, check_skill
 from hfslim.distill.teacher import load_teacher, run_teacher
+from hfslim.distill.teachers import Teachers
 
 
 def config(*names: str, **kwargs: object) -> BertConfig:
@@ -88,6 +96,28 @@ def test_the_student_and_other_things_are_no_teachers() -> None:
         load_teacher(tiny("bert").to("meta"), student)
 
 
+def test_a_teacher_with_weights_that_the_student_trains_is_refused() -> None:
+    student, teacher = tiny("bert"), tiny("bert", seed=1)
+    student.bert.embeddings = teacher.bert.embeddings
+    with pytest.raises(ValueError, match=r"holds 5 weights that the student trains, such as bert"):
+        load_teacher(teacher, student)
+    assert all(p.requires_grad for p in student.parameters())
+    student.bert.embeddings.requires_grad_(False)
+    assert load_teacher(teacher, student) is teacher
+    adapted = get_peft_model(student, LoraConfig(target_modules=["query"]))
+    with pytest.raises(ValueError, match=r"such as .*lora_A"):
+        load_teacher(adapted.get_base_model(), adapted)
+
+
+def test_a_teacher_that_lies_in_two_places_is_put_in_one(tmp_path: Path) -> None:
+    # As where an adapter's own head is added to a base that is on the accelerator already.
+    student, teacher = tiny("bert"), tiny("bert", seed=1)
+    teachers = Teachers([teacher], [None], student, None, DistillationConfig(str(tmp_path)))
+    teacher.bert.to("meta")
+    teachers.place(torch.device("meta"))
+    assert {p.device.type for p in teacher.parameters()} == {"meta"}
+
+
 def test_the_teacher_gets_what_it_reads_and_answers_in_the_students_order() -> None:
     teacher = tiny("distilbert").eval()
     ids = torch.tensor([[5, 6, 7]])
@@ -128,6 +158,12 @@ def test_outputs_must_correlate_with_the_labels(problem: str) -> None:
 def test_few_examples_allow_no_verdict() -> None:
     labels = torch.tensor([0, 1] * 10)
     assert check_skill(torch.zeros(20, 2), labels, "single_label_classification") is None
+
+
+@pytest.mark.parametrize("labels", [torch.ones(40, 3).long(), torch.ones(40)])
+def test_labels_that_do_not_fit_are_told_before_skill(labels: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="needs one integer label per example"):
+        check_skill(torch.zeros(40, 3), labels, "single_label_classification")
 
 
 def test_a_teacher_that_cannot_be_read_is_named_in_one_line(tmp_path: Path) -> None:
@@ -191,5 +227,31 @@ def test_a_teacher_that_reads_ids_as_other_words_is_refused(tmp_path: Path) -> N
         tokenizer(*words).save_pretrained(tmp_path / folder)
     parts = {"args": settings, "processing_class": own}
     DistillationTrainer(student, teacher=str(tmp_path / "same"), **parts)
-    with pytest.raises(ValueError, match=r"2 of 7 tokens have other ids.*'bad', 'good'"):
+    refused = pytest.raises(ValueError, match=r"2 of 7 tokens have other ids.*'bad', 'good'")
+    with refused:
         DistillationTrainer(student, teacher=str(tmp_path / "other"), **parts)
+    # A model that was loaded tells from where; so does a student whose tokenizer nobody named.
+    load = BertForSequenceClassification.from_pretrained
+    with refused:
+        DistillationTrainer(student, teacher=load(tmp_path / "other"), **parts)
+    with refused:
+        collator = DataCollatorWithPadding(own)
+        other = load(tmp_path / "other")
+        DistillationTrainer(student, settings, teacher=other, data_collator=collator)
+    with refused:
+        DistillationTrainer(load(tmp_path / "same"), settings, teacher=str(tmp_path / "other"))
+    more = load(tmp_path / "same")
+    more.resize_token_embeddings(70)
+    own.add_tokens("dull")
+    DistillationTrainer(student, teacher=more, **parts)
+
+
+def test_a_teacher_with_fewer_tokens_than_the_students_is_refused(tmp_path: Path) -> None:
+    teacher = tiny("bert", seed=1, vocab_size=8)
+    parts = {"args": DistillationConfig(str(tmp_path), use_cpu=True), "teacher": teacher}
+    own = tokenizer(*(f"w{i}" for i in range(40)))
+    with pytest.raises(ValueError, match=r"ids up to 44, .* of 8; pass teacher_processor"):
+        DistillationTrainer(tiny("bert"), processing_class=own, **parts)
+    # Ids that the student does not know itself occur in no text.
+    student = tiny("bert", vocab_size=16)
+    DistillationTrainer(student, processing_class=own, **parts)

@@ -78,7 +78,7 @@ class Capture:
     @property
     def arguments(self) -> dict[str, Any]:
         """What the model's forward has to be given besides its inputs."""
-        return {"output_attentions": True} if self.attentions else {}
+        return {"output_attentions": True, "return_dict": True} if self.attentions else {}
 
     @contextmanager
     def recording(self) -> Iterator[Seen]:

@@ -83,9 +83,9 @@ class DistillationConfig(TrainingArguments):
         default=None,
         metadata={"help": 'Weights of losses on features, as JSON: {"hidden_mse": 1.0}.'},
     )
-    layer_map: str = field(
+    layer_map: list[list[int]] | str | None = field(
         default="uniform",
-        metadata={"help": "Which layers are paired: uniform, last, skip, dynamic, or pairs."},
+        metadata={"help": "Which layers are paired: uniform, last, skip, dynamic, or JSON pairs."},
     )
     hidden_projection: bool = field(
         default=False,
@@ -252,6 +252,10 @@ def parse_weights(given: Mapping[str, float] | str | None) -> dict[str, float]:
             raise ValueError(
                 f'feature_losses is {given!r}; expected JSON such as {{"hidden_mse": 1.0}}.'
             ) from error
+    if not isinstance(given, Mapping | None):
+        raise ValueError(
+            f'feature_losses is {given!r}; expected a weight for each, as {{"hidden_mse": 1.0}}.'
+        )
     for name, weight in (given or {}).items():
         if name not in FEATURE_LOSSES:
             raise ValueError(

@@ -11,6 +11,9 @@ __all__ = ["to_int8"]
 
 logger = logging.get_logger(__name__)
 
+_WHOLE = {"modules_to_save", "original_module"}
+"""Where PEFT keeps an adapter's own head: small, and copied by what it is rather than as it is."""
+
 
 class _Int8Rows(nn.Module):
     """A matrix as 8-bit numbers and one scale for each row, the largest of which is 127."""
@@ -35,7 +38,11 @@ def to_int8(model: nn.Module) -> nn.Module:
     Returns:
         The same model.
     """
-    maps = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    maps = [
+        module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not _WHOLE & set(path.split("."))
+    ]
     for module in maps:
         if module.weight.is_floating_point() and not parametrize.is_parametrized(module, "weight"):
             parametrize.register_parametrization(module, "weight", _Int8Rows())

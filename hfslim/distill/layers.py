@@ -83,7 +83,7 @@ def dynamic_pairs(costs: np.ndarray) -> Pairs:
     return [(student, teacher) for teacher, student in enumerate(reversed(layers))]
 
 
-def parse_map(layer_map: str | Sequence[Sequence[int]]) -> str | Pairs:
+def parse_map(layer_map: str | Sequence[Sequence[int]] | None) -> str | Pairs:
     """Return the name of a layer map, or its pairs.
 
     Args:
@@ -100,7 +100,7 @@ def parse_map(layer_map: str | Sequence[Sequence[int]]) -> str | Pairs:
         return str(layer_map)
     try:
         given = json.loads(layer_map) if isinstance(layer_map, str) else layer_map
-        pairs = [(student, teacher) for student, teacher in given]
+        pairs = [(student, teacher) for student, teacher in given or ()]
         whole = all(type(i) is int and i >= 0 for pair in pairs for i in pair)
         ascending = whole and all(a[0] <= b[0] and a[1] <= b[1] for a, b in pairwise(pairs))
     except (TypeError, ValueError):

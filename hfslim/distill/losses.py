@@ -125,11 +125,13 @@ def decoupled_kl(
     def parts(logits: Tensor) -> tuple[Tensor, Tensor]:
         logs = F.log_softmax(logits.float() / temperature, dim=-1)
         others = logs.masked_fill(label, -torch.inf).logsumexp(-1, keepdim=True)
-        return torch.cat([logs[label][:, None], others], -1), logs - others
+        # Where a model is sure of the label, the label's own share of the others is infinite.
+        shares = (logs - others).masked_fill(label, 0.0)
+        return torch.cat([logs[label][:, None], others], -1), shares
 
     (target_t, other_t), (target_s, other_s) = parts(teacher), parts(student)
     tckd = (target_t.exp() * (target_t - target_s)).sum(-1)
-    nckd = (other_t.exp() * (other_t - other_s)).masked_fill(label, 0.0).sum(-1)
+    nckd = (other_t.exp() * (other_t - other_s)).sum(-1)
     return (tckd + beta * nckd).masked_fill(~known, 0.0) * temperature**2
 
 

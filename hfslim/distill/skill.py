@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from hfslim.objective import IGNORED_LABEL, ProblemType
+from hfslim.objective import IGNORED_LABEL, ProblemType, hard_loss
 
 __all__ = ["OVERRIDE", "UntrainedTeacherError", "check_skill"]
 
@@ -42,7 +42,9 @@ def check_skill(
 
     Raises:
         UntrainedTeacherError: If the teacher is at chance level.
+        ValueError: If the labels do not fit the logits.
     """
+    hard_loss(logits, labels, problem)  # Refuses labels that do not fit.
     if problem == "single_label_classification":
         labels = labels.reshape(-1)
         known = labels != IGNORED_LABEL

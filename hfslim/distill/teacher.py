@@ -1,4 +1,4 @@
-"""A teacher: loaded, frozen, run; and whether it can read what was made for another model."""
+"""A teacher: loaded, frozen, run."""
 
 from __future__ import annotations
 
@@ -9,21 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hfslim.adapters import base_of
-from hfslim.distill.adapted import base_source, find_adapter, load_adapted
+from hfslim.distill.adapted import find_adapter, load_adapted
 from hfslim.distill.auto import auto_class
 from hfslim.distill.eight_bit import to_int8
 from hfslim.distill.skill import OVERRIDE, UntrainedTeacherError
-from hfslim.pairing import has_words, same_processing, settings_of
 from hfslim.parallel import loading_whole
 
 __all__ = [
     "accepted_inputs",
-    "check_processor",
-    "check_vocabulary",
     "load_teacher",
     "run_teacher",
     "split_revision",
@@ -91,6 +88,7 @@ def load_teacher(
             raise ValueError(
                 "The teacher is the student itself; pass another model, or its folder."
             )
+        check_apart(name, model, student)
         if any(parameter.is_meta for parameter in model.parameters()):
             raise ValueError(
                 f"The teacher {name} was passed without its weights; pass its folder or Hub id, or "
@@ -126,6 +124,30 @@ def load_teacher(
     return model.eval().requires_grad_(False)
 
 
+def check_apart(name: str, teacher: nn.Module, student: nn.Module) -> None:
+    """Refuse a teacher that holds weights which the student trains.
+
+    Raises:
+        ValueError: Freezing it would freeze the student, or training would change the teacher.
+    """
+    trained = {
+        parameter.untyped_storage().data_ptr(): path
+        for path, parameter in student.named_parameters()
+        if parameter.requires_grad and parameter.numel() and not parameter.is_meta
+    }
+    shared = [
+        trained[place]
+        for parameter in teacher.parameters()
+        if not parameter.is_meta and (place := parameter.untyped_storage().data_ptr()) in trained
+    ]
+    if shared:
+        raise ValueError(
+            f"The teacher {name} holds {len(shared)} weights that the student trains, such as "
+            f"{shared[0]}: pass its folder, or copy.deepcopy of the model before it became the "
+            "student."
+        )
+
+
 def split_revision(name: str) -> tuple[str, str]:
     """Split `id@revision` into the id and the revision, `main` where none is given.
 
@@ -141,75 +163,6 @@ def split_revision(name: str) -> tuple[str, str]:
         return name, "main"
     source, _, revision = name.partition("@")
     return source, revision or "main"
-
-
-def check_vocabulary(teacher: str, tokenizer: Any, whose: str = "student") -> None:
-    """Refuse a teacher that would read token ids as other tokens.
-
-    Args:
-        teacher: Hub id or folder; without a tokenizer there, nothing is known and nothing refused.
-        tokenizer: What makes the ids.
-        whose: `student`, or `processor` for the one that was passed for the teacher.
-
-    Raises:
-        ValueError: The two tokenizers give ids to other tokens.
-    """
-    other = saved_processor(teacher, AutoTokenizer)
-    if other is None:
-        return
-    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
-    if ours == theirs:
-        return
-    differing = sorted(token for token in ours if theirs.get(token) != ours[token])
-    fix = (
-        "process each example for the teacher too and pass teacher_processor=<its tokenizer>, or "
-        "choose a teacher with the student's tokenizer."
-        if whose == "student"
-        else "pass the tokenizer that is saved with the teacher."
-    )
-    raise ValueError(
-        f"The teacher {teacher} has another vocabulary than the {whose}: {len(differing)} of "
-        f"{len(ours)} tokens have other ids there, such as "
-        f"{differing[:3] or sorted(set(theirs) - set(ours))[:3]}. It would read the ids as other "
-        f"words; {fix}"
-    )
-
-
-def check_processor(teacher: str, processor: Any) -> None:
-    """Warn where a teacher was saved with other image or sound processing than it is going to get.
-
-    Args:
-        teacher: Hub id or folder; without a processor there, nothing is known.
-        processor: Image processor or feature extractor of what the teacher is going to read.
-    """
-    saved = saved_processor(teacher, type(processor))
-    if saved is not None and not same_processing(saved, processor):
-        logger.warning(
-            f"The teacher {teacher} was saved with other processing ({settings_of(saved)}) than "
-            f"it is going to read ({settings_of(processor)}); if that is not meant, process each "
-            "example for the teacher too and pass teacher_processor."
-        )
-
-
-def saved_processor(teacher: str, kind: Any) -> Any | None:
-    """Load the processor that is saved with a teacher, or with the base of an adapter.
-
-    Args:
-        teacher: Hub id or folder.
-        kind: Its class, or an auto class.
-
-    Returns:
-        The processor, or None where there is none.
-    """
-    own = split_revision(teacher)
-    for source, revision in dict.fromkeys([own, base_source(*own)]):
-        try:
-            found = kind.from_pretrained(source, revision=revision)
-        except (OSError, ValueError):
-            continue
-        if not hasattr(found, "get_vocab") or has_words(found):
-            return found
-    return None
 
 
 def _fresh_head(model: Any) -> str | None:

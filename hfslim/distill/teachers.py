@@ -11,20 +11,15 @@ import torch
 import xxhash
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hfslim.distill.cache import fingerprint
 from hfslim.distill.config import DistillationConfig
 from hfslim.distill.labels import align_labels
+from hfslim.distill.reading import check_inputs
 from hfslim.distill.sharding import shard_teacher
-from hfslim.distill.teacher import (
-    accepted_inputs,
-    check_processor,
-    check_vocabulary,
-    load_teacher,
-    run_teacher,
-)
+from hfslim.distill.teacher import accepted_inputs, load_teacher, run_teacher
 from hfslim.objective import ProblemType, problem_type
 from hfslim.pairing import PREFIX, own_inputs, prefixes, settings_of
 
@@ -82,6 +77,12 @@ class Teachers:
         self.models: list[Any] = [
             load_teacher(one, student, args.allow_untrained_teacher, dtype) for one in given
         ]
+        kinds = {one.config.problem_type for one in self.models} - {None}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"the teachers' config.problem_type are {sorted(kinds)}; they must agree, so that "
+                "their answers have one mean."
+            )
         self.orders = [
             align_labels(student.config, one.config, args.teacher_subset) for one in self.models
         ]
@@ -97,7 +98,7 @@ class Teachers:
         self._student, self._student_processor = student, student_processor
         self._student_reads = accepted_inputs(student)
         for source, model, own in zip(given, self.models, processors, strict=True):
-            self._check_inputs(source, model, student_processor if own is None else own, own)
+            check_inputs(source, model, own, student, student_processor)
         if len(given) > 1:
             parts = " + ".join(
                 f"{w:g} · {n}" for w, n in zip(self.weights, self.names, strict=True)
@@ -130,7 +131,7 @@ class Teachers:
                 logger.info(f"the teacher {name} stays whole on every process: {why}")
             if shard and not why:
                 shard_teacher(model, device)
-            elif next(model.parameters()).device != device:
+            elif any(parameter.device != device for parameter in model.parameters()):
                 model.to(device)
 
     def each(self, batch: dict[str, Any], **options: Any) -> list[Tensor]:
@@ -179,36 +180,6 @@ class Teachers:
         if any(p.untyped_storage().data_ptr() in students for p in model.parameters()):
             return "its weights are the student's too"
         return ""
-
-    def _check_inputs(self, source: Any, model: Any, processor: Any, own: Any) -> None:
-        """Refuse inputs that were made for another model, as far as files tell."""
-        reads = getattr(model, "main_input_name", None)
-        if own is not None:
-            given = list(getattr(own, "model_input_names", ()))
-            if reads is not None and given and reads not in given:
-                raise ValueError(
-                    f"teacher_processor {type(own).__name__} makes {', '.join(given)}, the teacher "
-                    f"{type(model).__name__} reads {reads!r}; pass the processor of that teacher."
-                )
-        sizes = [getattr(one.config, "vocab_size", None) for one in (self._student, model)]
-        if isinstance(processor, PreTrainedTokenizerBase):
-            if isinstance(source, str | PathLike):
-                check_vocabulary(str(source), processor, "student" if own is None else "processor")
-            largest = max(processor.get_vocab().values(), default=0)
-            if own is not None and sizes[1] is not None and largest >= sizes[1]:
-                raise ValueError(
-                    f"teacher_processor knows ids up to {largest}, the teacher "
-                    f"{type(model).__name__} has a vocabulary of {sizes[1]}; pass the tokenizer of "
-                    "that teacher."
-                )
-        elif isinstance(source, str | PathLike) and processor is not None:
-            check_processor(str(source), processor)
-        if reads == "input_ids" and own is None and sizes[0] != sizes[1]:
-            logger.warning(
-                f"Student and teacher have vocabularies of {sizes[0]} and {sizes[1]}; the teacher "
-                "reads the student's token ids, so both must come from one tokenizer. For a "
-                "teacher with another, pass teacher_processor."
-            )
 
 
 def mean_logits(

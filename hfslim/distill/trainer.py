@@ -22,7 +22,7 @@ from hfslim.distill.skill import check_skill
 from hfslim.distill.teachers import Source, Teachers
 from hfslim.hub.trainer import HubMixin
 from hfslim.log_figures import FiguresMixin
-from hfslim.objective import MeanLossMixin, logits_of, problem_type, with_loss
+from hfslim.objective import MeanLossMixin, ProblemType, logits_of, problem_type, with_loss
 from hfslim.pairing import PairedCollator, collator_of
 from hfslim.parallel import way_of
 
@@ -94,19 +94,20 @@ class DistillationTrainer(
         student: Any = self.model
         several = isinstance(teacher, list | tuple)
         given: Any = list(teacher) if several else [teacher]  # type: ignore[arg-type]
-        if not (several and isinstance(teacher_processor, list | tuple)):
+        if not isinstance(teacher_processor, list | tuple):
             teacher_processor = [teacher_processor] * (
                 len(given) if teacher_processor is None else 1
             )
-        self.teachers = Teachers(given, teacher_processor, student, self.processing_class, args)
+        # A collator tells the tokenizer where the Trainer was not given it.
+        read_by = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        self.teachers = Teachers(given, teacher_processor, student, read_by, args)
         self.teachers.place(args.device, shard=way_of(args) in ("ZeRO-3", "FSDP"))
         self._take_over_problem()
         own = zip(self.teachers.prefixes, teacher_processor, strict=True)
         batchers = {prefix: collator_of(processor) for prefix, processor in own if prefix}
         if batchers and not isinstance(self.data_collator, PairedCollator):
             self.data_collator = PairedCollator(self.data_collator, batchers)
-        self._terms: dict[str, Tensor] = {}
-        self._term_steps = 0
+        self._forget_terms()
         if args.teacher_cache:
             apart = all(self.teachers.prefixes)
             self.data_collator = KeyedCollator(self.data_collator, teacher_alone=apart)
@@ -118,7 +119,7 @@ class DistillationTrainer(
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Check the teacher on labelled data, then train as `transformers.Trainer.train`."""
-        self._terms, self._term_steps = {}, 0
+        self._forget_terms()
         if not self.args.allow_untrained_teacher:
             self._check_teacher()
         logger.info(f"loss = {self.args.objective}")
@@ -210,6 +211,8 @@ class DistillationTrainer(
         """
         alpha = self._scheduled("alpha")
         labels: Any = inputs.get("labels")
+        if labels is None and model.training:
+            self._check_unlabelled(inputs)
         teaches = model.training and self._progress() < 1 and (alpha > 0 or self.features)
         if not teaches or (labels is None and alpha < 1):
             loss, outputs = super().compute_loss(
@@ -226,13 +229,13 @@ class DistillationTrainer(
         examples = torch.tensor(len(logits)) if counts is None else counts[1]
         local = counts is None
         loss = logits.new_zeros((), dtype=torch.float32)
+        problem = self.problem_of(labels)
         if alpha > 0:
             self._check_top_k(labels)
-            live: Any = self.model
             losses = distillation_loss(
                 logits,
                 taught,
-                problem_type(live.config, labels),
+                problem,
                 self._scheduled("temperature"),
                 self.args.logit_loss,  # type: ignore[arg-type]
                 labels,
@@ -250,13 +253,23 @@ class DistillationTrainer(
             part = self.share(losses, examples, local)
             self._record(f"loss_{name}", part)
             loss = loss + factor * self.feature_weights[name] * part
-        if logits.shape[-1] > 1:
-            same = (logits.argmax(-1) == taught.argmax(-1)).float()
+        if problem != "regression":
+            same = _same_answers(logits, taught, problem)
             self._record("agreement", self.share(same, examples, local))
         if self._cache is not None:
             hit = torch.full_like(logits[:, 0], float(self._from_cache), dtype=torch.float32)
             self._record("teacher_cache_hits", self.share(hit, examples, local))
         return (loss, with_loss(outputs, loss)) if return_outputs else loss
+
+    def _check_unlabelled(self, inputs: dict[str, Any]) -> None:
+        names = ("alpha", "alpha_end", "distil_until")
+        given = {n: v for n in names if (v := getattr(self.args, n)) is not None and v < 1}
+        if given:
+            raise ValueError(
+                f"The batch has no 'labels', only {', '.join(sorted(inputs))}, and "
+                f"{', '.join(f'{n}={v:g}' for n, v in given.items())} trains on them: name the "
+                "label column 'label' or 'labels', or set alpha=1 and leave the others out."
+            )
 
     def _progress(self) -> float:
         """Return how far distillation is, from 0 to 1 or more once it is over."""
@@ -272,14 +285,27 @@ class DistillationTrainer(
     def _record(self, name: str, value: Tensor) -> None:
         value = value.detach()
         self._terms[name] = self._terms[name] + value if name in self._terms else value
+        self._steps_of.setdefault(name, set()).add(self._term_steps)
+
+    def _forget_terms(self) -> None:
+        self._terms: dict[str, Tensor] = {}
+        self._steps_of: dict[str, set[int]] = {}
+        self._term_steps = 0
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, adding each loss term's mean over the steps since the last log and all processes."""
+        """Log, adding each loss term's mean over its steps since the last log and all processes."""
         if "loss" in logs and self._term_steps:
             for name, total in sorted(self._terms.items()):
                 mean = self.accelerator.reduce(total, reduction="mean")
-                logs[name] = mean.item() / self._term_steps
+                logs[name] = mean.item() / len(self._steps_of[name])
             share = torch.tensor(self._clock.take(), device=self.args.device)
             logs["teacher_time_share"] = self.accelerator.reduce(share, reduction="mean").item()
-            self._terms, self._term_steps = {}, 0
+            self._forget_terms()
         super().log(logs, *args, **kwargs)
+
+
+def _same_answers(student: Tensor, teacher: Tensor, problem: ProblemType) -> Tensor:
+    """Return 1 for each example of which both say the same class, or the same set of classes."""
+    if problem == "multi_label_classification":
+        return ((student > 0) == (teacher > 0)).all(-1).float()
+    return (student.argmax(-1) == teacher.argmax(-1)).float()
