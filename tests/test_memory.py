@@ -1,30 +1,36 @@
 """Calibration where memory is short."""
 
 import logging
+import re
 import weakref
 
 import pytest
 import torch
+import zoo
 from models import tiny
 
 import hfslim
 from hfslim.anatomy import example_inputs, find_units
 from hfslim.prune import room
+from hfslim.prune.batch_norms import renew_batch_norms
 from hfslim.prune.collect import collect
 from hfslim.prune.family import PruneFamily
+from hfslim.prune.layers import loss_delta
 from hfslim.prune.moments import InputMoments, Moments, gather
 
 
 class _Small:
     """Lets a model run out of memory on more examples than fit, in the last of its layers."""
 
-    def __init__(self, model: torch.nn.Module, fits: int) -> None:
-        self.fits, self.sizes = fits, []
+    def __init__(self, model: torch.nn.Module, fits: int, device: str = "CUDA") -> None:
+        self.fits, self.device, self.sizes = fits, device, []
         model.bert.encoder.layer[-1].register_forward_pre_hook(self)
 
     def __call__(self, module: torch.nn.Module, args: tuple) -> None:
         self.sizes.append(len(args[0]))
         if len(args[0]) > self.fits:
+            if self.device == "CPU":
+                torch.empty(2**50)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
@@ -36,19 +42,26 @@ def _batches(sizes: tuple[int, ...]) -> list[dict[str, torch.Tensor]]:
     return [dict(zip(batch, part, strict=True)) for part in parts]
 
 
-@pytest.mark.parametrize("criterion", ["fisher", "activation"])
-def test_batches_that_do_not_fit_are_halved_with_a_warning(criterion, caplog):
+@pytest.mark.parametrize(
+    ("criterion", "device", "reason"),
+    [
+        ("fisher", "CUDA", "CUDA out of memory"),
+        ("activation", "CUDA", "CUDA out of memory"),
+        ("fisher", "CPU", r"\[enforce fail at .*can't allocate memory"),
+    ],
+)
+def test_batches_that_do_not_fit_are_halved_with_a_warning(criterion, device, reason, caplog):
     criteria = {"heads": criterion, "neurons": criterion}
     model, small = tiny("bert"), tiny("bert")
     units = find_units(model).of(["heads", "neurons"])
     expected = collect(model, units, _batches((2, 10)), criteria, progress=False)
-    memory = _Small(small, fits=3)
+    memory = _Small(small, 3, device)
     with caplog.at_level(logging.WARNING, "hfslim"):
         found = collect(small, units, _batches((2, 10)), criteria, progress=False)
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-9)
     assert memory.sizes == [2, 10, 2, 5, 2, 3, 3, 3, 1]
-    assert "out of memory on 10 examples at once (CUDA out of memory" in caplog.text
+    assert re.search(rf"out of memory on 10 examples at once \({reason}", caplog.text)
     assert "starting anew with 3" in caplog.text
 
 
@@ -61,6 +74,36 @@ def test_second_moments_are_the_same_in_halves():
     for key, value in expected.items():
         torch.testing.assert_close(found[key].second, value.second, rtol=1e-4, atol=1e-8)
         assert found[key].examples == value.examples == 8
+
+
+def test_losses_without_layers_are_the_same_in_halves(caplog):
+    model, small = tiny("bert"), tiny("bert")
+    units = find_units(model).of(["layers"])
+    expected = loss_delta(model, units, _batches((8,)))
+    memory = _Small(small, fits=4)
+    found = loss_delta(small, units, _batches((8,)))
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-6, atol=1e-8)
+    # They are halved once, not anew for each layer.
+    assert memory.sizes.count(8) == 1 and caplog.text.count("starting anew") == 1
+
+
+def test_statistics_of_batch_norms_are_those_of_halves():
+    model, small = zoo.tiny("image/resnet"), zoo.tiny("image/resnet")
+    batch = example_inputs(model, batch_size=8)
+    halves = [
+        {name: value[part] for name, value in batch.items()} for part in (slice(4), slice(4, 8))
+    ]
+    renew_batch_norms(model, halves)
+
+    def small_memory(module: torch.nn.Module, args: tuple) -> None:
+        if len(args[0]) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    list(small.modules())[-1].register_forward_pre_hook(small_memory)
+    renew_batch_norms(small, [batch])
+    state = small.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
 
 
 def test_where_single_examples_do_not_fit_the_error_stays():

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from models import tiny
 from transformers import TrainerCallback, TrainingArguments, set_seed
@@ -104,14 +104,8 @@ def test_stopping_before_the_first_score_leaves_the_model_whole(tmp_path, caplog
     [
         ({"fp16": True}, {}, "bf16=True"),
         ({}, {"_mixed_precision": "fp16"}, "bf16=True"),
-        ({"fsdp": True}, {}, "FSDP shards them: use DDP or ZeRO-2"),
-        (
-            {"deepspeed": "zero.json"},
-            {},
-            "does not work under DeepSpeed's ZeRO-3: use DDP or ZeRO-2",
-        ),
-        ({}, {"distributed_type": "FSDP"}, "FSDP shards them: use DDP or ZeRO-2"),
-        ({}, {"distributed_type": "DEEPSPEED"}, "DeepSpeed's ZeRO-3: use DDP or ZeRO-2"),
+        ({"fsdp": True}, {}, "what FSDP splits between them: use DDP or ZeRO-2, or"),
+        ({"deepspeed_plugin": SimpleNamespace(zero_stage=3)}, {}, "what ZeRO-3 .* DDP or ZeRO-2"),
         ({"n_gpu": 2}, {}, "one process per GPU"),
     ],
 )
@@ -120,9 +114,9 @@ def test_training_that_would_falsify_the_scores_is_refused(
 ):
     model = _trainer(tmp_path, []).model
     for name, value in state.items():
-        shared = PartialState if name == "distributed_type" else AcceleratorState
-        monkeypatch.setitem(shared._shared_state, name, value)
-    usual = {"fp16": False, "fsdp": False, "deepspeed": None, "torch_compile": False, "n_gpu": 1}
+        monkeypatch.setitem(AcceleratorState._shared_state, name, value)
+    usual = {"fp16": False, "fsdp": False, "deepspeed_plugin": None}
+    usual |= {"torch_compile": False, "n_gpu": 1}
     args, trainer_state = SimpleNamespace(**usual | arguments), SimpleNamespace()
     with pytest.raises(ValueError, match=message):
         PruningCallback({"macs": 0.6}).on_train_begin(args, trainer_state, None, model=model)

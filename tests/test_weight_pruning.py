@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from models import tiny
 from transformers import (
@@ -485,9 +485,11 @@ def test_movement_scores_that_were_not_saved_are_missed(tmp_path):
 @pytest.mark.parametrize(
     ("method", "arguments", "state", "message"),
     [
-        ("magnitude", {"fsdp": True}, {}, "FSDP shards them: use DDP, or"),
-        ("magnitude", {"deepspeed": "zero.json"}, {}, "DeepSpeed's ZeRO-3: use DDP, or"),
-        ("magnitude", {}, {"distributed_type": "FSDP"}, "FSDP shards them: use DDP, or"),
+        ("magnitude", {"fsdp": True}, {}, "what FSDP splits between them: use DDP, or"),
+        *(
+            ("magnitude", {"deepspeed_plugin": SimpleNamespace(zero_stage=stage)}, {}, told)
+            for stage, told in ((3, "ZeRO-3 .* DDP, or"), (1, "ZeRO-2 .* DDP, or"))
+        ),
         ("movement", {"fp16": True}, {}, "bf16=True"),
         ("movement", {}, {"_mixed_precision": "fp16"}, "bf16=True"),
     ],
@@ -497,9 +499,8 @@ def test_training_that_would_lose_zeros_or_falsify_scores_is_refused(
 ):
     model = _trainer(tmp_path, []).model
     for name, value in state.items():
-        shared = PartialState if name == "distributed_type" else AcceleratorState
-        monkeypatch.setitem(shared._shared_state, name, value)
-    usual = {"fp16": False, "fsdp": False, "deepspeed": None, "world_size": 1}
+        monkeypatch.setitem(AcceleratorState._shared_state, name, value)
+    usual = {"fp16": False, "fsdp": False, "deepspeed_plugin": None, "world_size": 1}
     args = SimpleNamespace(**usual | arguments)
     callback = WeightPruningCallback(0.5, method=method)
     with pytest.raises(ValueError, match=message):

@@ -10,6 +10,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
+from hfslim.prune.batches import fitting
 from hfslim.timing import evaluating, placed
 
 logger = logging.getLogger(__name__)
@@ -19,7 +20,8 @@ logger = logging.getLogger(__name__)
 def renew_batch_norms(model: PreTrainedModel, data: Iterable[Mapping[str, Any]]) -> int:
     """Set the running mean and variance of every batch norm to those of some data.
 
-    The mean is over all batches of all ranks. A norm in front of which channels are gone would
+    The mean is over all batches of all ranks, so it depends on how examples are batched; those that
+    do not fit into memory are halved. A norm in front of which channels are gone would
     otherwise go on with the statistics of before, which is most of what a convolutional net loses
     when it is cut. Weights stay as they are.
 
@@ -34,14 +36,18 @@ def renew_batch_norms(model: PreTrainedModel, data: Iterable[Mapping[str, Any]])
     if not norms:
         return 0
     momentum = [norm.momentum for norm in norms]
-    count = 0
-    with evaluating(model):
+
+    def once(batches: Iterable[Mapping[str, Any]]) -> int:
         for norm in norms:
             norm.reset_running_stats()
             norm.train().momentum = None
-        for batch in data:
+        count = 0
+        for count, batch in enumerate(batches, 1):  # noqa: B007  # how many there were
             model(**placed(model, batch))
-            count += 1
+        return count
+
+    with evaluating(model):
+        count = fitting(once, data)
     for norm, old in zip(norms, momentum, strict=True):
         norm.momentum = old
         _average(norm, count)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from transformers import PreTrainedConfig
 
 from hfslim.objective import IGNORED_LABEL, ProblemType, problem_type
@@ -149,15 +150,15 @@ def fitting(
         data: Batches that can be gone through more than once.
 
     Raises:
-        torch.OutOfMemoryError: Single examples do not fit either.
+        RuntimeError: Single examples do not fit either; of a GPU `torch.OutOfMemoryError`.
     """
     most: int | None = None
     while True:
         seen = [1]
         try:
             return run(_split(data, most, seen))
-        except torch.OutOfMemoryError as error:
-            if max(seen) == 1:
+        except RuntimeError as error:
+            if max(seen) == 1 or not should_reduce_batch_size(error):
                 raise
             most, reason = (max(seen) + 1) // 2, str(error).partition("\n")[0]
         if torch.cuda.is_available():

@@ -291,7 +291,7 @@ class PruningCallback(FiguresCallback, ExportableState):
 def _check_arguments(args: Arguments, learns: bool) -> None:
     """Refuse ways of training under which scores would be wrong."""
     name = "PruningCallback with learned gates" if learns else "PruningCallback"
-    check_whole_parameters(args, name, stage=0 if learns else 2)
+    check_whole_parameters(args, name, ("DDP",) if learns else ("DDP", "ZeRO-2"))
     check_saved_between_steps("PruningCallback")
     check_unscaled(args)
     check_not_compiled(args, "PruningCallback")

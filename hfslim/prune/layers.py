@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from hfslim.anatomy import Units, find_units
 from hfslim.objective import hard_loss, labelled, logits_of, problem_type
+from hfslim.prune.batches import fitting
 from hfslim.prune.finite import check_finite
 from hfslim.prune.gates import Gates, Key
 from hfslim.prune.importance import Scores, UnusableScoresError
@@ -122,6 +123,7 @@ def loss_delta(
     closed = {site.path: frozenset[int]() for site in sites}
     order: list[tuple[str, int]] = []
     rises: list[float] = []
+    fitted: list[Mapping[str, Any]] = []
 
     def candidates() -> list[tuple[str, int]]:
         found = []
@@ -137,13 +139,18 @@ def loss_delta(
 
         def loss_without(path: str, layers: frozenset[int]) -> tuple[float, int]:
             gates.close_layers(sites.site("layers", path), layers)
-            loss = _summed_loss(model, batches, gates)
+            loss = _summed_loss(model, fitted, gates)
             gates.close_layers(sites.site("layers", path), closed[path])
             shown.advance(task)
             return loss
 
-        first = next(iter(closed))
-        [loss] = _means([loss_without(first, frozenset())], ["no layer"])
+        def whole(parts: Iterable[Mapping[str, Any]]) -> tuple[float, int]:
+            # No layer is closed, so what fits now will fit.
+            fitted[:] = parts
+            return _summed_loss(model, fitted, gates)
+
+        [loss] = _means([fitting(whole, batches)], ["no layer"])
+        shown.advance(task)
         while left := candidates():
             losses = [loss_without(path, closed[path] | {index}) for path, index in left]
             means = _means(losses, [f"{path}.{index}" for path, index in left])

@@ -4,46 +4,39 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_jit_checkpoint import CheckpointManager
+
+from hfslim.parallel import way_of
 
 logger = logging.getLogger(__name__)
 
 
-def check_whole_parameters(args: TrainingArguments, callback: str, stage: int = 0) -> None:
-    """Refuse trainings whose processes hold but parts of the parameters.
+def check_whole_parameters(
+    args: TrainingArguments, callback: str, ways: Sequence[str] = ("DDP",)
+) -> None:
+    """Refuse trainings whose processes hold but parts of what a callback needs.
 
     Args:
         args: The training's.
         callback: Its name.
-        stage: The highest stage of DeepSpeed's ZeRO that it can do with. Up to 2 parameters are
-            whole, but gradients and the optimizer's state are not.
+        ways: Those of `way_of` that it can do with. Under ZeRO-2 parameters are whole, but
+            gradients and the optimizer's state are not.
 
     Raises:
         ValueError: Naming the callback.
     """
-    accelerator: Any = AcceleratorState()
-    kind = accelerator.distributed_type
-    if args.fsdp or kind in (DistributedType.FSDP, DistributedType.MEGATRON_LM):
+    way = way_of(args)
+    if way not in ways:
         raise ValueError(
-            f"{callback} needs whole parameters on every process, and FSDP shards them: use DDP"
-            + (" or ZeRO-2" if stage else "")
-            + ", or cut the trained model in one go by hfslim.prune"
+            f"{callback} needs on each process what {way} splits between them: use "
+            f"{' or '.join(ways)}, or cut the trained model in one go by hfslim.prune or "
+            "hfslim.sparsify"
         )
-    if getattr(args, "deepspeed", None) or kind == DistributedType.DEEPSPEED:
-        plugins = getattr(accelerator, "deepspeed_plugins", None)
-        asked = accelerator.deepspeed_plugin.zero_stage if plugins else 3
-        if asked > stage:
-            raise ValueError(
-                f"{callback} does not work under DeepSpeed's ZeRO-{asked}: use DDP"
-                + (f" or ZeRO-{stage}" if stage else "")
-                + ", or cut the trained model in one go by hfslim.prune or hfslim.sparsify"
-            )
 
 
 def check_unscaled(args: TrainingArguments, otherwise: str = "") -> None:
