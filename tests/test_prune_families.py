@@ -39,6 +39,22 @@ def test_by_the_criterion(case, criterion):
     assert 0.5 < pruned(case, criterion=criterion) <= 0.95
 
 
+def test_what_the_decision_does_not_hear_goes_first(tmp_path):
+    """CANINE classifies before its last encoder, whose moments are zero."""
+    model = zoo.tiny("text/canine")
+    result = hfslim.prune(
+        model,
+        batches(model),
+        target={"sparsity": {"neurons": 0.2}},
+        units=["neurons"],
+        criterion="obs",
+        progress=False,
+    )
+    left = {e.path: len(e.kept) for e in result.structure if e.kind == "neurons"}
+    assert left.pop("canine.final_char_encoder.layer.0") == 0
+    assert set(left.values()) == {zoo.NEURONS}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [c for c, row in ROWS.items() if "exact" in row.outcomes.values()])
 def test_every_type(case):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,11 @@ from hfslim.anatomy.config_fields import DEPTH_FIELDS, PER_LAYER_FIELDS
 from hfslim.anatomy.units import Units
 from hfslim.structure import Structure
 
-__all__ = ["Depth", "check_layer_types", "configs", "set_depth"]
+__all__ = ["Depth", "check_layer_types", "configs", "layer_types", "set_depth"]
 
 Fields = dict[str, Any]
+Types = Mapping[str, Sequence[str]]
+"""By list of layers, the kind of attention of each, where the config tells it by position."""
 
 
 @dataclass(frozen=True)
@@ -69,23 +72,39 @@ def set_depth(model: PreTrainedModel, before: Units, structure: Structure) -> li
     return told
 
 
-def check_layer_types(model: PreTrainedModel) -> None:
-    """Check that layers whose number the config cannot tell go on finding their own type in it.
+def layer_types(model: PreTrainedModel, units: Units) -> Types:
+    """Return what each layer finds in `layer_types` of its config, by list of layers."""
+    found = {}
+    for site in units:
+        types = list(getattr(_config_around(model, site.path), "layer_types", None) or ())
+        if site.kind == "layers" and len(types) >= site.size:
+            found[site.path] = types[: site.size]
+    return found
 
-    When they run, layers look up by their position which kind of attention they get. Beyond its
-    window alone does a wrong one differ, so no short input shows it.
+
+def check_layer_types(model: PreTrainedModel, before: Types, structure: Structure) -> None:
+    """Check that the layers that stay go on finding their own type in the config.
+
+    When they run, they look up by their position which kind of attention they get. Where that
+    differs in its window alone, no short input shows a wrong one.
+
+    Args:
+        model: The model, cut, its config brought up to date.
+        before: What `layer_types` told of it before.
+        structure: The structure it was cut to.
 
     Raises:
         RuntimeError: Some would find that of another.
     """
-    told = (getattr(model.config, "hfslim", None) or {}).get("layers", {})
-    for path, kept in told.items():
-        types = list(getattr(_config_around(model, path), "layer_types", None) or ())
-        if types and [types[i] for i in kept] != types[: len(kept)]:
+    for path, types in before.items():
+        kept = structure.kept("layers", path)
+        now = list(getattr(_config_around(model, path), "layer_types", None) or ())[: len(kept)]
+        if now != [types[i] for i in kept]:
             raise RuntimeError(
-                f"its config builds no model with the layers {list(kept)} of {path!r} alone, and "
-                f"with all it tells others their kind of attention (layer_types: {types}); leave "
-                "layers out of `units`, or let the last ones go"
+                f"with the layers {list(kept)} of {path!r} alone, its config would tell some the "
+                f"attention of others (layer_types {now}, where they had "
+                f"{[types[i] for i in kept]}); nothing was changed. Leave layers out of `units`, "
+                "or let the last ones go"
             )
 
 

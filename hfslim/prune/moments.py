@@ -62,14 +62,13 @@ class InputMoments:
 
         Where a projection has a bias, the bias makes up for the mean of what is removed.
         """
-        weight = self.weight.clamp_min(1e-300)
-        second = self.second / weight
+        second = self.second / self.weight.clamp_min(1e-300)
         # Sums over float32 are known to this; where all inputs are alike, nothing else is left.
         rounding = (
             torch.finfo(torch.float32).eps * second.trace() if ridge else second.new_zeros(())
         )
         if centred:
-            second -= torch.outer(self.first, self.first).div_(weight.square())
+            second -= torch.outer(self.mean, self.mean)
         added = torch.maximum(ridge * second.diagonal().mean(), rounding).clamp_min(1e-30)
         # In place, because these matrices are the largest that there are.
         second = (second + second.T).div_(2)

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from hfslim.adapters import check_merged
 from hfslim.anatomy import Site, Units, find_units, layer_lists
 from hfslim.hub import blueprint, modeling_hfslim, reload
-from hfslim.hub.depth import check_layer_types, configs, set_depth
+from hfslim.hub.depth import check_layer_types, configs, layer_types, set_depth
 from hfslim.prune.parted import Parted
 from hfslim.prune.proof import (
     Returns,
@@ -68,14 +68,16 @@ def shrink(
         inputs = probe_inputs(model)
     expected, returns = run_gated(model, units, structure, inputs)
     tell_unseen(expected, model, inputs)
+    types = layer_types(model, units)
     surgery = _Surgery(model, sparing=True)
     try:
         surgery.cut(units, structure, returns)
         depth = set_depth(model, units, structure)
+        check_layer_types(model, types, structure)
         surgery.remember_settings()
         check_equal(expected, model, inputs)
         changed = blueprint.describe(model, units, structure, depth)
-        check_layer_types(model)
+        check_layer_types(model, types, structure)
         if changed:
             check_equal(expected, model, inputs)
     except BaseException:
