@@ -71,10 +71,10 @@ def test_a_cut_that_the_check_cannot_see_is_told(caplog):
     model = tiny("bert")
     structure = uneven(model)
     hfslim.shrink(copy.deepcopy(model), structure)
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
     model.classifier.weight.data.zero_()
     hfslim.shrink(model, structure)
-    (record,) = caplog.records
+    (record,) = (record for record in caplog.records if record.levelname == "WARNING")
     assert "changes the logits of BertForSequenceClassification by 0 " in record.getMessage()
 
 
