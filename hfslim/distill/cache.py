@@ -18,6 +18,7 @@ import xxhash
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from hfslim.distill.augmentation import random_state
 from hfslim.distill.position_store import PositionStore, PositionWriter
 from hfslim.distill.top_k import TopK
 from hfslim.pairing import PREFIX, own_inputs
@@ -56,7 +57,14 @@ class KeyedCollator:
         """Collate examples."""
         read = [own_inputs(one, PREFIX) for one in features] if self.teacher_alone else features
         keys = torch.from_numpy(np.stack([example_key(one) for one in read]))
+        before = random_state()
         batch = self.collator(features)
+        if not self.teacher_alone and random_state() != before:
+            raise CacheError(
+                f"the collator {type(self.collator).__name__} draws random numbers, as mixup does, "
+                "so that a batch is not what its examples are known by: let the data set change "
+                "examples when they are read, or leave teacher_cache out."
+            )
         batch[KEYS] = keys
         return batch
 
@@ -73,7 +81,10 @@ def example_key(example: Mapping[str, Any]) -> np.ndarray:
     """
     state = xxhash.xxh3_128()
     for name in sorted(set(example) - set(_LABELS)):
-        array = np.asarray(example[name])
+        try:
+            array = np.asarray(example[name])
+        except ValueError:  # Lists of unequal length.
+            array = np.asarray(None)
         if array.dtype.kind in "iub":
             array = array.astype(np.int64)
         elif array.dtype.kind == "f":
@@ -131,7 +142,8 @@ class TeacherCache:
         teacher: What they must be of: the `fingerprint` of the teacher, and what is kept.
 
     Raises:
-        CacheError: The folder holds no cache, a damaged one, or one of another teacher.
+        CacheError: The folder holds no cache, a damaged one, or one of another teacher or of other
+            settings.
     """
 
     def __init__(self, folder: str | Path, teacher: str) -> None:
@@ -212,8 +224,11 @@ class TeacherCache:
             meta |= {"version": _VERSION, "teacher": teacher, "digest": _digest(temporary)}
             (temporary / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
             temporary.rename(folder)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, OSError) and folder.exists():
+                logger.warning(f"another run has filled {folder} meanwhile, which is read instead")
+                return
             raise
         logger.info(f"teacher cache of {meta['examples']:,} examples in {folder}")
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import logging
 
+from hfslim.distill.augmentation import SeededExamples
 from hfslim.distill.cache import KEYS, Answers, CacheError, TeacherCache
 from hfslim.distill.capture import Seen
 from hfslim.distill.clock import TeacherClock
@@ -60,15 +61,12 @@ class CacheMixin(_Base):
             kept.append(f"top {self._top_k.k} at {self._top_k.temperature:g}")
         if self.features is not None:
             kept.append(str(self.features.packing))
+        data = self._examples()
+        if isinstance(data, SeededExamples):
+            kept.append(f"{data.epochs} epochs of augmentation by seed {data.seed}")
         identity = "-".join(kept)
         exists = broadcast_object_list([Path(folder).exists()])[0]
         if not exists:
-            data: Any = self.train_dataset
-            if not hasattr(data, "__len__"):
-                raise ValueError(
-                    "teacher_cache is filled from a data set of known length, and train_dataset "
-                    "has none; leave teacher_cache out for streamed data."
-                )
             # A data loader draws from the generator that dropout is going to use.
             with torch.random.fork_rng(devices=[]):
                 answers = self._all_answers(data, Path(folder))
@@ -77,7 +75,31 @@ class CacheMixin(_Base):
                 else:
                     deque(answers, maxlen=0)
             self.accelerator.wait_for_everyone()
+            if not Path(folder).exists():
+                raise CacheError(
+                    f"{folder} was filled by the first process, and this one does not see it: set "
+                    "teacher_cache to a folder that all machines share."
+                )
         self._cache = TeacherCache(folder, identity)
+
+    def _examples(self) -> Any:
+        """Return the training data, whose augmentation is the same each time if that is asked."""
+        data: Any = self.train_dataset
+        if not hasattr(data, "__len__"):
+            raise ValueError(
+                "teacher_cache is filled from a data set of known length, and train_dataset "
+                "has none; leave teacher_cache out for streamed data."
+            )
+        epochs = self.args.teacher_cache_epochs
+        if epochs is not None and not isinstance(data, SeededExamples):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            self.train_dataset = data = SeededExamples(data, seed, epochs)
+        return data
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if isinstance(self.train_dataset, SeededExamples):
+            self.train_dataset.epoch = kwargs["epoch"]
+        super()._run_epoch(*args, **kwargs)
 
     def _check_top_k(self, labels: Tensor | None) -> None:
         """Refuse to keep the largest logits where all are needed, or all are kept."""
@@ -97,10 +119,20 @@ class CacheMixin(_Base):
             )
 
     def _all_answers(self, data: Any, folder: Path) -> Iterator[Answers]:
-        loader = self.get_test_dataloader(data)
+        # What training leaves out of an epoch's end, another epoch's order brings in.
+        drops, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            loader = self.get_test_dataloader(data)
+        finally:
+            self.args.dataloader_drop_last = drops
+        epochs = self.args.teacher_cache_epochs or 1
         quiet = self.args.disable_tqdm or not self.accelerator.is_main_process
         estimated = self.features is None
-        for batch in track(loader, "filling the teacher cache", total=len(loader), disable=quiet):
+        total = epochs * len(loader)
+        batches = track(
+            _epochs_of(loader, data, epochs), "filling the teacher cache", total, disable=quiet
+        )
+        for batch in batches:
             batch = self._prepare_inputs(batch)
             parts: tuple[Tensor, ...]
             if self.features is None:
@@ -117,7 +149,7 @@ class CacheMixin(_Base):
                 parts = (batch[KEYS], logits, across(packed, dim=1), across(whole, dim=1))
             answers = Answers(*self.accelerator.gather_for_metrics(parts))
             if not estimated:
-                self._estimate(answers, len(data), folder)
+                self._estimate(answers, epochs * len(data), folder)
                 estimated = True
             yield answers
 
@@ -144,7 +176,9 @@ class CacheMixin(_Base):
             if self._cache is not None and self.features is None:
                 found = self._cache.find(inputs[KEYS])
                 self._from_cache = found is not None
-                if found is not None:
+                if found is None:
+                    self._tell_of_miss()
+                else:
                     return self._cache.logits(found).to(inputs[KEYS].device)
             with self.accelerator.autocast():
                 return self.teachers.logits(inputs, **options)
@@ -176,6 +210,7 @@ class CacheMixin(_Base):
             return None
         examples = self._cache.find(inputs[KEYS])
         if examples is None:
+            self._tell_of_miss()
             return None
         states = next(iter([*seen.hidden, *seen.vectors]))
         mask = self.features.mask(states.shape[1], student_inputs)
@@ -185,3 +220,17 @@ class CacheMixin(_Base):
         self._from_cache = True
         logits = self._cache.logits(examples).to(states.device)
         return logits, self.features.packing.unpack(positions)
+
+    def _tell_of_miss(self) -> None:
+        logger.warning_once(
+            f"an example is not in {self.args.teacher_cache}, so its batch goes through the "
+            "teacher; teacher_cache_hits in the log tells how often. Where augmentation changes "
+            "examples, set teacher_cache_epochs."
+        )
+
+
+def _epochs_of(loader: Any, data: Any, epochs: int) -> Iterator[Any]:
+    for epoch in range(epochs):
+        if isinstance(data, SeededExamples):
+            data.epoch = epoch
+        yield from loader

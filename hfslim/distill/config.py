@@ -16,6 +16,7 @@ from hfslim.distill.terms import FEATURE_LOSSES
 
 __all__ = ["DistillationConfig", "parse_weights"]
 
+_OF_CACHES = ("teacher_cache_epochs", "teacher_cache_top_k", "teacher_cache_features")
 TEACHER_DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
@@ -54,6 +55,10 @@ class DistillationConfig(TrainingArguments):
         teacher_cache: Folder of the teacher's logits for the training data; filled before training
             where there is none. Examples are found by what they hold, so shuffling, processes and
             resume do not matter; what augmentation has changed is run through the teacher.
+        teacher_cache_epochs: Number of epochs whose augmentation the cache keeps. Each example is
+            then read with random numbers that `data_seed` (else `seed`), the epoch modulo this
+            number and its index tell, so that it comes out the same on any process, after resume
+            and in a later run. By default augmentation is left alone.
         teacher_cache_top_k: Number of the likeliest classes whose logits the cache keeps; the
             others share what is left evenly. By default all. For `kl` on one label per example, at
             one temperature.
@@ -127,6 +132,9 @@ class DistillationConfig(TrainingArguments):
     teacher_cache: str | None = field(
         default=None, metadata={"help": "Folder for the teacher's logits; filled if it is new."}
     )
+    teacher_cache_epochs: int | None = field(
+        default=None, metadata={"help": "Epochs whose augmentation the cache keeps; then again."}
+    )
     teacher_cache_top_k: int | None = field(
         default=None, metadata={"help": "Likeliest classes whose logits are cached; all if unset."}
     )
@@ -187,8 +195,8 @@ class DistillationConfig(TrainingArguments):
     def _check_cache(self) -> None:
         features = parse_weights(self.feature_losses)
         if self.teacher_cache is None:
-            for name in ("teacher_cache_top_k", "teacher_cache_features"):
-                if getattr(self, name):
+            for name in _OF_CACHES:
+                if getattr(self, name) not in (None, False):
                     raise ValueError(
                         f"{name} says what a cache keeps: set teacher_cache, its folder."
                     )
@@ -206,6 +214,16 @@ class DistillationConfig(TrainingArguments):
                 f"{wide[0]} compares attention maps, which teacher_cache_features does not keep; "
                 "use minilm_v2 or a loss on hidden states, or leave teacher_cache out."
             )
+        if self.teacher_cache_epochs is not None:
+            if self.teacher_cache_epochs < 1:
+                raise ValueError(
+                    f"teacher_cache_epochs is {self.teacher_cache_epochs}; expected 1 or more."
+                )
+            if self.dataloader_persistent_workers:
+                raise ValueError(
+                    "teacher_cache_epochs tells each epoch's augmentation to the data loader, and "
+                    "persistent workers do not hear of it: set dataloader_persistent_workers=False."
+                )
         if self.teacher_cache_top_k is None:
             return
         if self.teacher_cache_top_k < 1:

@@ -12,6 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import test_paired_teacher
 from test_cache_contents import FEATURES, trained
+from test_cached_augmentation import trained as augmented
 from test_teacher_cache import losses
 
 
@@ -35,6 +36,16 @@ def main(folder: Path) -> None:
     rank = torch.distributed.get_rank()
     (folder / "inside" / f"losses.{rank}.json").write_text(
         json.dumps({name: [entry["loss"] for entry in log] for name, log in inside.items()})
+    )
+    changed = {
+        "live": augmented(folder / "augmented", None, live_epochs=2),
+        "filled": augmented(
+            folder / "augmented", folder / "augmented" / "cache", teacher_cache_epochs=2
+        ),
+    }
+    assert {entry["teacher_cache_hits"] for entry in changed["filled"]} == {1.0}
+    (folder / "augmented" / f"losses.{rank}.json").write_text(
+        json.dumps({name: [e["loss_distillation"] for e in log] for name, log in changed.items()})
     )
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -13,6 +13,7 @@ def test_two_processes_fill_one_cache_read_it_and_resume_in_mid_epoch(tmp_path: 
         (tmp_path, 8, ["filled", "read", *again]),
         (tmp_path / "paired", 4, ["filled"]),
         (tmp_path / "inside", 4, ["filled", "read"]),
+        (tmp_path / "augmented", 15, ["filled"]),
     ):
         ranks = [json.loads((folder / f"losses.{rank}.json").read_text()) for rank in (0, 1)]
         assert ranks[0] == ranks[1]
