@@ -172,6 +172,8 @@ def stage_told(name: str, folder: Path) -> Iterator[None]:
     """
     try:
         yield
+    except CheckpointError:
+        raise
     except (OSError, SafetensorError, RuntimeError) as error:
         refused = isinstance(error, OSError) and error.errno in _REFUSED
         forbidden = isinstance(error, PermissionError) and str(folder) in str(error)

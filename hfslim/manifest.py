@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,42 @@ class Manifest:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self.folder / FILE)
+
+
+def on_disk(folder: Path) -> str:
+    """Return the text of a folder's manifest; nothing where there is none."""
+    path = folder / FILE
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[bool]:
+    """Keep other runs out of a folder inside the block.
+
+    The system lets go of it when the process ends, however that ends.
+
+    Args:
+        folder: It is made if it is not there.
+
+    Yields:
+        Whether no other run is inside; True where the file system cannot tell.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if os.name != "posix":
+        yield True
+        return
+    import fcntl
+
+    handle, free = os.open(folder, os.O_RDONLY), True
+    try:
+        with suppress(OSError):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                free = False
+        yield free
+    finally:
+        os.close(handle)
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from hfslim.distill.student import student_structure
 from hfslim.hub.card import RECIPE
 from hfslim.hub.push import check_login, push
 from hfslim.launch import check_folder, check_launch, launch_arguments
-from hfslim.manifest import Entry, Manifest
+from hfslim.manifest import Entry, Manifest, OutputError, alone, on_disk
 from hfslim.measure import compare
 from hfslim.page import publish
 from hfslim.parallel import forget_trainers, loading_whole
@@ -64,7 +65,8 @@ def run(recipe: Recipe) -> Path:
 
     Raises:
         CheckpointError: What a stage made cannot be written: the disk is full, for instance.
-        OutputError: `output_dir` holds something else, or the recipe has changed since a stage ran.
+        OutputError: `output_dir` holds something else, another run writes to it, or the recipe has
+            changed since a stage ran.
         PushError: The Hub refuses the token, which is asked before the first stage, or the push.
         RecipeError: The data, the model or a target do not allow what the recipe asks.
     """
@@ -77,6 +79,7 @@ def run(recipe: Recipe) -> Path:
     }
     evaluation = _arguments(recipe, Transfer(), folder)
     forget_trainers()
+    seen = on_disk(folder)
     manifest = Manifest.open(folder, _base(recipe))
     manifest.check([stage.name for stage, _ in plan], [stage.settings for stage, _ in plan])
     process = PartialState()
@@ -96,15 +99,30 @@ def run(recipe: Recipe) -> Path:
         work.check_target()
     except ValueError as error:
         raise RecipeError(str(error)) from error
+    writes = evaluation.should_save
+    with stage_told("results", folder), alone(folder) if writes else nullcontext(True) as free:
+        if not _everywhere(free and on_disk(folder) == seen):
+            raise OutputError(
+                f"another run writes to {folder}: give the command again when that has ended, or "
+                "set another output_dir"
+            )
+        _run_stages(work, plan)
+        _publish(work)
+    return Path(work.source or folder)
+
+
+def _run_stages(work: Work, plan: list[tuple[Stage, str]]) -> None:
+    """Run the stages that are not finished, each on what the ones before made."""
+    folder = work.manifest.folder
     for number, (stage, name) in enumerate(plan, 1):
-        entry = manifest.begin(stage.name, name, stage.settings)
+        entry = work.manifest.begin(stage.name, name, stage.settings)
         label = f"stage {number} of {len(plan)}, {stage.name}"
         if _everywhere(entry.finished):
             logger.info("%s: finished before, in %s", label, folder / name)
         else:
             logger.info("%s", label)
             with stage_told(name, folder):
-                _run_stage(work, stage, entry, arguments.get(name))
+                _run_stage(work, stage, entry)
             if entry.metrics:
                 figures = ", ".join(f"{k} {v:.4f}" for k, v in entry.metrics.items())
                 logger.info("%s: %s, saved in %s", label, figures, folder / name)
@@ -112,18 +130,15 @@ def run(recipe: Recipe) -> Path:
             work.whole = work.source
         if not isinstance(stage, Measure | Push):
             work.source, work.latest = str(folder / name), entry
-    with stage_told("the report", folder):
-        _publish(work)
-    return Path(work.source or folder)
 
 
-def _run_stage(work: Work, stage: Stage, entry: Entry, args: TrainingArguments | None) -> None:
+def _run_stage(work: Work, stage: Stage, entry: Entry) -> None:
     """Run a stage, and note that it is finished once all that it made is on the disk."""
     process = PartialState()
     entry.finished = False
     work.save_manifest()
     set_seed(work.recipe.seed)
-    RUNNERS[type(stage)](work, stage, entry, args)
+    RUNNERS[type(stage)](work, stage, entry, work.arguments.get(entry.folder))
     forget_trainers()
     if work.evaluation.should_save:
         flush(work.manifest.folder)

@@ -13,7 +13,15 @@ from test_checkpoint import arguments, build, difference, examples
 from transformers import Trainer, TrainerCallback
 
 from hfslim import PruningCallback, SlimTrainer
-from hfslim.atomic import STAGING, CheckpointError, last_whole, problem_of, publish, rotate
+from hfslim.atomic import (
+    STAGING,
+    CheckpointError,
+    last_whole,
+    problem_of,
+    publish,
+    rotate,
+    stage_told,
+)
 
 
 def checkpoint(run: Path, step: int) -> Path:
@@ -187,6 +195,13 @@ def test_the_stock_trainers_checkpoint_on_sigterm_is_refused_with_pruning(tmp_pa
             stock.train()
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_checkpoint_that_fails_inside_a_stage_is_told_once(tmp_path):
+    error = CheckpointError("checkpoint-6 could not be written: enforce fail at inline_container")
+    with pytest.raises(CheckpointError) as failure, stage_told("03-recover", tmp_path):
+        raise error
+    assert failure.value is error
 
 
 def test_the_best_model_of_another_structure_is_not_brought_back(tmp_path, caplog):

@@ -17,10 +17,11 @@ from transformers import AutoModelForImageClassification, BertTokenizer, Trainin
 
 from hfslim.atomic import CheckpointError
 from hfslim.hub.push import PushError
-from hfslim.manifest import Manifest, OutputError
+from hfslim.manifest import Manifest, OutputError, alone
 from hfslim.pipeline import run
 from hfslim.recipe import Recipe, RecipeError, parse_recipe
 from hfslim.tasks import DataConfig, build_model
+from hfslim.work import Work
 from hfslim.workbench import Workbench
 
 STEP = {
@@ -298,6 +299,35 @@ def test_a_report_that_was_interrupted_is_written_anew(
     assert not (out / "report.json").exists()
     run(recipe)
     assert (out / "report.json").is_file() and list((out / "figures").glob("*.png"))
+
+
+def test_a_second_run_of_the_same_folder_is_refused_while_the_first_lasts(tmp_path: Path) -> None:
+    recipe, out = parse_recipe(image_recipe(tmp_path)), tmp_path / "out"
+    with alone(out) as free:
+        assert free
+        with pytest.raises(OutputError, match=f"another run writes to {out}: give the command ag"):
+            run(recipe)
+    assert not list(out.iterdir())
+    run(recipe)
+    assert all(entry["finished"] for entry in manifest(recipe)["stages"])
+
+
+def test_a_run_that_another_overtook_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both found nothing when they began; the other was done when this one came to write."""
+    recipe, out = parse_recipe(image_recipe(tmp_path)), tmp_path / "out"
+    check_target = Work.check_target
+
+    def overtaken(work: Work) -> None:
+        check_target(work)
+        out.mkdir()
+        (out / "manifest.json").write_text("{}")
+
+    monkeypatch.setattr(Work, "check_target", overtaken)
+    with pytest.raises(OutputError, match="another run writes"):
+        run(recipe)
+    assert [path.name for path in out.iterdir()] == ["manifest.json"]
 
 
 def test_a_damaged_manifest_is_refused(tmp_path: Path) -> None:
