@@ -141,21 +141,28 @@ def log_to_tensorboard(report: Report, folder: Path) -> None:
 
 
 def _tiles(report: Report) -> list[tuple[str, str, str]]:
-    """Return the figures that stand out: what, how much, beside what."""
-    tiles = []
+    """Return the figures that stand out, means over seeds: what, how much, beside what."""
+    tiles, over = [], {one.figure: one for one in report.stability}
     for quality in report.quality[:1]:
         beside = "" if quality.teacher is None else f"{quality.teacher:.4f} before"
         tiles.append((quality.metric, f"{quality.value:.4f}", beside))
     for compared in report.comparisons[:1]:
         before, after = compared.before, compared.after
+        several = over.get(f"MACs kept, batch {after.latency.batch_size}")
         kept = after.macs / before.macs if before.macs else 1.0
+        kept = several.mean if several else kept
         tiles.append(("MACs kept", f"{kept:.1%}", "multiply-accumulates"))
         share = after.parameters / before.parameters
-        tiles.append(("parameters kept", f"{share:.1%}", f"{after.parameters:,}"))
+        whose = f", seed {several.seeds[0]}" if several else ""
+        tiles.append(("parameters kept", f"{share:.1%}", f"{after.parameters:,}{whose}"))
     for compared in _ends(report.comparisons):
-        size = compared.after.latency.batch_size
-        interval = f"{compared.low:.2f} to {compared.high:.2f}"
-        tiles.append((f"speedup, batch {size}", f"{compared.speedup:.2f}×", interval))
+        figure = f"speedup, batch {compared.after.latency.batch_size}"
+        several = over.get(figure)
+        faster, interval = compared.speedup, f"{compared.low:.2f} to {compared.high:.2f}"
+        if several:
+            faster = several.mean
+            interval = f"{min(several.values):.2f} to {max(several.values):.2f} by seed"
+        tiles.append((figure, f"{faster:.2f}×", interval))
     answers = report.answers
     if answers is not None and answers.churn is not None:
         tiles.append(("churn", f"{answers.churn:.1%}", "answers that changed"))

@@ -212,7 +212,10 @@ class Report:
 
     def conditions(self) -> list[str]:
         """What each measurement holds for: input, device, dtype, threads, calls."""
-        return tables.conditions(self.comparisons)
+        lines = tables.conditions(self.comparisons)
+        if lines and self.stability:
+            return [f"Costs are those of seed {self.stability[0].seeds[0]}.", *lines]
+        return lines
 
     def behaviour(self) -> list[Section]:
         """The tables of what the model answers: over seeds, and class by class."""

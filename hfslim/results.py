@@ -26,6 +26,8 @@ from hfslim.workbench import Judged
 
 __all__ = ["Pair", "current_report", "judge_pair", "run_report"]
 
+UNTRAINED = ", untrained"
+
 
 class Pair(NamedTuple):
     """The current model and the one that it is compared with, and how both do.
@@ -75,7 +77,8 @@ def run_report(work: Work, pair: Pair, comparisons: Sequence[Comparison] = ()) -
     }
     base, answers = _base(work), work.answers(pair.now, pair.teacher)
     return Report(
-        model=base.name,
+        # What began untrained is trained by now.
+        model=base.name.removesuffix(UNTRAINED),
         comparisons=comparisons,
         quality=[Quality(recipe.metric, value, teacher, data, count, (recipe.seed,))],
         structure=_structure(work.manifest),
@@ -170,7 +173,7 @@ def _first_teacher(work: Work) -> str | None:
 def _base(work: Work) -> Origin:
     if work.recipe.model is not None:
         return Origin.of_model(work.recipe.model)
-    return Origin(f"{(work.recipe.model_config or {}).get('model_type')}, untrained")
+    return Origin(f"{(work.recipe.model_config or {}).get('model_type')}{UNTRAINED}")
 
 
 def _teacher(work: Work) -> Origin | None:

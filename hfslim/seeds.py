@@ -123,6 +123,9 @@ def _stability(reports: Mapping[int, Report]) -> list[Spread]:
         if changes:
             worst = min(changes, key=lambda name: fmean(changes[name]))
             add(f"class {worst} (the worst), change", [*changes[worst]], "high")
+        worst_lines = [one.worst() for one in answers]
+        lowest = [line.change if line else None for line in worst_lines]
+        add("worst class of each seed, change", lowest, "high")
     for comparisons in zip(*(one.comparisons for one in runs), strict=True):
         at = f"batch {comparisons[0].after.latency.batch_size}"
         kept = [one.after.macs / one.before.macs for one in comparisons]

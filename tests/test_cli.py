@@ -234,8 +234,29 @@ def test_inspect_tells_classes_layers_and_what_another_model_makes_of_it(
     (shared / "seed.json").write_text(hfslim(*asked, "--json").out)
     printed = hfslim(*asked, "--against", "seed.json", "--by-class", "--picture", "all.png").out
     assert re.search(r"heads +│ +1\.00( │ +100%){3}", printed)
+    both = printed[printed.index("Units of the best 50% that both keep") :]
+    scores = {
+        (row["path"], unit): score
+        for row in found["units"]
+        for unit, score in enumerate(row["scores"])
+    }
+    best = sorted(scores, key=scores.__getitem__, reverse=True)[: len(scores) // 2]
+    for path in {path for path, _ in scores}:
+        own = ", ".join(str(unit) for unit in sorted(u for p, u in best if p == path)) or "none"
+        assert re.search(rf"heads +│ {re.escape(path)} +│ {own} +│", both)
     assert "What each class needs" in printed
     assert (shared / "all.png").stat().st_size > 10_000
+
+
+def test_what_cannot_be_compared_with_is_told_before_the_work(hfslim, shared: Path) -> None:
+    (shared / "nothing.json").write_text("{}")
+    done = hfslim("inspect", "model", *DATA, "--against", "nothing.json")
+    assert (done.code, done.out, done.err) == (
+        2,
+        "",
+        "error: --against 'nothing.json': expected what `hfslim inspect --json` prints, found no "
+        "scores\n",
+    )
 
 
 def test_inspect_without_data_ranks_by_magnitude_and_draws(hfslim, shared: Path) -> None:

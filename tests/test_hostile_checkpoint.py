@@ -109,6 +109,13 @@ def test_shards_outside_the_folder_are_refused(way, trick, folder: Path) -> None
 
 
 @WAYS
+def test_a_folder_may_be_named_from_the_folder_above(way, folder: Path, monkeypatch) -> None:
+    (folder.parent / "here").mkdir()
+    monkeypatch.chdir(folder.parent / "here")
+    assert way(Path("..", folder.name)).config.hfslim["version"] == 1
+
+
+@WAYS
 def test_shards_of_another_kind_are_refused(way, folder: Path, tmp_path: Path) -> None:
     shard = sorted(folder.glob("*.safetensors"))[-1].name
     torch.save(Bomb(tmp_path / "mark"), folder / "shard.bin")

@@ -16,6 +16,7 @@ from hfslim.answers import Answers
 from hfslim.cli import main
 from hfslim.page import page, publish, write_page
 from hfslim.plots import plots
+from hfslim.plots.style import MARKS, PAPER
 from hfslim.report import Quality, Report
 from hfslim.seeds import over_seeds
 
@@ -78,6 +79,64 @@ def report_of(classes: int = 5, **changes) -> Report:
         history=history,
         **changes,
     )
+
+
+def long_report() -> Report:
+    """Five stages, two of which cut, seven losses, and names as long as they come."""
+    report = report_of(12)
+    steps = [1, 50, 100]
+    names = ("loss", "loss_hard", "loss_distillation", "loss_hidden", "loss_attention", "loss_l0")
+    shares = ("kept_heads", "kept_neurons", "kept_layers", "expected_macs", "weight_sparsity")
+    series = {name: {"step": steps, "value": [1.0, 0.5, 0.25]} for name in (*names, *shares)}
+    stages = ("01-transfer", "02-prune", "03-recover", "04-prune", "05-recover")
+    return replace(
+        report,
+        model="organisation-of-many-letters/model-with-a-very-long-name-v3-base-uncased",
+        answers=replace(
+            report.answers, classes=tuple(f"a rather long class name {i}" for i in range(12))
+        ),
+        history=[
+            {"stage": name, "steps": 100, "series": series, "metrics": {"accuracy": 0.8}}
+            for name in stages
+        ],
+        units=[
+            {**row, "stage": stage, "path": f"model.encoder.transformer.{row['path']}.self"}
+            for stage in ("02-prune", "04-prune")
+            for row in report.units
+        ],
+    )
+
+
+LOOK = """<!doctype html><body>
+<iframe src="PAGE" width="WIDTH" height="8000" frameborder="0"></iframe>
+<script>
+onload = () => {
+  const inner = document.querySelector("iframe").contentDocument;
+  inner.querySelectorAll("details").forEach(d => d.open = true);
+  const cut = [], crossed = [];
+  let texts = 0;
+  for (const figure of inner.querySelectorAll("figure")) {
+    const outer = figure.querySelector("svg").getBoundingClientRect();
+    const all = [...figure.querySelectorAll("svg text")].filter(t => t.textContent.trim());
+    const boxes = all.map(t => t.getBoundingClientRect());
+    texts += all.length;
+    boxes.forEach((a, i) => {
+      if (a.left < outer.left - 1 || a.right > outer.right + 1 || a.top < outer.top - 1)
+        cut.push(all[i].textContent);
+      if (figure.id != "confusion")  // whose slanted names have boxes that cross
+        for (let j = 0; j < i; j++) {
+          const b = boxes[j];
+          if (Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1.5
+              && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 3)
+            crossed.push(all[i].textContent + " × " + all[j].textContent);
+        }
+    });
+  }
+  const seen = {wide: inner.documentElement.scrollWidth, texts: texts > 100, cut, crossed};
+  document.body.innerHTML = "<pre></pre>";
+  document.querySelector("pre").textContent = JSON.stringify(seen);
+};
+</script>"""
 
 
 class Page(HTMLParser):
@@ -213,6 +272,56 @@ def test_seeds_are_drawn_and_linked() -> None:
     assert [plot.name for plot in plots(report)] == ["seeds", *FIGURES]
 
 
+def test_over_seeds_the_figures_that_stand_out_are_means() -> None:
+    first, second = report_of(), report_of()
+    (small, large) = second.comparisons
+    faster = [replace(small, speedup=3.5), replace(large, speedup=5.0)]
+    report = over_seeds({7: first, 8: replace(second, comparisons=faster)})
+    text = page(report)
+    tiles = dict(re.findall(r'<li class="tile"><span>(.*?)</span><b>(.*?)</b>', text))
+    assert (tiles["speedup, batch 1"], tiles["speedup, batch 32"]) == ("2.75×", "3.50×")
+    assert "<span>2.00 to 5.00 by seed</span>" in text
+    assert re.search(r"<span>[\d,]+, seed 7</span>", text)
+    assert report.conditions()[0] == "Costs are those of seed 7."
+
+
+def test_equal_values_of_seeds_do_not_hide_each_other() -> None:
+    report = over_seeds({1: report_of(), 2: report_of(), 3: report_of()})
+    plot = next(one for one in plots(report) if one.name == "seeds")
+    for axes in plot.draw(PAPER).axes:
+        marks = [line.get_xydata()[0] for line in axes.lines if line.get_marker() in MARKS]
+        assert len({(float(x), float(y)) for x, y in marks}) == 3
+
+
+@pytest.mark.parametrize("name", ["course", "structure", "importance"])
+def test_no_text_is_cut_off_however_long_the_names(name: str) -> None:
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
+
+    plot = next(one for one in plots(long_report()) if one.name == name)
+    with rc_context(PAPER.settings):
+        figure = plot.draw(PAPER)
+        FigureCanvasAgg(figure).draw()
+        ticks = {t for axes in figure.axes for t in axes.get_xticklabels(which="both")}
+        texts = [t for t in figure.findobj(Text) if t.get_text() and t not in ticks]
+        places = [(text.get_text(), text.get_window_extent()) for text in texts]
+    width, height = figure.bbox.size
+    assert [
+        told
+        for told, place in places
+        if place.x0 < -1 or place.y0 < -1 or place.x1 > width + 1 or place.y1 > height + 1
+    ] == []
+
+
+def test_no_two_lines_of_one_figure_look_alike() -> None:
+    plot = next(one for one in plots(long_report()) if one.name == "course")
+    for axes in plot.draw(PAPER).axes[:2]:
+        lines = [line for line in axes.lines if not line.get_label().startswith("_")]
+        assert len(lines) > 4
+        assert len({(line.get_color(), str(line._dash_pattern)) for line in lines}) == len(lines)
+
+
 def test_without_matplotlib_the_report_is_kept_and_the_way_told(
     tmp_path: Path, monkeypatch, caplog, capsys
 ) -> None:
@@ -241,18 +350,25 @@ def test_tensorboard_gets_figures_numbers_and_text(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 @pytest.mark.parametrize("width", [390, 1280])
-def test_a_browser_has_nothing_to_complain_of(tmp_path: Path, width: int) -> None:
-    path = write_page(report_of(), tmp_path)
+@pytest.mark.parametrize("make", [report_of, long_report], ids=["short", "long"])
+def test_a_browser_has_nothing_to_complain_of(tmp_path: Path, make, width: int) -> None:
+    """In a frame of that width, as Chromium's own window is never narrower than 500 pixels."""
+    path = write_page(make(), tmp_path)
+    outer = tmp_path / "outer.html"
+    outer.write_text(LOOK.replace("WIDTH", str(width)).replace("PAGE", path.name))
     done = subprocess.run(
         [
-            *(str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
-            *("--enable-logging=stderr", f"--window-size={width},6000"),
-            *(f"--screenshot={tmp_path / 'page.png'}", f"--user-data-dir={tmp_path / 'profile'}"),
-            path.as_uri(),
+            *(str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"),
+            "--hide-scrollbars",
+            *("--enable-logging=stderr", "--window-size=1400,9000"),
+            *("--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}"),
+            outer.as_uri(),
         ],
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert "CONSOLE" not in done.stderr
-    assert (tmp_path / "page.png").stat().st_size > 20_000
+    seen = re.search(r"<pre>(.*)</pre>", done.stdout, re.DOTALL)
+    assert seen is not None, done.stderr
+    assert json.loads(seen[1]) == {"wide": width, "texts": True, "cut": [], "crossed": []}

@@ -36,6 +36,7 @@ def test_mean_spread_and_worst_seed_by_hand() -> None:
     worst = rows["class b (the worst), change"]  # a: −0.1, −0.2, 0; b: −0.2, 0, −0.5
     assert worst.values == pytest.approx((-0.2, 0.0, -0.5))
     assert worst.worst_seed == 44
+    assert rows["worst class of each seed, change"].values == pytest.approx((-0.2, -0.2, -0.5))
     assert rows["churn"].mean == 0.25
     assert rows["calibration error (ECE)"].better == "low"
     assert rows["speedup, batch 1"].mean == 2.0

@@ -16,6 +16,10 @@ from hfslim.insight import Changes, UnitAgreement
 
 TOLD = 10
 """Lost examples that are told one by one."""
+NAMED = 16
+"""Units of a place that are named."""
+HALF = 0.5
+"""Fraction of the units of a kind of which it is told which both keep."""
 TEXT = 60
 """Characters of a text."""
 
@@ -28,7 +32,7 @@ class Agreement:
     kinds: Sequence[UnitAgreement]
 
     def print(self, console: Console) -> None:
-        """Print a row for each kind."""
+        """Print a row for each kind, and the units on which the two agree."""
         kept = list(self.kinds[0].shared)
         table = table_of(
             f"Units on which {self.source} agrees",
@@ -41,6 +45,13 @@ class Agreement:
         console.print(table)
         chance = ", ".join(f"{fraction:.0%}" for fraction in kept)
         console.print(f"By chance they would have {chance} in common.")
+        table = table_of(
+            f"Units of the best {HALF:.0%} that both keep", "units", "layer", "both keep"
+        )
+        for one in self.kinds:
+            for path, units in one.kept_by_both[HALF].items():
+                table.add_row(one.kind, escape(path), _listed(units))
+        console.print(table)
 
     def values(self) -> dict[str, Any]:
         """Return the agreement by kind and site, and the units that both keep."""
@@ -129,6 +140,12 @@ class Lost:
     def panels(self) -> list[heatmap.Panel]:
         """Return none."""
         return []
+
+
+def _listed(units: Sequence[int]) -> str:
+    told = ", ".join(map(str, units[:NAMED]))
+    more = len(units) - NAMED
+    return f"{told} and {more:,} more" if more > 0 else told or "none"
 
 
 def _finite(value: float) -> float | None:

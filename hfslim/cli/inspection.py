@@ -74,7 +74,7 @@ def inspect(
             raise typer.BadParameter("it needs examples: add --data", param_hint=f"'{option}'")
     with working():
         from hfslim.anatomy import find_units
-        from hfslim.cli.subject import Subject
+        from hfslim.cli.subject import Subject, saved_scores
         from hfslim.prune.criteria import criteria_by_kind
 
         if picture is not None:
@@ -82,6 +82,7 @@ def inspect(
 
             with asked("--picture"):
                 check_picture(picture)
+        saved = saved_scores(against) if against and against.endswith(".json") else None
         bench = workbench(model, data, None, seed, batch_size) if data else None
         loaded = bench.load_model(model) if bench else open_model(model)[1]
         found = find_units(loaded, "dimensions" in (units or ()))
@@ -95,10 +96,10 @@ def inspect(
         findings: list[Finding] = [subject.importance(f"{model}: {_spoken(names)}")]
         if similarity:
             findings.append(subject.similarity())
-        if against:
-            other_bench = None
-            if data and not against.endswith(".json"):
-                other_bench = workbench(against, data, None, seed, batch_size)
+        if against and saved is not None:
+            findings.append(subject.agreement(against, saved))
+        elif against:
+            other_bench = workbench(against, data, None, seed, batch_size) if data else None
             findings += subject.against(against, other_bench)
         if picture is not None:
             from hfslim.heatmap import draw

@@ -95,15 +95,17 @@ class Subject:
         )
         return Similarity(values)
 
+    def agreement(self, source: str, scores: Mapping[Key, torch.Tensor]) -> Agreement:
+        """Compare with another scoring of the units, from a source."""
+        return Agreement(source, unit_agreement(scores, self.scores))
+
     def against(self, source: str, bench: Workbench | None) -> list[Finding]:
-        """Compare with another model, or with what was printed of one.
+        """Compare with another model.
 
         Args:
-            source: Hub id or folder, or a file of `hfslim inspect --json`.
+            source: Hub id or folder.
             bench: The examples, prepared for the other model; None where there are none.
         """
-        if source.endswith(".json"):
-            return [Agreement(source, unit_agreement(saved_scores(source), self.scores))]
         model = bench.load_model(source) if bench else open_model(source)[1]
         units = find_units(model).of(self.criteria)
         findings: list[Finding] = []
@@ -111,7 +113,7 @@ class Subject:
             other = replace(
                 self, name=source, model=model, units=units, bench=bench, by_class=False
             )
-            findings.append(Agreement(source, unit_agreement(other.scores, self.scores)))
+            findings.append(self.agreement(source, other.scores))
         else:
             logger.info("%s has other units: no agreement of units is told", source)
         if bench and self.bench:

@@ -19,6 +19,7 @@ import importlib
 import inspect
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -685,15 +686,15 @@ def check_weights(source: str | Path, files: Sequence[str] = ()) -> None:
         BlueprintError: A file is none of safetensors, or lies outside the folder.
     """
     # Links are not followed: the Hub client's cache consists of them.
-    folder, named = Path(source).absolute(), [Path(file) for file in files]
+    folder, named = Path(os.path.normpath(Path(source).absolute())), [Path(file) for file in files]
     for index in folder.glob("*.safetensors.index.json"):
         shards = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
         named += [folder / str(name) for name in shards.values()]
     for file in named:
         if file.suffix != ".safetensors":
             raise BlueprintError(f"{file}: {ONLY}")
-        inside = not folder.is_dir() or file.absolute().is_relative_to(folder)
-        if ".." in file.parts or not inside:
+        inside = Path(os.path.normpath(file.absolute())).is_relative_to(folder)
+        if not (inside if folder.is_dir() else ".." not in file.parts):
             raise BlueprintError(f"{file}: this weight file lies outside {source}")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hfslim.plots.style import DASHES, MARKS, Plot, Theme, new_figure
@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHARES = ("kept_", "expected_", "weight_sparsity")
+
+LINE = 0.14
+"""Inches for a line of text."""
+LETTERS = 0.023
+"""Share of the width that a letter takes."""
+TURN = 0.6
+"""Share of the width from which on a stage's name stands left of its line."""
 
 
 def course(report: Report) -> Plot | None:
@@ -34,34 +41,46 @@ def course(report: Report) -> Plot | None:
     begun: dict[int, str] = {}
     for stage, (start, _) in zip(report.history, spans, strict=True):
         begun[start] = f"{begun[start]}, {stage['stage']}" if start in begun else stage["stage"]
+    rows_of_names = _rows(begun, spans[-1][1])
+    named = max(rows_of_names) + 1
 
     def draw(theme: Theme) -> Figure:
-        figure, axes = new_figure(0.6 + 1.45 * several, several, sharex=True)
-        for one, (series, label) in zip(axes, panels, strict=False):
+        lines = [-(-len(series) // _columns(series)) for series, _ in panels]
+        height = 0.6 + 1.45 * several + LINE * (sum(lines) - len(lines) + named - 1)
+        figure, axes = new_figure(height, several, sharex=True)
+        for number, (one, (series, label)) in enumerate(zip(axes, panels, strict=False)):
             for place, (name, (steps, values)) in enumerate(series.items()):
-                style = {"color": theme.series[place % 4], "linestyle": DASHES[place % 4]}
-                one.plot(steps, values, label=name, **style)
+                # The second time round, colours come with other dashes.
+                dashes = DASHES[(place + place // len(DASHES)) % len(DASHES)]
+                colour = theme.series[place % len(theme.series)]
+                one.plot(steps, values, label=name, color=colour, linestyle=dashes)
             one.set_ylabel(label)
             one.set_ylim(bottom=0)
-            above = {"loc": "lower left", "bbox_to_anchor": (0, 1.1 if label == "loss" else 1)}
-            one.legend(ncols=3, handlelength=2.2, borderaxespad=0.1, columnspacing=1, **above)
+            one.legend(
+                ncols=_columns(series),
+                handlelength=2.2,
+                borderaxespad=0.1,
+                columnspacing=1,
+                loc="lower left",
+                bbox_to_anchor=(0, 1 + 0.1 * named if number == 0 else 1),
+            )
         if marks:
             axes[-1].plot(
                 *zip(*marks, strict=True), color=theme.series[0], marker="o", markersize=4
             )
             axes[-1].set_ylabel(metric)
         for number, one in enumerate(axes):
-            for start, name in begun.items():
+            for row, (start, name) in zip(rows_of_names, begun.items(), strict=True):
                 one.axvline(start, color=theme.muted, linewidth=0.7, linestyle=(0, (2, 2)))
                 if number == 0:
                     one.annotate(
                         name,
                         (start, 1.0),
                         xycoords=("data", "axes fraction"),
-                        xytext=(0, 3),
+                        xytext=(0, 3 + 72 * LINE * row),
                         textcoords="offset points",
                         fontsize=6.5,
-                        ha="left" if start < 0.6 * spans[-1][1] else "right",
+                        ha="left" if start < TURN * spans[-1][1] else "right",
                     )
         axes[-1].set_xlabel("steps of all stages")
         return figure
@@ -132,6 +151,30 @@ def curve(report: Report) -> Plot | None:
     ]
     alt = f"Points of {metric} against latency, batch {sizes[-1]}: {'; '.join(told)}."
     return Plot("curve", "What speed costs", alt, draw, table)
+
+
+def _rows(begun: Mapping[int, str], end: int) -> list[int]:
+    """Return, for the name of each stage, the lowest row above the axes in which it has room."""
+    rows: list[list[tuple[float, float]]] = []
+    places = []
+    for start, name in begun.items():
+        place, width = start / max(end, 1), LETTERS * len(name)
+        left = place if place < TURN else place - width
+        free = (
+            n for n, row in enumerate(rows) if all(left > r or left + width < x for x, r in row)
+        )
+        number = next(free, len(rows))
+        if number == len(rows):
+            rows.append([])
+        rows[number].append((left, left + width))
+        places.append(number)
+    return places
+
+
+def _columns(names: Iterable[str]) -> int:
+    """Return how many names of a legend have room beside each other."""
+    longest = max(map(len, names))
+    return 3 if longest <= 12 else 2 if longest <= 22 else 1
 
 
 def _spans(history: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:

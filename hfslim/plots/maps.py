@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 Rows = Sequence[Mapping[str, Any]]
 FEW = 400
 """Cells up to which each is drawn as a square of its own."""
+WIDEST = 47
+"""Letters of a title that have room."""
 ROOM = 0.17
 """Inches for each line."""
 
@@ -153,7 +155,11 @@ def _stack(panels: Mapping[Any, Rows]) -> tuple[Figure, list[Any]]:
 
 
 def _lines(axes: Any, labels: Sequence[str], title: str) -> None:
-    axes.set_title(title, fontsize=7.5)
+    # What ends a pattern tells more than what begins it.
+    kind, told, pattern = title.partition(" in ")
+    room = WIDEST - len(kind) - len(told)
+    short = pattern if len(pattern) <= room else f"…{pattern[1 - room :]}"
+    axes.set_title(f"{kind}{told}{short}", fontsize=7.5)
     step = max(1, len(labels) // 24)
     axes.set_yticks(range(0, len(labels), step), labels[::step], fontsize=6.5)
     axes.set_ylim(len(labels) - 0.5, -0.5)

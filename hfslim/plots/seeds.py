@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from hfslim.plots.style import MARKS, Plot, Theme, new_figure
 from hfslim.report import Report
 from hfslim.tables import Section
@@ -24,11 +26,13 @@ def seeds(report: Report) -> Plot | None:
     def draw(theme: Theme) -> Figure:
         figure, axes = new_figure(0.5 + 0.58 * len(spreads), len(spreads))
         for one, spread in zip(axes, spreads, strict=True):
+            # One below the other, so that equal values do not hide each other.
+            heights = np.linspace(0.5, -0.5, len(numbers))
             for place, (seed, value) in enumerate(zip(spread.seeds, spread.values, strict=True)):
                 mark = MARKS[place % len(MARKS)]
                 one.plot(
                     value,
-                    0,
+                    heights[place],
                     marker=mark,
                     color=theme.series[place % 4],
                     markersize=5,
