@@ -72,7 +72,7 @@ def main() -> None:
     watched("forward and backward pass, to compare", lambda: passes(model, data))
     moments = SecondMoments(units, data, progress=False)
     watched("second moments", lambda: moments.kept(model))
-    scores = watched("order of elimination", lambda: obs_scores(model, units, moments))
+    scores = watched("order of elimination", lambda: obs_scores(model, moments))
     known = Calibration(units, scores, Batches(data, options.examples), moments, "weights")
     costs = watched("costs of units", lambda: price(model, units, target, one))
     structure, _ = watched("search", lambda: decide(model, known, target, costs, one))

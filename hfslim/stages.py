@@ -142,7 +142,7 @@ class Prune(Cut):
 
     The target's cost is that of a forward pass of `batch_size` examples. Where nothing is said,
     units are scored by `obs` and weights reconstructed in one go, by `fisher` and not reconstructed
-    if it is gradual; channels and dimensions by `fisher` at any rate.
+    if it is gradual; dimensions by `fisher` at any rate.
     """
 
     name = "prune"

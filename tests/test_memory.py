@@ -71,9 +71,9 @@ def test_second_moments_are_the_same_in_halves():
     expected = gather(model, units, _batches((8,)), progress=False)
     _Small(small, fits=4)
     found = gather(small, units, _batches((8,)), progress=False)
-    for key, value in expected.items():
-        torch.testing.assert_close(found[key].second, value.second, rtol=1e-4, atol=1e-8)
-        assert found[key].examples == value.examples == 8
+    for key, (value,) in expected.items():
+        torch.testing.assert_close(found[key][0].second, value.second, rtol=1e-4, atol=1e-8)
+        assert found[key][0].examples == value.examples == 8
 
 
 def test_losses_without_layers_are_the_same_in_halves(caplog):

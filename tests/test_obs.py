@@ -11,7 +11,7 @@ from hfslim.prune import UnusableScoresError, steps
 from hfslim.prune.batches import Batches
 from hfslim.prune.moments import InputMoments, SecondMoments, gather
 from hfslim.prune.obs import eliminate, refit, rescale
-from hfslim.prune.reconstruction import obs_scores
+from hfslim.prune.reconstruction import layer_scores, obs_scores
 from hfslim.structure import Structure
 
 NARROW = ("heads", "neurons")
@@ -95,9 +95,9 @@ def test_moments_of_parts_add_up_to_those_of_the_whole():
     data = _data(model)
     whole = gather(model, units, data, progress=False)
     parts = [gather(model, units, part, progress=False) for part in (data[:1], data[1:])]
-    for key, total in whole.items():
+    for key, (total,) in whole.items():
         for name, value in vars(total).items():
-            added = sum(getattr(part[key], name) for part in parts)
+            added = sum(getattr(part[key][0], name) for part in parts)
             torch.testing.assert_close(added, value, rtol=1e-6, atol=1e-6 * value.abs().max())
 
 
@@ -124,7 +124,7 @@ def test_moments_are_those_of_the_inputs_weighed_by_gradients():
     units = find_units(model).of(["neurons"])
     found = gather(model, units, _data(model), progress=False)
     torch.testing.assert_close(
-        found["neurons", "bert.encoder.layer.1"].second, second, rtol=1e-4, atol=1e-9
+        found["neurons", "bert.encoder.layer.1"][0].second, second, rtol=1e-4, atol=1e-9
     )
 
 
@@ -134,11 +134,11 @@ def test_padding_counts_nothing():
     short = example_inputs(model, 2, length=5) | {"attention_mask": torch.ones(2, 5)}
     padded = {k: torch.nn.functional.pad(v, (0, 6)) for k, v in short.items()}
     one, other = (gather(model, units, [b], progress=False) for b in (short, padded))
-    for key, total in one.items():
+    for key, (total,) in one.items():
         for name, value in vars(total).items():
             scale = value.abs().max()
             torch.testing.assert_close(
-                getattr(other[key], name), value, rtol=1e-4, atol=1e-5 * scale
+                getattr(other[key][0], name), value, rtol=1e-4, atol=1e-5 * scale
             )
 
 
@@ -184,7 +184,8 @@ def test_reconstruction_brings_the_model_closer(family):
 def test_a_layer_scores_the_sum_of_what_is_in_it():
     model = tiny("bert")
     units = find_units(model)
-    scores = obs_scores(model, units, SecondMoments(units.of(NARROW), _data(model), False))
+    scores = obs_scores(model, SecondMoments(units.of(NARROW), _data(model), False))
+    scores |= layer_scores(units, scores)
     inside = [s for s in units if s.layer == "bert.encoder.layer.1"]
     assert len(inside) == 2
     expected = sum(scores[s.kind, s.path].sum() for s in inside)

@@ -131,7 +131,7 @@ CRITERIA: dict[str, Criterion] = {
     "obs": Criterion(
         "ZipLM, Kurtic et al. 2023, arXiv 2302.04089; LLM Surgeon, arXiv 2312.17244",
         eliminates=True,
-        kinds=("heads", "neurons", "layers"),
+        kinds=("heads", "neurons", "channels", "layers"),
         when=("calibration",),
     ),
     "fisher": Criterion(

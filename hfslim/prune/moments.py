@@ -15,10 +15,13 @@ from hfslim.prune.batches import fitting
 from hfslim.prune.gates import Gates, Key
 from hfslim.prune.importance import EMPTY, UnusableScoresError
 from hfslim.prune.listening import listen
+from hfslim.prune.projections import Projection, projections
 from hfslim.prune.room import in_passes, room_beside
 
 T = TypeVar("T")
 
+UNFOLDED = 4
+"""Examples of which a convolution's inputs are unfolded at once."""
 RIDGE = 1e-2
 """Added to the diagonal of second moments, as a fraction of its mean."""
 
@@ -122,7 +125,7 @@ class SecondMoments:
     it is gone through anew for each group of sites, whose moments are used and forgotten.
 
     Args:
-        units: Sites of heads and neurons.
+        units: Sites whose units meet weight matrices.
         batches: Model inputs; labels are passed over.
         progress: Whether to show progress bars.
     """
@@ -133,12 +136,12 @@ class SecondMoments:
         self.units = units
         self._batches = batches
         self._progress = progress
-        self._kept: dict[Key, Moments] | None = None
+        self._kept: dict[Key, list[Moments]] | None = None
 
-    def kept(self, model: PreTrainedModel) -> Mapping[Key, Moments] | None:
+    def kept(self, model: PreTrainedModel) -> Mapping[Key, list[Moments]] | None:
         """Return the moments of all sites, gathered when first asked for; None without room."""
         if self._kept is None:
-            sizes = {site: Moments.size(projection(model, site)) for site in self.units}
+            sizes = {site: _size(model, site) for site in self.units}
             if sum(sizes.values()) <= room_beside(model):
                 self._kept = gather(model, self.units, self._batches, self._progress)
         return self._kept
@@ -147,7 +150,7 @@ class SecondMoments:
         self,
         model: PreTrainedModel,
         sites: Sequence[Site],
-        use: Callable[[Site, Moments], T],
+        use: Callable[[Site, list[Moments]], T],
         purpose: str,
     ) -> dict[Key, T]:
         """Use the moments of some sites, one by one.
@@ -155,7 +158,7 @@ class SecondMoments:
         Args:
             model: The model, or a copy of it; it is not changed, nor may `use` change it.
             sites: The sites, some of `units`.
-            use: Called with each of them and its moments.
+            use: Called with each of them and the moments around its projections.
             purpose: What for, for the log.
 
         Returns:
@@ -164,7 +167,7 @@ class SecondMoments:
         kept = self.kept(model) if sites else {}
         if kept is not None:
             return {(s.kind, s.path): use(s, kept[s.kind, s.path]) for s in sites}
-        sizes = {site: Moments.size(projection(model, site)) for site in sites}
+        sizes = {site: _size(model, site) for site in sites}
         results = {}
         for title, group in in_passes(sizes, model, purpose):
             found = gather(model, self.units, self._batches, self._progress, group, title)
@@ -181,21 +184,21 @@ def gather(
     progress: bool = True,
     sites: Sequence[Site] | None = None,
     title: str = "second moments",
-) -> dict[Key, Moments]:
-    """Sum second moments around the projections behind heads and neurons, in one pass over data.
+) -> dict[Key, list[Moments]]:
+    """Sum second moments around the projections that units feed, in one pass over data.
 
     No labels are needed, and the model is not changed.
 
     Args:
         model: The model, not a wrapper.
-        units: Sites of heads and neurons.
+        units: Sites whose units meet weight matrices.
         batches: Model inputs; labels are passed over.
         progress: Whether to show a progress bar.
         sites: Those of the units whose moments are wanted; all if not given.
         title: What the progress bar says.
 
     Returns:
-        The sums over the examples of all ranks, by site.
+        The sums over the examples of all ranks, of each projection of a site.
 
     Raises:
         UnusableScoresError: There are no examples, or an activation or gradient is not finite; the
@@ -203,35 +206,50 @@ def gather(
     """
     # All are gated and listened at, so that not a bit depends on which are wanted.
     gates, wanted = Gates(model, units), list(units) if sites is None else sites
+    at = {site: projections(model, site) for site in units}
 
     def check() -> None:
         gates.check_fired()
         gates.fired.clear()
 
-    def once(batches: Iterable[Mapping[str, Any]]) -> tuple[dict[Key, Moments], int]:
-        found = {(site.kind, site.path): Moments.of(projection(model, site)) for site in wanted}
-        by_gate = {site.gate: found[site.kind, site.path] for site in wanted}
+    def once(
+        batches: Iterable[Mapping[str, Any]],
+    ) -> tuple[dict[Key, list[Moments]], int]:
+        by_path = {one.path: (one, Moments.of(one.weight)) for s in wanted for one in at[s]}
+        found = {(s.kind, s.path): [by_path[one.path][1] for one in at[s]] for s in wanted}
 
         def heard(path: str, x: torch.Tensor, g: torch.Tensor) -> None:
-            if path in by_gate:
-                by_gate[path].add(x.flatten(0, -2), g.flatten(0, -2))
+            if path in by_path:
+                layer, moments = by_path[path]
+                for some, theirs in zip(_parts(x, layer), _parts(g, layer), strict=True):
+                    moments.add(layer.inputs(some), layer.outputs(theirs))
 
         with gates:
-            modules = {site.gate: model.get_submodule(site.gate) for site in units}
+            modules = {one.path: one.module for layers in at.values() for one in layers}
             return found, listen(model, modules, batches, heard, progress, check, title)
 
     found, examples = fitting(once, batches)
-    for (kind, path), moments in found.items():
-        moments.examples += examples
-        moments.reduce()
-        if not moments.examples:
-            raise UnusableScoresError(EMPTY)
-        if not torch.isfinite(moments.outer).all() or not torch.isfinite(moments.second).all():
-            raise UnusableScoresError(
-                f"inputs or gradients at the {kind} of {path!r} are not finite: check the model's "
-                "weights and the calibration data for NaN and overflow"
-            )
+    for (kind, path), several in found.items():
+        for moments in several:
+            moments.examples += examples
+            moments.reduce()
+            if not moments.examples:
+                raise UnusableScoresError(EMPTY)
+            if not torch.isfinite(moments.outer).all() or not torch.isfinite(moments.second).all():
+                raise UnusableScoresError(
+                    f"inputs or gradients at the {kind} of {path!r} are not finite: check the "
+                    "model's weights and the calibration data for NaN and overflow"
+                )
     return found
+
+
+def _parts(x: torch.Tensor, layer: Projection) -> tuple[torch.Tensor, ...]:
+    """Part what a layer gets so that what a convolution sees of it is never large."""
+    return x.split(UNFOLDED) if layer.convolves else (x,)
+
+
+def _size(model: nn.Module, site: Site) -> int:
+    return sum(Moments.size(one.weight) for one in projections(model, site))
 
 
 def add_ranks(total: torch.Tensor) -> torch.Tensor:
@@ -239,20 +257,3 @@ def add_ranks(total: torch.Tensor) -> torch.Tensor:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(total)
     return total
-
-
-def projection(model: nn.Module, site: Site) -> torch.Tensor:
-    """Return the weight that a site's units meet, a view of `[outputs, inputs]`.
-
-    Raises:
-        ValueError: They meet none.
-    """
-    for cut in () if site.twins else site.cuts:
-        if (cut.module, cut.tensor) == (site.gate, "weight"):
-            weight = model.get_submodule(site.gate).get_parameter("weight").detach()
-            if weight.ndim == 2 and weight.shape[cut.dim] == site.size * site.width:
-                return weight.movedim(cut.dim, -1)
-    raise ValueError(
-        f"{site.gate!r} has no weight matrix that meets the {site.kind} as its inputs: set "
-        f"another criterion for {site.kind}, such as fisher"
-    )

@@ -7,6 +7,8 @@ in the outputs, as in LLM Surgeon (van der Ouderaa et al. 2023, arXiv 2312.17244
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 PANEL = 64
@@ -17,10 +19,6 @@ def eliminate(
     second: torch.Tensor, metric: torch.Tensor, width: int = 1
 ) -> tuple[list[int], torch.Tensor]:
     """Find the order in which units of a projection go, always the one that costs least.
-
-    Removing the columns `S` of `W`, with the best change of the others, costs
-    `tr((A_SS)⁻¹ B_SS)`, where `A = H⁻¹` and `B = Wᵀ G W`. Then `A` becomes
-    `A − A_S (A_SS)⁻¹ A_Sᵀ` and `W` becomes `W − W_S (A_SS)⁻¹ A_Sᵀ`; of `W` only `B` is needed.
 
     Args:
         second: `H`, second moments of the inputs, positive definite, `[units · width]²`, float64.
@@ -38,47 +36,96 @@ def eliminate(
         >>> order, [round(c, 3) for c in costs.tolist()]
         ([0, 2, 1], [0.02, 1.0, 4.0])
     """
-    size = len(second) // width
-    a, b = torch.cholesky_inverse(torch.linalg.cholesky(second)), metric
-    del second, metric
-    blocks_a, blocks_b = _diagonal_blocks(a, width), _diagonal_blocks(b, width)
-    units = torch.arange(size, device=a.device)
-    gone = torch.zeros(size, dtype=torch.bool, device=a.device)
-    pending = a.new_empty(3, len(a), max(PANEL // width, 1) * width)
-    filled = 0
+    return eliminate_jointly([Elimination(second, metric, width)])
+
+
+def eliminate_jointly(around: Sequence[Elimination]) -> tuple[list[int], torch.Tensor]:
+    """Find the order in which units go that several projections take.
+
+    Args:
+        around: Each projection; they are used up.
+
+    Returns:
+        The units, the first to go first, and what each adds to the sum of the errors, `[units]`.
+    """
+    size = around[0].size
+    gone = torch.zeros(size, dtype=torch.bool, device=around[0].units.device)
     order: list[int] = []
     costs = []
     for _ in range(size):
-        price = _traces(blocks_a, blocks_b).masked_fill(gone, float("inf"))
-        unit = int(price.argmin())
+        price = sum(one.prices() for one in around)
+        assert isinstance(price, torch.Tensor)
+        unit = int(price.masked_fill(gone, float("inf")).argmin())
         costs.append(price[unit])
-        order.append(int(units[unit]))
+        order.append(unit)
         gone[unit] = True
+        for one in around:
+            one.remove(unit)
+    return order, torch.stack(costs)
+
+
+class Elimination:
+    """A projection that loses its units one by one while the others make up for them.
+
+    Removing the columns `S` of `W`, with the best change of the others, costs
+    `tr((A_SS)⁻¹ B_SS)`, where `A = H⁻¹` and `B = Wᵀ G W`. Then `A` becomes
+    `A − A_S (A_SS)⁻¹ A_Sᵀ` and `W` becomes `W − W_S (A_SS)⁻¹ A_Sᵀ`; of `W` only `B` is needed.
+
+    Args:
+        second: `H`, second moments of the inputs, positive definite, `[units · width]²`, float64.
+        metric: `B`, the same shape.
+        width: Inputs per unit.
+    """
+
+    def __init__(self, second: torch.Tensor, metric: torch.Tensor, width: int = 1) -> None:
+        self.size, self.width = len(second) // width, width
+        self.a, self.b = torch.cholesky_inverse(torch.linalg.cholesky(second)), metric
+        self.blocks_a = _diagonal_blocks(self.a, width)
+        self.blocks_b = _diagonal_blocks(self.b, width)
+        self.units = torch.arange(self.size, device=self.a.device)
+        self.gone = torch.zeros(self.size, dtype=torch.bool, device=self.a.device)
+        self.pending = self.a.new_empty(3, len(self.a), max(PANEL // width, 1) * width)
+        self.filled = 0
+
+    def prices(self) -> torch.Tensor:
+        """Return what each unit would cost now, `[units]`; of those that are gone, anything."""
+        price = self.a.new_zeros(self.size)
+        price[self.units] = _traces(self.blocks_a, self.blocks_b)
+        return price
+
+    def remove(self, unit: int) -> None:
+        """Let a unit go."""
+        unit = int((self.units == unit).nonzero())
+        width, filled = self.width, self.filled
+        self.gone[unit] = True
         here = slice(unit * width, (unit + 1) * width)
-        change, of_a, of_b = pending[:, :, :filled]
-        a_s = a[:, here] - change @ of_a[here].T
-        b_s = b[:, here] - change @ of_b[here].T - of_b @ change[here].T
+        change, of_a, of_b = self.pending[:, :, :filled]
+        a_s = self.a[:, here] - change @ of_a[here].T
+        b_s = self.b[:, here] - change @ of_b[here].T - of_b @ change[here].T
         step = a_s @ torch.linalg.inv(a_s[here])
         half = b_s - step @ b_s[here] / 2
-        pending[:, :, filled : filled + width] = torch.stack([step, a_s, half])
-        filled += width
+        self.pending[:, :, filled : filled + width] = torch.stack([step, a_s, half])
+        self.filled += width
         by_unit = [x.reshape(-1, width, width) for x in (step, a_s, half)]
-        blocks_a = blocks_a - by_unit[0] @ by_unit[1].mT
+        self.blocks_a = self.blocks_a - by_unit[0] @ by_unit[1].mT
         twice = by_unit[0] @ by_unit[2].mT
-        blocks_b = blocks_b - twice - twice.mT
-        blocks_a[gone] = torch.eye(width, dtype=a.dtype, device=a.device)
-        if filled == pending.shape[2]:
-            left = ~gone
-            columns = left.repeat_interleave(width).nonzero().flatten()
-            a, b = (m.index_select(0, columns).index_select(1, columns) for m in (a, b))
-            change, of_a, of_b = pending.index_select(1, columns)
-            a.addmm_(change, of_a.T, alpha=-1)
-            b.addmm_(torch.cat([change, of_b], 1), torch.cat([of_b, change], 1).T, alpha=-1)
-            blocks_a, blocks_b = blocks_a[left], blocks_b[left]
-            units, gone = units[left], gone[left]
-            pending = pending[:, : len(a)].clone()
-            filled = 0
-    return order, torch.stack(costs)
+        self.blocks_b = self.blocks_b - twice - twice.mT
+        self.blocks_a[self.gone] = torch.eye(width, dtype=self.a.dtype, device=self.a.device)
+        if self.filled == self.pending.shape[2]:
+            self._compress()
+
+    def _compress(self) -> None:
+        """Change the matrices by what is pending, and leave out what is gone."""
+        left = ~self.gone
+        columns = left.repeat_interleave(self.width).nonzero().flatten()
+        a, b = (m.index_select(0, columns).index_select(1, columns) for m in (self.a, self.b))
+        change, of_a, of_b = self.pending.index_select(1, columns)
+        self.a = a.addmm_(change, of_a.T, alpha=-1)
+        self.b = b.addmm_(torch.cat([change, of_b], 1), torch.cat([of_b, change], 1).T, alpha=-1)
+        self.blocks_a, self.blocks_b = self.blocks_a[left], self.blocks_b[left]
+        self.units, self.gone = self.units[left], self.gone[left]
+        self.pending = self.pending[:, : len(a)].clone()
+        self.filled = 0
 
 
 def refit(weight: torch.Tensor, second: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:

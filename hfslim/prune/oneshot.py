@@ -126,14 +126,14 @@ def prune(
             `dimensions` of the residual stream.
         criterion: A name of `hfslim.prune.CRITERIA`, which tells its source, the kinds of units
             that it is for and whether it needs labels; a dict gives each kind its own. `obs` if
-            not given, `fisher` where channels, dimensions, experts or neurons inside them may go.
+            not given, `fisher` where dimensions, experts or neurons inside them may go.
         inputs: The input at which multiply-accumulates are counted and latency is measured, as
             tensors or as shapes such as `{"input_ids": [1, 128]}`; one example of `example_inputs`
             if not given.
         max_examples: Calibration examples to use at most, on each rank.
         seed: Seed of whatever is drawn.
         progress: Whether to show a progress bar.
-        reconstruction: How the projections behind heads and neurons make up for what goes:
+        reconstruction: How the layers that take heads, neurons and channels make up for what goes:
             `weights` solves for all their weights by least squares, `scales` for one factor per
             unit that stays, `none` leaves them.
         max_metric_drop: How much lower what `evaluate` returns may get, absolutely. The smallest

@@ -20,11 +20,13 @@ from hfslim.prune.criteria import CRITERIA
 from hfslim.prune.gates import Key
 from hfslim.prune.latency import LatencyTable
 from hfslim.prune.measured import LatencyTry, check_measured, search_measured
-from hfslim.prune.moments import SecondMoments, projection
+from hfslim.prune.moments import SecondMoments
 from hfslim.prune.plain_config import Stream
+from hfslim.prune.projections import projections
 from hfslim.prune.reconstruction import (
     Reconstruction,
     check_reconstruction,
+    layer_scores,
     obs_scores,
     reconstructed,
 )
@@ -52,8 +54,8 @@ class Calibration:
         units: The sites that may lose units.
         scores: Importance of every unit by site, `[units]`.
         batches: The data.
-        moments: Second moments of what goes into the projections behind heads and neurons; None
-            where neither scores nor reconstruction need them.
+        moments: Second moments of what goes into the layers that take heads, neurons and channels;
+            None where neither scores nor reconstruction need them.
         reconstruction: How the weights that stay make up for what goes.
     """
 
@@ -94,47 +96,79 @@ def calibrate(
     moments: SecondMoments | None = None
     scores: dict[Key, torch.Tensor] = {}
     if eliminated or reconstruction != "none":
-        projected = _projected(model, around, eliminated)
+        projected, others = _projected(model, around, eliminated)
         moments = SecondMoments(projected, batches, progress) if len(projected) else None
-    if eliminated and moments is not None:
-        every = obs_scores(model, around, moments)
-        scores = {key: value for key, value in every.items() if key[0] in eliminated}
-    others = {kind: name for kind, name in criteria.items() if kind not in eliminated}
-    if others:
-        scores |= collect(model, units.of(others), batches, others, seed, progress)
-    if eliminated and others:
+        if eliminated:
+            scores = _eliminated(model, around, moments, others, batches, seed, progress)
+            scores = {key: value for key, value in scores.items() if key[0] in eliminated}
+    rest = {kind: name for kind, name in criteria.items() if kind not in eliminated}
+    if rest:
+        scores |= collect(model, units.of(rest), batches, rest, seed, progress)
+    if eliminated and rest:
         scores = same_total(scores)
     return Calibration(units, scores, batches, moments, reconstruction)
 
 
-def _projected(model: PreTrainedModel, units: Units, eliminated: Sequence[Kind]) -> Units:
-    """Return the sites whose units meet a weight matrix, and tell of the others.
+def _projected(
+    model: PreTrainedModel, units: Units, eliminated: Sequence[Kind]
+) -> tuple[Units, Units]:
+    """Return the sites whose units meet weight matrices, and those of channels that do not.
 
     Raises:
-        ValueError: There are others, and scores need them.
+        ValueError: Heads or neurons do not, and scores need them; or there is nothing to score.
     """
-    sites, without = [], []
+    sites, others, without = [], [], []
     for site in units:
-        if site.kind not in ("heads", "neurons"):
+        if site.kind not in ("heads", "neurons", "channels"):
             continue
         try:
-            projection(model, site)
+            projections(model, site)
             sites.append(site)
         except ValueError as error:
-            if site.kind in eliminated or "layers" in eliminated:
+            scored = site.kind in eliminated or "layers" in eliminated
+            if scored and site.kind != "channels":
                 raise ValueError(f"criterion obs: {error}; use criterion='fisher'") from error
             without.append(f"{site.kind} at {site.path!r}")
+            others += [site] if scored else []
     if without:
         more = f" and {len(without) - 1} more" if len(without) > 1 else ""
         logger.warning(
-            "no single weight matrix takes the %s%s: not reconstructed", *without[:1], more
+            "no weight matrix of their own takes the %s%s: not reconstructed%s",
+            *without[:1],
+            more,
+            ", and scored by fisher, brought to the scale of obs" if others else "",
         )
-    if eliminated and not sites:
+    if eliminated and not sites and not others:
         raise ValueError(
-            "criterion obs: the model has no heads and neurons to score its layers by; use "
-            "criterion='fisher'"
+            "criterion obs: the model has no heads, neurons and channels to score its layers by; "
+            "use criterion='fisher'"
         )
-    return Units(tuple(sites))
+    return Units(tuple(sites)), Units(tuple(others))
+
+
+def _eliminated(
+    model: PreTrainedModel,
+    units: Units,
+    moments: SecondMoments | None,
+    others: Units,
+    batches: Batches,
+    seed: int,
+    progress: bool,
+) -> dict[Key, torch.Tensor]:
+    """Score by elimination, and channels without a matrix by their Fisher information.
+
+    Both estimate the loss; what all channels with a matrix score in sum by one and by the other
+    tells the scale.
+    """
+    scores = {} if moments is None else obs_scores(model, moments)
+    if len(others):
+        known = [s for s in units if s.kind == "channels" and ("channels", s.path) in scores]
+        both = Units((*others, *known))
+        fisher = collect(model, both, batches, {"channels": "fisher"}, seed, progress)
+        sums = [sum(float(by["channels", s.path].sum()) for s in known) for by in (scores, fisher)]
+        scale = sums[0] / sums[1] if known and sums[1] else 1.0
+        scores |= {("channels", s.path): scale * fisher["channels", s.path] for s in others}
+    return scores | layer_scores(units, scores)
 
 
 def decide(
