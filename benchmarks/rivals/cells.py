@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, set_seed
 
 from benchmarks.peak import Peak
 from benchmarks.rivals.data import Task
-from benchmarks.rivals.methods import LABELS_ALONE, METHODS
+from benchmarks.rivals.methods import LABELS_ALONE, cut
 from benchmarks.rivals.problem import score
 from hfslim.distill import DistillationConfig, DistillationTrainer
 from hfslim.measure import compare, count_parameters
@@ -50,7 +50,7 @@ def choose_setting(
         tried.append(row)
         try:
             set_seed(seed)
-            model = METHODS[method][name](problem, budget)
+            model = cut(problem, method, name, budget)
             first = score(model, quarter)
         except Exception as error:
             # A setting that does not run is out, and the file says so.
@@ -74,7 +74,7 @@ def run_cell(
     problem = task.problem(seed)
     set_seed(seed)
     start, memory = time.perf_counter(), Peak()
-    model = METHODS[method][setting](problem, budget)
+    model = cut(problem, method, setting, budget)
     cell: dict[str, Any] = {
         "cut_seconds": time.perf_counter() - start,
         "cut_bytes": memory.growth(),

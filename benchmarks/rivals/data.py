@@ -54,6 +54,7 @@ class Setting:
 SETTINGS = {
     "text": Setting("recipes/text/tweets_minilm.yaml", train=2048, evaluation=1500),
     "image": Setting("recipes/image/fashion_mnist_vit.yaml", train=4096, evaluation=3000),
+    "resnet": Setting("recipes/image/fashion_mnist_resnet.yaml", train=4096, evaluation=3000),
     "speech": Setting(
         "recipes/speech/prompts_whisper.yaml", train=640, evaluation=500, calibration=256
     ),

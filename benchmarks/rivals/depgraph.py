@@ -181,7 +181,7 @@ def _prune(
             prune_num_heads=whole_heads,
             prune_head_dims=not whole_heads,
             num_heads=heads,
-            ignored_layers=list(_ignored(model, inside)),
+            ignored_layers=list(_ignored(model, problem, inside)),
             output_transform=lambda output: output.logits.sum(),
             **SCOPES[scope],
         )
@@ -193,16 +193,23 @@ def _prune(
 
 
 def _attentions(model: PreTrainedModel) -> Iterator[Attention]:
-    for site in hfslim.find_units(model).of(["heads"]):
+    for site in hfslim.find_units(model):
+        if site.kind != "heads":
+            continue
         paths = dict.fromkeys(cut.module for cut in site.cuts if cut.module != site.gate)
         projections = tuple(model.get_submodule(path) for path in paths)
         yield Attention(model.get_submodule(site.path), projections, site.size, site.width)
 
 
-def _ignored(model: PreTrainedModel, inside: bool) -> Iterator[nn.Module]:
-    """Modules whose outputs keep their size: the logits, and all but heads and neurons if asked."""
-    units = hfslim.find_units(model).of(["heads", "neurons"])
-    within = {cut.module for site in units for cut in site.cuts} - {site.gate for site in units}
+def _ignored(model: PreTrainedModel, problem: Problem, inside: bool) -> Iterator[nn.Module]:
+    """Modules whose outputs keep their size: logits; if asked, all along the residual stream."""
+    within = set()
+    for site in problem.units:
+        makers = {cut.module for cut in site.cuts if cut.dim == 0} - {site.gate}
+        # Channels along the residual stream come from all that is added to it.
+        convolutions = [m for m in makers if isinstance(model.get_submodule(m), nn.Conv2d)]
+        if site.kind != "channels" or len(convolutions) == 1:
+            within |= makers
     for path, module in model.named_modules():
         widths = isinstance(module, nn.Linear | nn.Embedding | nn.modules.conv._ConvNd)
         if path == "classifier" or (inside and widths and path not in within):

@@ -13,11 +13,11 @@ from benchmarks.rivals import depgraph
 from benchmarks.rivals.problem import Cut, Problem
 from hfslim.anatomy import Units
 from hfslim.prune import CRITERIA, importance
+from hfslim.prune.batch_norms import renew_batch_norms
 from hfslim.prune.gates import Key
-from hfslim.structure import Kind, Structure
+from hfslim.structure import Structure
 
 TIE = 0.01
-KINDS: tuple[Kind, ...] = ("heads", "neurons")
 
 
 def cut_by_hfslim(problem: Problem, budget: float, **choices: str) -> PreTrainedModel:
@@ -26,6 +26,7 @@ def cut_by_hfslim(problem: Problem, budget: float, **choices: str) -> PreTrained
         problem.copy(),
         problem.calibration,
         target={"macs": budget},
+        units=problem.kinds,
         inputs=problem.inputs,
         seed=problem.seed,
         progress=False,
@@ -36,12 +37,20 @@ def cut_by_hfslim(problem: Problem, budget: float, **choices: str) -> PreTrained
 
 def remove_layers(problem: Problem, budget: float, placement: str) -> PreTrainedModel:
     """Keep as many layers as come closest to the budget, of two that are as close the more."""
-    (site,) = hfslim.find_units(problem.teacher).of(["layers"])
+    sites = list(hfslim.find_units(problem.teacher).of(["layers"]))
+    layers = [(site.path, index) for site in sites for index in site.removable]
     nearest, best = float("inf"), problem.copy()
-    for depth in range(1, site.size + 1):
-        kept = PLACEMENTS[placement](site.size, depth)
+    for depth in range(0 if all(site.fixed for site in sites) else 1, len(layers) + 1):
+        kept = {layers[index] for index in PLACEMENTS[placement](len(layers), depth)}
+        by_list = {
+            site.path: (
+                [i for i in range(site.size) if i in site.fixed or (site.path, i) in kept],
+                site.size,
+            )
+            for site in sites
+        }
         model = problem.copy()
-        hfslim.shrink(model, Structure.of({"layers": {site.path: (kept, site.size)}}))
+        hfslim.shrink(model, Structure.of({"layers": by_list}))
         distance = abs(problem.kept(model) - budget)
         if distance <= nearest + TIE:
             nearest, best = distance, model
@@ -70,8 +79,8 @@ PLACEMENTS = {
 def small_student(problem: Problem, budget: float) -> PreTrainedModel:
     """Make a new model of the family and depth, evenly narrower, its weights not trained."""
     fresh = type(problem.teacher)(copy.deepcopy(problem.teacher.config)).eval()
-    units = hfslim.find_units(fresh).of(KINDS)
-    return _narrow(problem, budget, fresh, importance.random_scores(units, problem.seed))
+    scores = importance.random_scores(problem.units, problem.seed)
+    return _narrow(problem, budget, fresh, scores)
 
 
 def cut_evenly(
@@ -80,19 +89,21 @@ def cut_evenly(
     score: Callable[[PreTrainedModel, Units, int], Mapping[Key, torch.Tensor]],
 ) -> PreTrainedModel:
     """Remove as many units of each layer, those of the lowest scores; no weight changes."""
-    units = hfslim.find_units(problem.teacher).of(KINDS)
-    scores = score(problem.teacher, units, problem.seed)
+    scores = score(problem.teacher, problem.units, problem.seed)
     return _narrow(problem, budget, problem.teacher, scores)
 
 
 def _narrow(
     problem: Problem, budget: float, whole: PreTrainedModel, scores: Mapping[Key, torch.Tensor]
 ) -> PreTrainedModel:
-    """Keep in each layer the budget's share of heads, at least one, and the neurons it leaves."""
+    """Keep in each layer the budget's share of heads, at least one, and the neurons it leaves.
 
-    def narrow(neurons: float) -> PreTrainedModel:
-        share = {"heads": budget, "neurons": neurons}
-        kept: dict[str, dict[str, tuple[list[int], int]]] = {"heads": {}, "neurons": {}}
+    Of channels everywhere the same share.
+    """
+
+    def narrow(others: float) -> PreTrainedModel:
+        share = {"heads": budget, "neurons": others, "channels": others}
+        kept: dict[str, dict[str, tuple[list[int], int]]] = {kind: {} for kind in problem.kinds}
         for (kind, path), score in scores.items():
             best = score.topk(max(round(share[kind] * len(score)), 1)).indices
             kept[kind][path] = sorted(best.tolist()), len(score)
@@ -130,3 +141,10 @@ METHODS: Mapping[str, Mapping[str, Cut]] = {
 
 LABELS_ALONE = frozenset({"fine-tuned"})
 """Methods whose models are trained on the labels, without the teacher."""
+
+
+def cut(problem: Problem, method: str, setting: str, budget: float) -> PreTrainedModel:
+    """Cut by a method, and let batch norms see what they get now, as they all need to."""
+    model = METHODS[method][setting](problem, budget)
+    renew_batch_norms(model, problem.calibration)
+    return model

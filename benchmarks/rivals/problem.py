@@ -8,7 +8,9 @@ from functools import cached_property
 import torch
 from transformers import PreTrainedModel
 
+from hfslim.anatomy import Units, find_units
 from hfslim.measure import macs
+from hfslim.structure import Kind
 from hfslim.timing import evaluating
 
 Batch = Mapping[str, torch.Tensor]
@@ -36,6 +38,16 @@ class Problem:
     @cached_property
     def whole(self) -> int:
         return macs(self.teacher, self.inputs)
+
+    @cached_property
+    def kinds(self) -> tuple[Kind, ...]:
+        """What there is to cut: heads and neurons, or in a convolutional net channels."""
+        found = {site.kind for site in find_units(self.teacher)}
+        return ("heads", "neurons") if "heads" in found else ("channels",)
+
+    @property
+    def units(self) -> Units:
+        return find_units(self.teacher).of(self.kinds)
 
     def kept(self, model: PreTrainedModel) -> float:
         """Fraction of the teacher's multiply-accumulates that a model has."""

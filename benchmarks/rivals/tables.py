@@ -10,6 +10,7 @@ from benchmarks.markdown import Row, circumstances, percent, spread, table
 TITLES = {
     "text": "MiniLM-L6, tweets in 3 classes",
     "image": "ViT of 1.2 M parameters, Fashion-MNIST",
+    "resnet": "ResNet of 0.7 M parameters, Fashion-MNIST",
     "speech": "Whisper tiny.en encoder, voice prompts in 5 languages",
 }
 FOREMOST = ("hfslim", "torch-pruning", "layers")
