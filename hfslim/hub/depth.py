@@ -76,7 +76,7 @@ def layer_types(model: PreTrainedModel, units: Units) -> Types:
     """Return what each layer finds in `layer_types` of its config, by list of layers."""
     found = {}
     for site in units:
-        types = list(getattr(_config_around(model, site.path), "layer_types", None) or ())
+        types = _types(_config_around(model, site.path))
         if site.kind == "layers" and len(types) >= site.size:
             found[site.path] = types[: site.size]
     return found
@@ -98,7 +98,7 @@ def check_layer_types(model: PreTrainedModel, before: Types, structure: Structur
     """
     for path, types in before.items():
         kept = structure.kept("layers", path)
-        now = list(getattr(_config_around(model, path), "layer_types", None) or ())[: len(kept)]
+        now = _types(_config_around(model, path))[: len(kept)]
         if now != [types[i] for i in kept]:
             raise RuntimeError(
                 f"with the layers {list(kept)} of {path!r} alone, its config would tell some the "
@@ -106,6 +106,12 @@ def check_layer_types(model: PreTrainedModel, before: Types, structure: Structur
                 f"{[types[i] for i in kept]}); nothing was changed. Leave layers out of `units`, "
                 "or let the last ones go"
             )
+
+
+def _types(config: PreTrainedConfig) -> list[str]:
+    """Return a config's type of each layer; what its class lists are the types that there are."""
+    listed = isinstance(getattr(type(config), "layer_types", None), list | tuple)
+    return [] if listed else list(getattr(config, "layer_types", None) or ())
 
 
 def _depth_fields(config: PreTrainedConfig, size: int, kept: tuple[int, ...]) -> Fields:
