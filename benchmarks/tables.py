@@ -4,7 +4,8 @@
 
 A table stands between `<!-- results: FILE -->` and `<!-- end -->`; FILE is a JSON file of
 `benchmarks/results`. `<!-- summary: FILE FILE … -->` begins a short one of several comparisons with
-other methods. With --check nothing is written, and a page that differs is an error.
+other methods, `<!-- leads: FILE FILE … -->` one of the leads over the best of them. With --check
+nothing is written, and a page that differs is an error.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ from benchmarks.rivals import tables as rivals
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "README.md")
 RESULTS = ROOT / "benchmarks" / "results"
-PLACE = re.compile(r"(<!-- (results|summary): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+PLACE = re.compile(r"(<!-- (results|summary|leads): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 RENDER = {class_subsets.NAME: class_subsets.render, overhead.NAME: overhead.render}
 """What makes the tables of a file, by the `name` in it; of others, `rivals.render`."""
+
+SEVERAL = {"summary": rivals.summary, "leads": rivals.leads}
+"""What makes one table of several files."""
 
 
 def main() -> None:
@@ -50,7 +54,8 @@ def fill(page: str) -> str:
 
     def table(place: re.Match[str]) -> str:
         files = [read(name) for name in place[3].split()]
-        text = rivals.summary(files) if place[2] == "summary" else render(files[0])
+        several = SEVERAL.get(place[2])
+        text = several(files) if several else render(files[0])
         return f"{place[1]}{text}\n{place[4]}"
 
     return PLACE.sub(table, page)

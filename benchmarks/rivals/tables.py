@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from benchmarks.markdown import Row, circumstances, percent, spread, table
 
@@ -47,6 +47,42 @@ def _side_by_side(groups: Sequence[Sequence[Row]], when: str) -> str:
     texts = [percent(mean) if mean else "–" for mean in means]
     best = percent(max(means))
     return " / ".join(f"**{text}**" if text == best else text for text in texts)
+
+
+def leads(files: Sequence[Row]) -> str:
+    """Return by how much hfslim is ahead of the best other method, beside the spread over seeds."""
+    rows = []
+    for data in files:
+        title = TITLES[data["name"]]
+        groups = dict(_groups(data))
+        for budget in sorted({budget for budget, _ in groups}, reverse=True):
+            own = groups.get((budget, "hfslim"), [])
+            others = {m: c for (b, m), c in groups.items() if b == budget and m != "hfslim"}
+            cells = (_lead(own, others, when) for when in ("before", "after"))
+            rows.append([title, f"{budget:g}", *cells])
+            title = ""
+    return table(["model and data", "MACs asked", "right after the cut", "recovered"], rows)
+
+
+def _lead(own: Sequence[Row], others: Mapping[str, Sequence[Row]], when: str) -> str:
+    """Tell the lead over the best of the others in points, in italics where the spread covers it.
+
+    The spread is the greater of the two standard deviations.
+    """
+    if not own or not others:
+        return "–"
+
+    def points(cells: Sequence[Row]) -> list[float]:
+        return [100 * cell[when]["accuracy"] for cell in cells]
+
+    best = max(others, key=lambda method: statistics.fmean(points(others[method])))
+    sides = points(own), points(others[best])
+    lead = statistics.fmean(sides[0]) - statistics.fmean(sides[1])
+    if min(map(len, sides)) < 2:
+        return f"{lead:+z.1f}, {best}"
+    spread = max(map(statistics.stdev, sides))
+    text = f"{lead:+z.1f} (spread {spread:.1f}), {best}"
+    return f"*{text}*" if abs(lead) <= spread else text
 
 
 def render(data: Row) -> str:
