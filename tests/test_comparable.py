@@ -3,6 +3,7 @@
 import copy
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -155,6 +156,18 @@ def test_frames_that_layers_squeeze_are_masked_as_the_model_masks_them() -> None
     assert found.sum(1).tolist() == [5, 9] and found[0].tolist() == [True] * 5 + [False] * 4
     with pytest.raises(ValueError, match="1600 positions of the attention mask into 13"):
         position_mask(model, {"attention_mask": mask}, 13)
+
+
+def test_what_fsdp_leaves_no_way_for_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = projecting(tmp_path)
+    trainer.is_fsdp_enabled = True
+    for version, message in ((1, "fsdp_version: 2"), (2, "hidden_projection trains maps outside")):
+        state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=version))
+        monkeypatch.setattr(trainer, "accelerator", SimpleNamespace(state=state))
+        with pytest.raises(ValueError, match=message), trainer.feature_training():
+            pass
 
 
 def projecting(folder: Path, **parts: object) -> DistillationTrainer:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.utils import logging
 
 from hfslim.anatomy.inputs import example_inputs
@@ -39,6 +40,10 @@ def probed(captures: tuple[Capture, Capture], head_by_head: bool) -> tuple[Seen,
         inputs = example_inputs(capture.model, batch_size=_EXAMPLES, length=length)
         with capture.recording() as seen, evaluating(capture.model):
             capture.model(**inputs, **capture.arguments)
+        # Without a backward pass a model in parts stays whole, and an optimizer would take that.
+        for module in capture.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
         result.append(seen)
     mine, theirs = result
     _check_positions("hidden states", *(_shapes(seen.hidden, 1) for seen in result))

@@ -82,10 +82,11 @@ class FeatureMixin(_Base):
                 "feature_losses record what layers compute, which torch.compile hides: set "
                 "torch_compile=False, or distil from logits alone."
             )
-        if self.is_fsdp_enabled:
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is not None and plugin.fsdp_version == 1:
             raise ValueError(
-                "feature_losses need whole parameters on every process: use DDP or ZeRO, not FSDP, "
-                "or distil from logits alone."
+                "feature_losses record layers as they are, and FSDP's first version wraps them: "
+                "use the second (fsdp_version: 2), DDP or ZeRO, or distil from logits alone."
             )
         for model in (self.model, *self.teachers.models):
             if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
@@ -103,11 +104,11 @@ class FeatureMixin(_Base):
                 "hidden_projection adds its maps to the optimizer, which the scheduler that was "
                 "passed with it does not know: pass optimizers=(optimizer, None)."
             )
-        if self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError(
-                "hidden_projection trains maps outside of the student, and DeepSpeed's optimizer "
-                "takes the student's parameters alone: use a teacher of the student's width, "
-                "minilm_v2, or DDP."
+                "hidden_projection trains maps outside of the student, and an optimizer under "
+                "DeepSpeed or FSDP takes the student's parameters alone: use a teacher of the "
+                "student's width, minilm_v2, or DDP."
             )
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -24,6 +25,7 @@ __all__ = [
     "load_teacher",
     "run_teacher",
     "split_revision",
+    "storage_of",
 ]
 
 logger = logging.get_logger(__name__)
@@ -131,14 +133,14 @@ def check_apart(name: str, teacher: nn.Module, student: nn.Module) -> None:
         ValueError: Freezing it would freeze the student, or training would change the teacher.
     """
     trained = {
-        parameter.untyped_storage().data_ptr(): path
+        storage_of(parameter): path
         for path, parameter in student.named_parameters()
         if parameter.requires_grad and parameter.numel() and not parameter.is_meta
     }
     shared = [
         trained[place]
         for parameter in teacher.parameters()
-        if not parameter.is_meta and (place := parameter.untyped_storage().data_ptr()) in trained
+        if not parameter.is_meta and (place := storage_of(parameter)) in trained
     ]
     if shared:
         raise ValueError(
@@ -146,6 +148,12 @@ def check_apart(name: str, teacher: nn.Module, student: nn.Module) -> None:
             f"{shared[0]}: pass its folder, or copy.deepcopy of the model before it became the "
             "student."
         )
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Return where a tensor, or this process's part of it, lies in memory."""
+    part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return part.untyped_storage().data_ptr()
 
 
 def split_revision(name: str) -> tuple[str, str]:

@@ -19,7 +19,7 @@ from hfslim.distill.config import DistillationConfig
 from hfslim.distill.labels import align_labels
 from hfslim.distill.reading import check_inputs
 from hfslim.distill.sharding import shard_teacher
-from hfslim.distill.teacher import accepted_inputs, load_teacher, run_teacher
+from hfslim.distill.teacher import accepted_inputs, load_teacher, run_teacher, storage_of
 from hfslim.objective import ProblemType, problem_type
 from hfslim.pairing import PREFIX, own_inputs, prefixes, settings_of
 
@@ -176,8 +176,8 @@ class Teachers:
             return "it is compiled"
         if self._args.teacher_dtype == "int8" or getattr(model, "is_quantized", False):
             return "it is quantized"
-        students = {p.untyped_storage().data_ptr() for p in self._student.parameters()}
-        if any(p.untyped_storage().data_ptr() in students for p in model.parameters()):
+        students = {storage_of(p) for p in self._student.parameters()}
+        if any(storage_of(p) in students for p in model.parameters()):
             return "its weights are the student's too"
         return ""
 
