@@ -129,12 +129,15 @@ def last_whole(run: Path) -> tuple[Path | None, list[str]]:
     return None, broken
 
 
-def rotate(run: Path, limit: int | None, best: str | None) -> None:
-    """Delete the oldest checkpoints beyond a limit, but neither the newest nor the best."""
+def rotate(newest: Path, limit: int | None, best: str | None) -> None:
+    """Delete the oldest checkpoints beyond a limit, but neither the best nor the newest.
+
+    That one is given, as clocks may have gone back since others were written.
+    """
     if not limit or limit <= 0:
         return
-    found = [Path(path) for path in sort_checkpoints(str(run), use_mtime=True)]
-    protected = {path for path in (*found[-1:], Path(best or "")) if path in found}
+    found = [Path(path) for path in sort_checkpoints(str(newest.parent), use_mtime=True)]
+    protected = {path for path in (newest, Path(best or "")) if path in found}
     surplus = len(found) - max(limit, len(protected))
     for path in [path for path in found if path not in protected][: max(surplus, 0)]:
         discard(path)

@@ -204,7 +204,7 @@ class CheckpointMixin(_Base):
                 published = True
             self.accelerator.wait_for_everyone()
         if published:
-            rotate(run, self.args.save_total_limit, state.best_model_checkpoint)
+            rotate(run / name, self.args.save_total_limit, state.best_model_checkpoint)
             staged.parent.rmdir()
         self.accelerator.wait_for_everyone()
 

@@ -61,14 +61,18 @@ def test_an_older_checkpoint_of_the_same_step_is_replaced(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("clock", [0, 1_000_000])
 @pytest.mark.parametrize(
     ("limit", "best", "kept"),
     [(1, None, [9]), (1, 3, [3, 9]), (2, None, [6, 9]), (None, 3, [3, 6, 9])],
 )
-def test_rotation_keeps_the_newest_and_the_best(tmp_path, limit, best, kept):
+def test_rotation_keeps_the_newest_and_the_best(tmp_path, limit, best, kept, clock):
+    """Also where the clock went back before the last one was written."""
     for step in (3, 6, 9):
-        checkpoint(tmp_path, step)
-    rotate(tmp_path, limit, best and str(tmp_path / f"checkpoint-{best}"))
+        newest = checkpoint(tmp_path, step)
+        ahead = newest.stat().st_mtime + clock * (step < 9) + step
+        os.utime(newest, (ahead, ahead))
+    rotate(newest, limit, best and str(tmp_path / f"checkpoint-{best}"))
     found = sorted(tmp_path.glob("checkpoint-*"))
     assert found == [tmp_path / f"checkpoint-{step}" for step in kept]
 
