@@ -143,7 +143,10 @@ class CheckpointMixin(_Base):
             # Of machines that share no file system one may have been stopped before it had saved.
             names = gather_object([last.name if last else ""])
             if not all(names):
-                raise ValueError(f"there is no whole checkpoint in {run} to resume from")
+                raise ValueError(
+                    f"there is no whole checkpoint in {run} to resume from: leave out "
+                    "resume_from_checkpoint to begin"
+                )
             path = str(run / min(names, key=lambda name: int(name.rpartition("-")[2])))
         else:
             path = broadcast_object_list([given])[0]

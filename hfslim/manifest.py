@@ -89,7 +89,8 @@ class Manifest:
             raise OutputError(
                 f"{path} is damaged ({error!r}); nothing was touched: set another output_dir"
             ) from error
-        _refuse_changes(manifest.base, _plain(base), "the recipe", f"{folder} holds its results")
+        advice = f"{folder} holds its results: set another output_dir"
+        _refuse_changes(manifest.base, _plain(base), "the recipe", advice)
         return manifest
 
     def check(self, names: list[str], settings: list[Mapping[str, Any]]) -> None:

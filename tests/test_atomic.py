@@ -87,6 +87,8 @@ def trainer(
 
 def test_resume_takes_the_last_whole_checkpoint(tmp_path, caplog):
     whole = trainer(tmp_path)
+    with pytest.raises(ValueError, match="leave out resume_from_checkpoint to begin"):
+        whole.train(resume_from_checkpoint=True)
     whole.train()
     os.truncate(tmp_path / "checkpoint-4" / "optimizer.pt", 100)
     with pytest.raises(CheckpointError, match=r"optimizer.pt has 100 bytes of .*checkpoint-2"):

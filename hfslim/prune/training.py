@@ -110,5 +110,8 @@ def saved_state(
         )
     if kept["args"] != arguments:
         changed = [n for n, v in arguments.items() if kept["args"].get(n) != v]
-        raise ValueError(f"the checkpoint was saved with other values of {changed}")
+        raise ValueError(
+            f"the checkpoint was saved with other values of {changed}: pass the same {callback}, "
+            "or start anew, without resume_from_checkpoint"
+        )
     return saved
