@@ -84,6 +84,16 @@ def test_a_structure_of_another_model_is_refused():
         hfslim.shrink(model, uneven(tiny("vit")))
 
 
+def test_a_weight_that_the_class_does_not_build_has_to_be_folded_in_first():
+    model = tiny("bert")
+    dense = model.bert.encoder.layer[0].intermediate.dense
+    torch.nn.utils.parametrizations.weight_norm(dense)
+    with Unchanged(model), pytest.raises(ValueError, match=r"dense\.parametrizations.*fold it"):
+        hfslim.shrink(model, uneven(model, kinds=["heads"]))
+    torch.nn.utils.parametrize.remove_parametrizations(dense, "weight")
+    hfslim.shrink(model, uneven(model, kinds=["heads"]))
+
+
 def test_mode_and_trainability_are_kept():
     model = tiny("bert").train()
     model.bert.encoder.layer[0].requires_grad_(False)

@@ -35,6 +35,21 @@ MARKS = ("hfslim", "quantization_config", "auto_map")
 """Config fields: the blueprint, the call of hfslim's loader, the file beside the weights."""
 
 
+def check_built(model: PreTrainedModel) -> None:
+    """Check that a model's class builds all of its tensors, or no cut of it could be loaded.
+
+    Raises:
+        ValueError: It does not.
+    """
+    unknown = sorted(set(_tensors(model)) - set(_tensors(stock_model(model, model.config))))
+    if unknown:
+        raise ValueError(
+            f"{stock_class(model).__name__} builds no {unknown[0]!r}, so a cut model with it could "
+            "not be loaded: fold it into the weights first, as "
+            "torch.nn.utils.parametrize.remove_parametrizations does"
+        )
+
+
 def describe(
     model: PreTrainedModel,
     before: Units,

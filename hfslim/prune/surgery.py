@@ -54,7 +54,8 @@ def shrink(
 
     Raises:
         KeyError: The structure names a site that the model does not have.
-        ValueError: It counts other numbers of units, or removes one that cannot go.
+        ValueError: It counts other numbers of units, or removes one that cannot go; or the model
+            has tensors that its class does not build.
         RuntimeError: The cut model does not equal the gated one, or its config would tell layers
             the attention of others; the model is as before.
     """
@@ -64,6 +65,7 @@ def shrink(
     if structure.is_full:
         logger.info("nothing to remove")
         return model
+    blueprint.check_built(model)
     if inputs is None:
         inputs = probe_inputs(model)
     expected, returns = run_gated(model, units, structure, inputs)
