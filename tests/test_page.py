@@ -293,13 +293,29 @@ def test_equal_values_of_seeds_do_not_hide_each_other() -> None:
         assert len({(float(x), float(y)) for x, y in marks}) == 3
 
 
-@pytest.mark.parametrize("name", ["course", "structure", "importance"])
-def test_no_text_is_cut_off_however_long_the_names(name: str) -> None:
+def three_kinds() -> Report:
+    """One gradual cut of three kinds of units, as wide as a legend of three gets."""
+    report = report_of()
+    names = ("loss", "loss_distillation", "loss_hard", "kept_heads", "kept_neurons", "kept_layers")
+    series = {name: {"step": [1, 100], "value": [1.0, 0.5]} for name in names}
+    return replace(report, history=[{**one, "series": series} for one in report.history])
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("course", three_kinds),
+        ("course", long_report),
+        ("structure", long_report),
+        ("importance", long_report),
+    ],
+)
+def test_no_text_is_cut_off_however_long_the_names(name: str, make) -> None:
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.text import Text
 
-    plot = next(one for one in plots(long_report()) if one.name == name)
+    plot = next(one for one in plots(make()) if one.name == name)
     with rc_context(PAPER.settings):
         figure = plot.draw(PAPER)
         FigureCanvasAgg(figure).draw()
@@ -350,7 +366,7 @@ def test_tensorboard_gets_figures_numbers_and_text(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 @pytest.mark.parametrize("width", [390, 1280])
-@pytest.mark.parametrize("make", [report_of, long_report], ids=["short", "long"])
+@pytest.mark.parametrize("make", [report_of, long_report, three_kinds])
 def test_a_browser_has_nothing_to_complain_of(tmp_path: Path, make, width: int) -> None:
     """In a frame of that width, as Chromium's own window is never narrower than 500 pixels."""
     path = write_page(make(), tmp_path)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from hfslim.plots.style import DASHES, MARKS, Plot, Theme, new_figure
 from hfslim.report import Report
 from hfslim.tables import Section
@@ -18,6 +20,8 @@ LINE = 0.14
 """Inches for a line of text."""
 LETTERS = 0.023
 """Share of the width that a letter takes."""
+LEGEND, BESIDE = 42, 7
+"""Letters that a legend has room for; those that one more column's line takes."""
 TURN = 0.6
 """Share of the width from which on a stage's name stands left of its line."""
 
@@ -172,9 +176,13 @@ def _rows(begun: Mapping[int, str], end: int) -> list[int]:
 
 
 def _columns(names: Iterable[str]) -> int:
-    """Return how many names of a legend have room beside each other."""
-    longest = max(map(len, names))
-    return 3 if longest <= 12 else 2 if longest <= 22 else 1
+    """Return how many names of a legend, which go down first, have room beside each other."""
+    lengths = [len(name) for name in names]
+    for columns in (3, 2):
+        parts = np.array_split(lengths, min(columns, len(lengths)))
+        if sum(max(part) for part in parts) <= LEGEND - BESIDE * (len(parts) - 1):
+            return columns
+    return 1
 
 
 def _spans(history: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
