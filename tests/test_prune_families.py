@@ -61,7 +61,8 @@ def test_every_type(case):
     if case in ("text/reformer", "image/timm_wrapper"):
         pytest.skip("scored without gradients; in an environment of its own")
     # Those of MiniMax that may go are the last ones, which only a cut tells.
-    assert pruned(case, **({"units": ["neurons"]} if case == "text/minimax" else {})) <= 0.95
+    units = {"units": ["neurons"]} if case == "text/minimax" else {}
+    assert pruned(case, criterion="fisher", **units) <= 0.95
 
 
 @pytest.mark.parametrize("options", [{}, {"criterion": "obs"}, {"reconstruction": "none"}])
