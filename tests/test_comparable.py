@@ -136,6 +136,20 @@ def test_what_is_not_one_by_one_is_refused_with_the_fix() -> None:
         terms(tiny("wavlm"), tiny("wavlm", seed=1), "minilm_v2")
 
 
+def test_attention_is_eager_for_as_long_as_its_maps_are_compared(tmp_path: Path) -> None:
+    student, teacher = (tiny("bert", attention="sdpa", seed=seed) for seed in (0, 1))
+    seen = []
+    student.bert.register_forward_hook(lambda *_: seen.append(student.config._attn_implementation))
+    trained(student, teacher, tmp_path, feature_losses={"attention": 1.0})
+    assert set(seen) == {"eager"}
+    assert [model.config._attn_implementation for model in (student, teacher)] == ["sdpa"] * 2
+
+
+def test_patches_that_pad_an_image_do_not_count() -> None:
+    mask = torch.tensor([[1, 1, 0, 0]])
+    assert position_mask(tiny("vit"), {"pixel_attention_mask": mask}, 4) is mask
+
+
 def test_a_model_that_returns_tuples_tells_its_attentions(tmp_path: Path) -> None:
     student, teacher = (tiny("bert", seed=seed, return_dict=False) for seed in (0, 1))
     trainer = trained(student, teacher, tmp_path, feature_losses={"attention": 1.0})

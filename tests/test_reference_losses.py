@@ -163,6 +163,15 @@ def test_no_loss_is_without_a_reference() -> None:
     assert {loss.function for loss in FEATURE_LOSSES.values()} == COVERED
 
 
+def test_every_loss_names_its_paper_and_shows_a_value() -> None:
+    names = set(losses.__all__) - {"LOGIT_LOSSES", "LogitLoss", "distillation_loss"}
+    functions = [getattr(losses, name) for name in names]
+    functions += [getattr(features, name) for name in features.__all__]
+    assert len(functions) == 11
+    for function in functions:
+        assert "arXiv:" in function.__doc__ and ">>>" in function.__doc__, function.__name__
+
+
 @pytest.mark.parametrize("name", LOGITS)
 def test_a_loss_on_logits_is_its_reference(name: str) -> None:
     ours, reference = LOGITS[name]

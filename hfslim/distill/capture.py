@@ -47,7 +47,7 @@ class Capture:
         model: The model itself.
         hidden: Whether to record the output of each layer.
         attentions: Whether to record attention probabilities; the model then runs with eager
-            attention, the only kind that has them.
+            attention, the only kind that has them, until `release`.
         vectors: Whether to record the last attention's queries, keys and values.
 
     Attributes:
@@ -68,12 +68,19 @@ class Capture:
                 f"{self.name} has no layers that hfslim finds, so hidden states cannot be "
                 "compared; `hfslim.find_units(model)` lists what it finds."
             )
+        self._usual: str | None = None
         if attentions and self.model.config._attn_implementation != "eager":
             logger.warning(
                 f"{self.name} runs with eager attention, which alone tells attention probabilities;"
                 " hidden-state losses and minilm_v2 go without."
             )
+            self._usual = self.model.config._attn_implementation
             self.model.set_attn_implementation("eager")
+
+    def release(self) -> None:
+        """Let the model run with the attention that it had."""
+        if self._usual is not None:
+            self.model.set_attn_implementation(self._usual)
 
     @property
     def arguments(self) -> dict[str, Any]:

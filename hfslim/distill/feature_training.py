@@ -63,6 +63,8 @@ class FeatureMixin(_Base):
             try:
                 yield
             finally:
+                for capture in self.features.captures:
+                    capture.release()
                 self.features = None
 
     def _check_feature_training(self) -> None:

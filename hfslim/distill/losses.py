@@ -68,6 +68,9 @@ def binary_kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 
         >>> import torch
         >>> binary_kl_divergence(torch.zeros(1, 2), torch.tensor([[1.0986123, 0.0]]))
         tensor([0.0654])
+
+    References:
+        Yang et al., Multi-Label Knowledge Distillation, 2023, arXiv:2308.06453.
     """
     t, s = teacher.float() / temperature, student.float() / temperature
     yes = t.sigmoid() * (F.logsigmoid(t) - F.logsigmoid(s))
@@ -89,6 +92,9 @@ def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
         >>> import torch
         >>> squared_error(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 2.0]]))
         tensor([2.])
+
+    References:
+        Ba and Caruana, Do Deep Nets Really Need to be Deep?, 2013, arXiv:1312.6184.
     """
     return (student.float() - teacher.float()).square().mean(dim=-1)
 
