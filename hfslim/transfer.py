@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
 from torch import nn
 from transformers import (
     PreTrainedModel,
@@ -21,7 +20,7 @@ from transformers.utils import logging
 from hfslim.adapters import base_of
 from hfslim.distill.capture import layer_modules
 from hfslim.log_figures import FiguresCallback
-from hfslim.parallel import way_of
+from hfslim.prune.training import check_whole_parameters
 from hfslim.prune.weights import sparse_modules
 
 __all__ = ["L2SP", "GradualUnfreezing", "head_modules", "train_head_only", "with_lora"]
@@ -135,11 +134,7 @@ class GradualUnfreezing(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, *_: Any, model: Any, **__: Any
     ) -> None:
         """Find the layers."""
-        if way_of(args) != "DDP":
-            raise ValueError(
-                f"GradualUnfreezing keeps the optimizer away from whole parameters: use DDP, not "
-                f"{way_of(args)}."
-            )
+        check_whole_parameters(args, type(self).__name__)
         self.groups = _from_the_head_down(base_of(model))
         closed = {p: depth for depth, group in enumerate(self.groups) for p in group}
         for parameter, depth in closed.items():
@@ -214,10 +209,8 @@ class L2SP(FiguresCallback):
         self, args: TrainingArguments, *_: Any, model: Any, **__: Any
     ) -> None:
         """Refuse what would distort the pull."""
-        accelerator: Any = AcceleratorState()
-        if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            raise ValueError("L2SP needs whole parameters: use DDP, not FSDP or DeepSpeed.")
-        if accelerator.mixed_precision == "fp16":
+        check_whole_parameters(args, type(self).__name__)
+        if AcceleratorState().mixed_precision == "fp16":
             raise ValueError("fp16 scales gradients, which L2SP adds to: train with bf16=True.")
         if args.weight_decay:
             logger.warning(

@@ -13,7 +13,6 @@ from transformers import (
     AutoModelForImageClassification,
     PreTrainedModel,
     TrainerCallback,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -108,13 +107,6 @@ def test_the_norm_of_a_gradient_is_that_of_what_trains(tmp_path: Path) -> None:
     assert norms[1] == pytest.approx(norms[0], rel=1e-5)
 
 
-def test_gradual_unfreezing_is_refused_where_the_optimizer_holds_parts(tmp_path: Path) -> None:
-    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
-    args.deepspeed_plugin = SimpleNamespace(zero_stage=2)
-    with pytest.raises(ValueError, match="use DDP, not ZeRO-2"):
-        GradualUnfreezing().on_train_begin(args, TrainerState(), None, model=tiny("bert"))
-
-
 @pytest.mark.parametrize("callback", [GradualUnfreezing, L2SP])
 def test_a_resumed_training_equals_an_uninterrupted_one(callback: Any, tmp_path: Path) -> None:
     states = []
@@ -171,6 +163,22 @@ def test_the_pull_keeps_weights_nearer_to_where_they_began(tmp_path: Path) -> No
         pairs = zip(model.vit.parameters(), start, strict=True)
         distances.append(sum((p - w).square().sum().item() for p, w in pairs))
     assert distances[1] < 0.5 * distances[0]
+
+
+@pytest.mark.parametrize("callback", [GradualUnfreezing, L2SP])
+@pytest.mark.parametrize(
+    ("split", "told"),
+    [
+        ({"fsdp": True}, "FSDP splits between them: use DDP$"),
+        ({"deepspeed_plugin": SimpleNamespace(zero_stage=2)}, "ZeRO-2 splits between them: use"),
+    ],
+)
+def test_what_needs_whole_parameters_is_refused_where_they_are_split(
+    callback: type, split: dict[str, Any], told: str
+) -> None:
+    args = SimpleNamespace(**{"fsdp": False, "deepspeed_plugin": None} | split)
+    with pytest.raises(ValueError, match=f"{callback.__name__} needs on each process what {told}"):
+        callback().on_train_begin(args, None, model=tiny("vit"))
 
 
 def test_lora_trains_adapters_and_the_head_alone(tmp_path: Path) -> None:

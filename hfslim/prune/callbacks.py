@@ -30,6 +30,7 @@ from hfslim.prune.steps import agreed, check_reachable, price
 from hfslim.prune.surgery import shrink
 from hfslim.prune.target import Target
 from hfslim.prune.training import (
+    CUT_AFTER,
     average_over_processes,
     check_not_compiled,
     check_saved_between_steps,
@@ -291,7 +292,8 @@ class PruningCallback(FiguresCallback, ExportableState):
 def _check_arguments(args: Arguments, learns: bool) -> None:
     """Refuse ways of training under which scores would be wrong."""
     name = "PruningCallback with learned gates" if learns else "PruningCallback"
-    check_whole_parameters(args, name, ("DDP",) if learns else ("DDP", "ZeRO-2"))
+    ways = ("DDP",) if learns else ("DDP", "ZeRO-2")
+    check_whole_parameters(args, name, ways, CUT_AFTER)
     check_saved_between_steps("PruningCallback")
     check_unscaled(args)
     check_not_compiled(args, "PruningCallback")

@@ -16,8 +16,12 @@ from hfslim.parallel import way_of
 logger = logging.getLogger(__name__)
 
 
+CUT_AFTER = ", or cut the trained model in one go by hfslim.prune or hfslim.sparsify"
+"""What pruning in training can be done without."""
+
+
 def check_whole_parameters(
-    args: TrainingArguments, callback: str, ways: Sequence[str] = ("DDP",)
+    args: TrainingArguments, callback: str, ways: Sequence[str] = ("DDP",), otherwise: str = ""
 ) -> None:
     """Refuse trainings whose processes hold but parts of what a callback needs.
 
@@ -26,6 +30,7 @@ def check_whole_parameters(
         callback: Its name.
         ways: Those of `way_of` that it can do with. Under ZeRO-2 parameters are whole, but
             gradients and the optimizer's state are not.
+        otherwise: What else could be done.
 
     Raises:
         ValueError: Naming the callback.
@@ -34,8 +39,7 @@ def check_whole_parameters(
     if way not in ways:
         raise ValueError(
             f"{callback} needs on each process what {way} splits between them: use "
-            f"{' or '.join(ways)}, or cut the trained model in one go by hfslim.prune or "
-            "hfslim.sparsify"
+            f"{' or '.join(ways)}{otherwise}"
         )
 
 

@@ -19,6 +19,7 @@ from hfslim.prune.held_zeros import HeldZeros
 from hfslim.prune.importance import UnusableScoresError
 from hfslim.prune.schedules import Pace, Schedule
 from hfslim.prune.training import (
+    CUT_AFTER,
     average_over_processes,
     check_saved_between_steps,
     check_unscaled,
@@ -134,7 +135,7 @@ class WeightPruningCallback(FiguresCallback, ExportableState):
         """Take up the zeros that the model has, and a saved state where training resumes."""
         self._scores_gradients = self.goal is not None and self._method == "movement"
         check_merged(model)
-        check_whole_parameters(args, type(self).__name__)
+        check_whole_parameters(args, type(self).__name__, otherwise=CUT_AFTER)
         check_saved_between_steps(type(self).__name__)
         if self._scores_gradients:
             check_unscaled(args, ", or use method='magnitude'")
