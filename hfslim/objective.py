@@ -162,6 +162,8 @@ class MeanLossMixin(_Base):
                 f"{type(self).__name__} computes its own loss and would ignore compute_loss_func; "
                 "use transformers.Trainer with hfslim.checkpoint.CheckpointMixin for a custom loss."
             )
+        # `get_batch_samples` counts over processes itself, examples in place of tokens.
+        self.args.average_tokens_across_devices = False
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
