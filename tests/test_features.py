@@ -67,6 +67,13 @@ def test_dist_equals_numpys_correlations() -> None:
     assert correlation(student, student).abs().max() < 1e-6
 
 
+def test_dist_of_two_classes_teaches_by_its_columns_alone() -> None:
+    for examples, teaches in ((1, False), (3, True)):
+        student = states(examples, 2).requires_grad_()
+        correlation(student, states(examples, 2, seed=1)).sum().backward()
+        assert bool(student.grad.abs().max() > 1e-3) is teaches
+
+
 @pytest.mark.parametrize("kind", ["dkd", "dist"])
 def test_losses_over_one_distribution_refuse_other_problems(kind: str) -> None:
     with pytest.raises(ValueError, match="use 'kl'"):

@@ -147,7 +147,8 @@ def correlation(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> T
     ρ is Pearson's correlation of the two models' probabilities: over the classes of an example
     (row), and over the examples of a class (column). The column part is the same for all examples
     of a batch and depends on which examples share it, so it is not invariant under accumulation or
-    several processes; a batch of one example has none.
+    several processes; a batch of one example has none. Of two classes ρ of a row is 1 or −1, which
+    teaches nothing: the columns alone do.
 
     Args:
         student: Logits `[batch, classes]`.
