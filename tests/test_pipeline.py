@@ -430,6 +430,7 @@ def test_a_push_that_failed_keeps_the_results_and_a_second_run_completes_it(
     assert report["comparisons"] == [], "the model was trained on since it was measured"
     assert report["quality"][0]["examples"] == 8
     assert report["provenance"]["base"]["name"] == "vit, untrained"
+    assert report["model"] == "vit", "it is trained by now"
 
 
 def test_a_recipe_that_pushes_needs_a_login_before_any_work(
