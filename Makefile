@@ -33,12 +33,13 @@ test-deepspeed: $(DEEPSPEED)/.hfslim ## Run the tests under DeepSpeed on the CPU
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(DEEPSPEED)/bin:$$PATH" \
 		$(DEEPSPEED)/bin/python -m pytest -m deepspeed tests/distributed/test_zero.py
 
-bench: $(VENV)/.hfslim-bench data/tweets data/fashion-mnist data/prompts ## Compare with other methods on three tasks (hours)
+bench: $(VENV)/.hfslim-bench data/tweets data/fashion-mnist data/prompts ## Compare with other methods on four models (hours)
 	$(RIVALS) text --output $(BENCH)/text.json --model $(MINILM)
 	$(RIVALS) image --output $(BENCH)/image.json
+	$(RIVALS) resnet --output $(BENCH)/resnet.json --settings 'heads,'
 	$(RIVALS) speech --output $(BENCH)/speech.json --model $(WHISPER)
 	$(BIN)/python -m benchmarks.overhead --output $(BENCH)/overhead.json
-	for name in text image speech overhead; do \
+	for name in text image resnet speech overhead; do \
 		$(BIN)/python -m benchmarks.tables --print $(BENCH)/$$name.json; done
 
 bench-quick: $(VENV)/.hfslim-bench data/tweets ## The same on two small tasks (minutes)

@@ -28,6 +28,7 @@ from hfslim.prune.moments import SecondMoments
 from hfslim.prune.reconstruction import obs_scores
 from hfslim.prune.steps import Calibration, cut, decide, price
 from hfslim.prune.target import Target
+from hfslim.structure import Kind
 
 LARGE = {
     "hidden_size": 1024,
@@ -41,12 +42,13 @@ MINILM = {
     "num_attention_heads": 12,
     "intermediate_size": 1536,
 }
-SIZES: dict[str, tuple[str, dict[str, int]]] = {
+SIZES: dict[str, tuple[str, dict[str, Any]]] = {
     "minilm": ("bert", MINILM),
     "bert-base": ("bert", {}),
     "bert-large": ("bert", LARGE),
     "vit-base": ("vit", {}),
     "vit-large": ("vit", LARGE),
+    "resnet-50": ("resnet", {}),
 }
 
 
@@ -60,8 +62,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build(options.size).to(device).eval()
     data = examples(model, options.examples, options.length, options.batch)
-    units = hfslim.find_units(model).of(("heads", "neurons"))
-    target = Target.parse({"macs": 0.5}, ("heads", "neurons"))
+    kinds: tuple[Kind, ...] = ("channels",) if "resnet" in options.size else ("heads", "neurons")
+    units, target = hfslim.find_units(model).of(kinds), Target.parse({"macs": 0.5}, kinds)
     one = {k: v[:1] for k, v in data[0].items() if k != "labels"}
 
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()

@@ -12,6 +12,7 @@ from transformers import RegNetForImageClassification, ResNetForImageClassificat
 
 import hfslim
 from hfslim.anatomy import Units, example_inputs, find_units
+from hfslim.prune import projections
 from hfslim.prune.batch_norms import renew_batch_norms
 from hfslim.prune.batches import Batches
 from hfslim.prune.moments import gather
@@ -52,11 +53,23 @@ def test_a_convolution_is_the_matrix_that_it_is_laid_out_as(conv):
     layer = Projection("conv", conv, 1, conv.weight[0, 0].numel())
     x = torch.randn(2, 3, 9, 8) if isinstance(conv, nn.Conv2d) else torch.randn(2, 3, 17)
     with torch.no_grad():
-        expected = layer.outputs(conv(x))
-    found = layer.inputs(x) @ layer.weight.T + (0 if layer.bias is None else layer.bias)
+        seen, expected = layer.positions(x, conv(x))
+    found = seen @ layer.weight.T + (0 if layer.bias is None else layer.bias)
     torch.testing.assert_close(found, expected)
     layer.put(2 * layer.weight)
     torch.testing.assert_close(layer.weight, conv.weight.detach().flatten(1))
+
+
+def test_of_many_places_those_that_are_looked_at_stand_for_all(monkeypatch):
+    monkeypatch.setattr(projections, "PLACES", 200)
+    torch.manual_seed(0)
+    layer = Projection("conv", nn.Conv2d(2, 3, 3), 1, 9)
+    x, g = torch.rand(4, 2, 32, 32), torch.rand(4, 3, 30, 30)
+    seen, given = layer.positions(x, g)
+    assert len(seen) == len(given) == 4 * 200
+    torch.testing.assert_close(given.square().sum(), g.square().sum(), rtol=0.05, atol=0)
+    half, _ = layer.positions(x[2:], g[2:])
+    assert torch.equal(half, seen[400:])
 
 
 def test_weights_that_lie_channels_last_are_put_too():
@@ -66,8 +79,9 @@ def test_weights_that_lie_channels_last_are_put_too():
     assert torch.equal(conv.weight, torch.ones(5, 3, 3, 3))
 
 
-def test_moments_of_a_convolution_are_those_of_what_it_sees_at_each_place():
+def test_moments_of_a_convolution_are_those_of_what_it_sees_at_each_place(monkeypatch):
     """Against autograd, place by place."""
+    monkeypatch.setattr(projections, "PLACES", 10_000)
     model = _resnet(num_labels=2)
     units = find_units(model).of(["channels"])
     site = next(s for s in units if len(s.feeds) == 1)

@@ -222,7 +222,7 @@ def gather(
             if path in by_path:
                 layer, moments = by_path[path]
                 for some, theirs in zip(_parts(x, layer), _parts(g, layer), strict=True):
-                    moments.add(layer.inputs(some), layer.outputs(theirs))
+                    moments.add(*layer.positions(some, theirs))
 
         with gates:
             modules = {one.path: one.module for layers in at.values() for one in layers}

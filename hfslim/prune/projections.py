@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch.nn import functional
 from hfslim.anatomy import Site
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+PLACES = 256
+"""Places of a convolution's output that are looked at, of each example."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,22 @@ class Projection:
         bias = getattr(self.module, "bias", None)
         return None if bias is None else bias.detach()
 
-    def inputs(self, x: torch.Tensor) -> torch.Tensor:
-        """Return what comes in at each position, `[positions, inputs]`."""
-        conv: Any = self.module
+    def positions(self, x: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what comes in and what is at the output, position by position.
+
+        Of a convolution they are `PLACES` at most of each example, the same of all, drawn once;
+        what is at the output then counts for those that are left out.
+
+        Args:
+            x: The layer's input.
+            g: What there is at its output, of the same shape as it.
+
+        Returns:
+            `[positions, inputs]` and `[positions, outputs]`.
+        """
         if not self.convolves:
-            return x.flatten(0, -2)
+            return x.flatten(0, -2), g.flatten(0, -2)
+        conv: Any = self.module
         kernel, dilation, padding, stride = (
             conv.kernel_size,
             conv.dilation,
@@ -72,14 +86,13 @@ class Projection:
             # As an image of one row.
             x, kernel, dilation = x.unsqueeze(-2), (1, *kernel), (1, *dilation)
             padding, stride = (0, *padding), (1, *stride)
-        seen = functional.unfold(x.float(), kernel, dilation, padding, stride)
-        return seen.transpose(1, 2).flatten(0, 1)
-
-    def outputs(self, g: torch.Tensor) -> torch.Tensor:
-        """Return what is at each position of an output, `[positions, outputs]`."""
-        if self.convolves:
-            return g.flatten(2).transpose(1, 2).flatten(0, 1)
-        return g.flatten(0, -2)
+        seen, given = functional.unfold(x.float(), kernel, dilation, padding, stride), g.flatten(2)
+        number = given.shape[-1]
+        if number > PLACES:
+            places = torch.randperm(number, generator=torch.Generator().manual_seed(0))[:PLACES]
+            seen, given = seen[..., places.to(x.device)], given[..., places.to(x.device)]
+            given = given * math.sqrt(number / PLACES)
+        return seen.transpose(1, 2).flatten(0, 1), given.transpose(1, 2).flatten(0, 1)
 
 
 def projections(model: nn.Module, site: Site) -> list[Projection]:
