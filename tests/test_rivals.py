@@ -318,7 +318,7 @@ def test_leads_are_over_the_best_other_method_beside_the_greater_spread() -> Non
 
 def test_what_the_page_says_of_the_leads_is_so() -> None:
     covered = []
-    for name in ("text", "image", "speech"):
+    for name in ("text", "image", "resnet", "speech"):
         for line in rivals.leads([tables.read(f"{name}.json")]).splitlines()[2:]:
             _, budget, *cells = (part.strip() for part in line.strip("|").split("|"))
             for when, told in zip(("before", "after"), cells, strict=True):
@@ -334,7 +334,7 @@ def test_the_tables_of_the_pages_match_the_results(monkeypatch: pytest.MonkeyPat
     places = re.findall(r"<!-- results: (\S+) -->", pages)
     assert set(places) >= {file.name for file in tables.RESULTS.glob("*.json")}
     for several in tables.SEVERAL:
-        assert f"<!-- {several}: text.json image.json speech.json -->" in pages
+        assert f"<!-- {several}: text.json image.json resnet.json speech.json -->" in pages
     tables.main()
 
 
