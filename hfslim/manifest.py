@@ -73,9 +73,10 @@ class Manifest:
         if folder.exists() and not folder.is_dir():
             raise OutputError(f"output_dir {str(folder)!r} is a file: set output_dir to a folder")
         if not path.exists():
-            others = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
-            # The first write of a manifest may have been interrupted.
-            if others not in ([], [NEW]):
+            # Of a run that was interrupted in its first moment this is all that is left.
+            found = {p.name for p in folder.iterdir()} if folder.exists() else set()
+            others = sorted(name for name in found if name != NEW and not name.startswith("."))
+            if others:
                 raise OutputError(
                     f"output_dir {str(folder)!r} holds {', '.join(others[:5])} and no {FILE}, "
                     "so it is not the result of a recipe; nothing was touched: "

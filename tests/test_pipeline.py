@@ -239,8 +239,9 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> Non
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
 
-def test_an_interrupted_first_write_of_a_manifest_is_not_something_else(tmp_path: Path) -> None:
+def test_what_an_interrupted_beginning_leaves_is_not_something_else(tmp_path: Path) -> None:
     (tmp_path / "manifest.json.new").write_text("{")
+    (tmp_path / ".3f2a").touch()  # By which machines look whether they share the folder.
     assert Manifest.open(tmp_path, {}).stages == []
 
 
