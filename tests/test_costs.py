@@ -1,5 +1,6 @@
 import pytest
 import torch
+import zoo
 from models import FAMILIES, tiny
 from structures import uneven
 
@@ -77,3 +78,16 @@ def test_counting_leaves_the_model_in_its_mode():
     assert model.training
     assert not any(p.grad is not None for p in model.parameters())
     assert torch.is_grad_enabled()
+
+
+# Beside the projections by head they have others: to latents, to fewer positions, to an index.
+@pytest.mark.parametrize("case", ["text/deepseek_v3", "text/axk2", "image/pvt", "image/swinv2"])
+def test_what_no_head_has_is_not_counted_as_theirs(case):
+    model = zoo.tiny(case)
+    inputs = example_inputs(model, 1, length=16)
+    units = find_units(model).of(["heads"])
+    priced = costs.count(model, units, "macs", inputs)
+    kept = {site.path: (list(range(1, site.size)), site.size) for site in units}
+    structure = units.complete(hfslim.Structure.of({"heads": kept}))
+    foretold = priced.of(units, structure)
+    assert macs(hfslim.shrink(model, structure), inputs) == foretold < priced.total

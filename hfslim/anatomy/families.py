@@ -68,6 +68,9 @@ PER_HEAD_ROWS = (
 )
 """Further projections with rows by head (DeBERTa's and Conformer's positions)."""
 
+RUN_BY_HEAD = ("gru_rel_pos_linear",)
+"""Modules that all heads share, and that run once for each of them (WavLM)."""
+
 PER_HEAD_TENSORS = (
     ("relative_position_bias.relative_position_bias_table", 1),
     ("relative_position_bias_table", 1),

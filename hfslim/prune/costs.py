@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from hfslim.anatomy import Site, Units, mixtures
+from hfslim.anatomy import Site, Units, families, mixtures
 from hfslim.measure import count_parameters, macs_by_module
 from hfslim.prune.gates import Key
 from hfslim.structure import Structure
@@ -245,14 +245,16 @@ def _between_heads(model: nn.Module, site: Site, macs: Mapping[str, int]) -> int
 
     Where it does not run its projections as modules, these are part of it.
     """
-    projections = {cut.module for cut in site.cuts if cut.tensor == "weight"}
     if site.partly == "queries":
         # They are for something else, whose products are not told from those of attention.
         return 0
     modules = (site.path, *site.twins)
-    around = tuple(f"{path}." for path in modules)
-    inside = [path for path in projections if path.startswith(around)]
-    if site.partly:
-        parts = model.get_submodule(site.path).named_children()
-        inside = [f"{site.path}.{name}" for name, _ in parts]
+    # What has weights is no product, whether it has heads or not, as what makes latents has none.
+    inside = [
+        f"{path}.{name}"
+        for path in modules
+        for name, part in model.get_submodule(path).named_children()
+        if name not in families.RUN_BY_HEAD
+        if site.partly or next(part.parameters(), None) is not None
+    ]
     return sum(macs[path] for path in modules) - sum(macs.get(path, 0) for path in inside)
