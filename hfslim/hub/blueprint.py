@@ -41,7 +41,11 @@ def check_built(model: PreTrainedModel) -> None:
     Raises:
         ValueError: It does not.
     """
-    unknown = sorted(set(_tensors(model)) - set(_tensors(stock_model(model, model.config))))
+    stock = stock_model(model, model.config)
+    # Of layers that an earlier cut left, the places in the list count.
+    for path, kept in (getattr(model.config, "hfslim", None) or {}).get("layers", {}).items():
+        modeling_hfslim.keep_layers(cast(nn.ModuleList, stock.get_submodule(path)), kept)
+    unknown = sorted(set(_tensors(model)) - set(_tensors(stock)))
     if unknown:
         raise ValueError(
             f"{stock_class(model).__name__} builds no {unknown[0]!r}, so a cut model with it could "
