@@ -28,10 +28,11 @@ def test_two_processes_prune_like_one(tmp_path, monkeypatch):
     """The same units go, and the weights that stay make up for them alike."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=":")
     launch(Path(prune_in_one_go.__file__), tmp_path, processes=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    one = prune_in_one_go.pruned(slice(0, 24))
-    assert first["structure"] == second["structure"] == one["structure"]
-    for name, value in one["weights"].items():
-        assert torch.equal(first["weights"][name], second["weights"][name])
-        # Float32 rounds the sums of 24 examples and of 17 and 7 differently.
-        torch.testing.assert_close(first["weights"][name], value, rtol=0, atol=1e-4)
+    for family in prune_in_one_go.UNITS:
+        first, second = (torch.load(tmp_path / f"{family}{rank}.pt") for rank in (0, 1))
+        one = prune_in_one_go.pruned(family, slice(0, 24))
+        assert first["structure"] == second["structure"] == one["structure"]
+        for name, value in one["weights"].items():
+            assert torch.equal(first["weights"][name], second["weights"][name])
+            # Float32 rounds the sums of 24 examples and of 17 and 7 differently.
+            torch.testing.assert_close(first["weights"][name], value, rtol=0, atol=1e-4)
