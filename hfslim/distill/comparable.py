@@ -10,17 +10,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.utils import logging
 
-from hfslim.anatomy.inputs import example_inputs
 from hfslim.distill.capture import Capture, Seen
 from hfslim.distill.layers import Pairs
+from hfslim.prune.proof import PROBE_EXAMPLES, probe_inputs
 from hfslim.timing import evaluating
 
 __all__ = ["check_layers", "every_layer_runs", "probed"]
 
 logger = logging.get_logger(__name__)
-
-_LENGTH = {"input_ids": 16, "input_values": 4000, "input_features": 64}
-_EXAMPLES = 2
 
 
 def probed(captures: tuple[Capture, Capture], head_by_head: bool) -> tuple[Seen, Seen]:
@@ -34,10 +31,9 @@ def probed(captures: tuple[Capture, Capture], head_by_head: bool) -> tuple[Seen,
         ValueError: They are not one by one for the same examples and positions; or the last
             attentions have other numbers of heads.
     """
-    length = _LENGTH.get(captures[0].model.main_input_name)
     result = []
     for capture in captures:
-        inputs = example_inputs(capture.model, batch_size=_EXAMPLES, length=length)
+        inputs = probe_inputs(capture.model)
         with capture.recording() as seen, evaluating(capture.model):
             capture.model(**inputs, **capture.arguments)
         # Without a backward pass a model in parts stays whole, and an optimizer would take that.
@@ -115,9 +111,9 @@ def _shapes(tensors: Iterable[Tensor], axis: int) -> set[tuple[int, int]]:
 
 
 def _check_positions(what: str, mine: set[tuple[int, int]], theirs: set[tuple[int, int]]) -> None:
-    if mine != theirs or len(mine) > 1 or any(examples != _EXAMPLES for examples, _ in mine):
+    if mine != theirs or len(mine) > 1 or any(examples != PROBE_EXAMPLES for examples, _ in mine):
         raise ValueError(
             f"The {what} of student and teacher have {mine} and {theirs} examples and positions "
-            f"for the same {_EXAMPLES} examples, so they cannot be compared one by one; use losses "
-            "on logits."
+            f"for the same {PROBE_EXAMPLES} examples, so they cannot be compared one by one; use "
+            "losses on logits."
         )

@@ -22,6 +22,7 @@ Settings = dict[str, Any]
 Returns = dict[str, Settings]
 """What each attention module returns, as settings of the class that may stand in for it."""
 
+PROBE_EXAMPLES = 2
 PROBE_LENGTH = {"input_ids": 16, "input_values": 4000, "input_features": 64}
 RELATIVE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 HALF_TOLERANCE = 5e-2
@@ -45,7 +46,8 @@ def attention_returns(model: PreTrainedModel, units: Units) -> Returns:
 
 def probe_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Return small random inputs to run a model on."""
-    return example_inputs(model, batch_size=2, length=PROBE_LENGTH.get(model.main_input_name))
+    length = PROBE_LENGTH.get(model.main_input_name)
+    return example_inputs(model, batch_size=PROBE_EXAMPLES, length=length)
 
 
 def run_gated(
