@@ -10,7 +10,7 @@ from hfslim.anatomy import example_inputs, find_units
 from hfslim.prune import UnusableScoresError, steps
 from hfslim.prune.batches import Batches
 from hfslim.prune.moments import InputMoments, SecondMoments, gather
-from hfslim.prune.obs import eliminate, refit, rescale
+from hfslim.prune.obs import Elimination, eliminate, refit, rescale
 from hfslim.prune.reconstruction import layer_scores, obs_scores
 from hfslim.structure import Structure
 
@@ -46,7 +46,7 @@ def _least_error(weight, x, metric, kept, width):
 @pytest.mark.parametrize(("units", "width"), [(9, 1), (5, 3), (80, 1)])
 def test_each_unit_that_goes_is_the_cheapest_by_least_squares(units, width):
     weight, x, metric = _case(units, width)
-    order, costs = eliminate(x @ x.T / x.shape[1], weight.T @ metric @ weight, width)
+    order, costs = eliminate([Elimination(x @ x.T / x.shape[1], weight.T @ metric @ weight, width)])
     assert sorted(order) == list(range(units))
     left, lost = list(range(units)), 0.0
     for unit, cost in zip(order, costs.tolist(), strict=True):

@@ -16,7 +16,7 @@ from hfslim.prune import projections
 from hfslim.prune.batch_norms import renew_batch_norms
 from hfslim.prune.batches import Batches
 from hfslim.prune.moments import gather
-from hfslim.prune.obs import Elimination, eliminate, eliminate_jointly
+from hfslim.prune.obs import Elimination, eliminate
 from hfslim.prune.projections import Projection
 from hfslim.prune.steps import calibrate, cut
 from hfslim.structure import Structure
@@ -121,7 +121,7 @@ def test_units_that_several_layers_take_go_by_the_sum_of_what_each_loses():
         x = torch.randn(6 * width, 100, dtype=torch.float64)
         w = torch.randn(3, 6 * width, dtype=torch.float64)
         problems.append((x @ x.T / 100, w.T @ w, width))
-    order, costs = eliminate_jointly([Elimination(*p) for p in problems])
+    order, costs = eliminate([Elimination(*p) for p in problems])
     alone = [
         [torch.linalg.solve(torch.linalg.inv(h)[s][:, s], b[s][:, s]).trace() for s in slices]
         for h, b, width in problems
@@ -131,8 +131,6 @@ def test_units_that_several_layers_take_go_by_the_sum_of_what_each_loses():
     assert order[0] == int(sums.argmin())
     torch.testing.assert_close(costs[0], sums.min().to(costs))
     assert sorted(order) == list(range(6))
-    one, _ = eliminate(*problems[1])
-    assert eliminate_jointly([Elimination(*problems[1])])[0] == one
 
 
 def _with_copies():
@@ -207,6 +205,28 @@ def test_obs_is_usual_for_channels_and_for_the_layers_around_them(caplog):
     torch.testing.assert_close(
         scores[first][1], sum(scores["channels", s.path].sum() for s in inside)
     )
+
+
+def test_layers_by_another_criterion_need_nothing_that_obs_scores_in_them():
+    model = zoo.tiny("text/albert")
+    data = [example_inputs(model, 4, length=8) | {"labels": torch.arange(4) % 2}]
+    criteria = {"neurons": "obs", "layers": "magnitude"}
+    known = calibrate(
+        model,
+        find_units(model).of(["neurons", "layers"]),
+        Batches(data, 4),
+        criteria,
+        progress=False,
+    )
+    assert {kind for kind, _ in known.scores} == {"neurons", "layers"}
+    with pytest.raises(ValueError, match="runs of the same module"):
+        calibrate(
+            model,
+            find_units(model).of(["neurons", "layers"]),
+            Batches(data, 4),
+            criteria | {"layers": "obs"},
+            progress=False,
+        )
 
 
 def test_channels_without_a_matrix_are_scored_by_fisher_at_the_scale_of_obs(caplog):

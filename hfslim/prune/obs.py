@@ -15,38 +15,22 @@ PANEL = 64
 """Columns of updates that are gathered before the matrices change."""
 
 
-def eliminate(
-    second: torch.Tensor, metric: torch.Tensor, width: int = 1
-) -> tuple[list[int], torch.Tensor]:
-    """Find the order in which units of a projection go, always the one that costs least.
+def eliminate(around: Sequence[Elimination]) -> tuple[list[int], torch.Tensor]:
+    """Find the order in which units go, always the one that costs least.
 
     Args:
-        second: `H`, second moments of the inputs, positive definite, `[units · width]²`, float64.
-        metric: `B`, the same shape.
-        width: Inputs per unit.
+        around: The projections that take them, one or several; they are used up.
 
     Returns:
-        The units, the first to go first, and what each adds to the error when it goes, `[units]`.
+        The units, the first to go first, and what each adds to the sum of the errors, `[units]`.
 
     Examples:
         Two inputs are copies of one another but for a little noise, so one of them goes for free:
 
         >>> second = torch.tensor([[1.01, 1.0, 0.0], [1.0, 1.01, 0.0], [0.0, 0.0, 1.0]]).double()
-        >>> order, costs = eliminate(second, torch.ones(3, 3).double())
+        >>> order, costs = eliminate([Elimination(second, torch.ones(3, 3).double())])
         >>> order, [round(c, 3) for c in costs.tolist()]
         ([0, 2, 1], [0.02, 1.0, 4.0])
-    """
-    return eliminate_jointly([Elimination(second, metric, width)])
-
-
-def eliminate_jointly(around: Sequence[Elimination]) -> tuple[list[int], torch.Tensor]:
-    """Find the order in which units go that several projections take.
-
-    Args:
-        around: Each projection; they are used up.
-
-    Returns:
-        The units, the first to go first, and what each adds to the sum of the errors, `[units]`.
     """
     size = around[0].size
     gone = torch.zeros(size, dtype=torch.bool, device=around[0].units.device)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from hfslim.anatomy import Site, Units
 from hfslim.prune.gates import Key
 from hfslim.prune.moments import Moments, SecondMoments
-from hfslim.prune.obs import Elimination, eliminate_jointly, refit, rescale
+from hfslim.prune.obs import Elimination, eliminate, refit, rescale
 from hfslim.prune.projections import Projection, projections
 from hfslim.structure import Structure
 
@@ -109,7 +109,7 @@ def _eliminated(
         metric = weight.T @ (moments.outer / moments.examples) @ weight
         second = moments.covariance(layer.bias is not None)
         problems.append(Elimination(second, metric, layer.width))
-    return eliminate_jointly(problems)
+    return eliminate(problems)
 
 
 @dataclass

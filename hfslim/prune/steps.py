@@ -100,6 +100,8 @@ def calibrate(
         moments = SecondMoments(projected, batches, progress) if len(projected) else None
         if eliminated:
             scores = _eliminated(model, around, moments, others, batches, seed, progress)
+            if "layers" in eliminated:
+                scores |= layer_scores(around, scores)
             scores = {key: value for key, value in scores.items() if key[0] in eliminated}
     rest = {kind: name for kind, name in criteria.items() if kind not in eliminated}
     if rest:
@@ -168,7 +170,7 @@ def _eliminated(
         sums = [sum(float(by["channels", s.path].sum()) for s in known) for by in (scores, fisher)]
         scale = sums[0] / sums[1] if known and sums[1] else 1.0
         scores |= {("channels", s.path): scale * fisher["channels", s.path] for s in others}
-    return scores | layer_scores(units, scores)
+    return scores
 
 
 def decide(
