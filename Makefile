@@ -27,7 +27,7 @@ test: $(VENV)/.hfslim-test ## Run the tests
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-timm: $(TIMM)/.hfslim ## Run the tests of timm models, in an environment of their own with torchvision
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(TIMM)/bin/python -m pytest tests/test_timm.py
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(TIMM)/bin/python -m pytest tests/anatomy/test_timm.py
 
 test-deepspeed: $(DEEPSPEED)/.hfslim ## Run the tests under DeepSpeed on the CPU, in an environment of their own
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(DEEPSPEED)/bin:$$PATH" \

@@ -22,14 +22,14 @@ from transformers import PreTrainedModel
 
 import hfslim
 from benchmarks.workbenches import opened
-from hfslim.measure import macs
-from hfslim.prune.batches import Batches
-from hfslim.prune.criteria import criteria_by_kind, usual_criterion
-from hfslim.prune.steps import calibrate, cut, decide, price
-from hfslim.prune.target import Target
-from hfslim.structure import KINDS, Kind
-from hfslim.timing import paired_latency
-from hfslim.workbench import Workbench
+from hfslim.anatomy.structure import KINDS, Kind
+from hfslim.measuring.measurement import macs
+from hfslim.measuring.timing import paired_latency
+from hfslim.pipeline.task_examples import Workbench
+from hfslim.pruning.scores.batches import Batches
+from hfslim.pruning.scores.criteria import criteria_by_kind, usual_criterion
+from hfslim.pruning.steps import calibrate, cut, decide, price
+from hfslim.pruning.target import Target
 
 CALLS = 60
 """Timed calls of each model at batch 1; a third of that at larger ones."""
@@ -47,7 +47,7 @@ def main() -> None:
     options, overrides = parser.parse_known_args()
     bench, whole = opened(options.recipe, options.model, overrides)
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("hfslim.prune").setLevel(logging.INFO)
+    logging.getLogger("hfslim.pruning").setLevel(logging.INFO)
     print(f"{type(whole).__name__}, {torch.get_num_threads()} threads, {bench.evaluation.device}\n")
     if options.only != "drop":
         with tempfile.TemporaryDirectory() as folder:

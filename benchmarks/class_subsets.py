@@ -24,7 +24,7 @@ import hfslim
 from benchmarks.markdown import Row, circumstances, listed, percent, spread, table
 from benchmarks.rivals.results import Results
 from benchmarks.workbenches import opened
-from hfslim.timing import evaluating
+from hfslim.measuring.timing import evaluating
 
 NAME = "classes"
 

@@ -22,9 +22,9 @@ from transformers import TrainingArguments
 import hfslim
 from benchmarks.workbenches import opened
 from hfslim import DistillationConfig, DistillationTrainer, SlimTrainer
-from hfslim.distill.teacher import run_teacher
-from hfslim.prune import spaced_layers
-from hfslim.timing import in_turn
+from hfslim.distillation.teacher.teacher import run_teacher
+from hfslim.measuring.timing import in_turn
+from hfslim.pruning import spaced_layers
 
 
 def main() -> None:

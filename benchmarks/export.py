@@ -24,13 +24,13 @@ from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 import hfslim
-from hfslim.anatomy import example_inputs
-from hfslim.export import open_exported
-from hfslim.measure import macs
-from hfslim.recipe import load_recipe
+from hfslim.anatomy.inputs import example_inputs
+from hfslim.hub.export.exporting import open_exported
+from hfslim.measuring.measurement import macs
+from hfslim.measuring.timing import evaluating, in_turn, paired, summarise, wall_seconds
+from hfslim.pipeline.recipe import load_recipe
+from hfslim.pipeline.task_examples import Predictions, Workbench, agreement, uses_cpu
 from hfslim.tasks import TASKS, open_model
-from hfslim.timing import evaluating, in_turn, paired, summarise, wall_seconds
-from hfslim.workbench import Predictions, Workbench, agreement, uses_cpu
 
 MODELS = ("whole", "cut")
 FORMATS: dict[str, dict[str, Any]] = {

@@ -61,7 +61,7 @@ def measured(size: str, criterion: str) -> dict[str, float]:
     from transformers import AutoModelForSequenceClassification, BertConfig
 
     import hfslim
-    from hfslim.anatomy import example_inputs
+    from hfslim.anatomy.inputs import example_inputs
 
     width, layers = SIZES[size]
 

@@ -23,8 +23,8 @@ import hfslim
 from benchmarks.markdown import Row, circumstances, table
 from benchmarks.peak import Peak
 from benchmarks.rivals.results import Results
-from hfslim.prune.collect import Collector
-from hfslim.prune.gates import Gates
+from hfslim.pruning.gates.gates import Gates
+from hfslim.pruning.scores.collect import Collector
 
 NAME = "overhead"
 UNITS = ("heads", "neurons")

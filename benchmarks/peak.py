@@ -3,7 +3,7 @@
 import gc
 from pathlib import Path
 
-from hfslim.prune.parted import return_memory
+from hfslim.pruning.surgery.reversible_slices import return_memory
 
 STATUS = Path("/proc/self/status")
 RESET = Path("/proc/self/clear_refs")

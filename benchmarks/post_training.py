@@ -18,13 +18,13 @@ import torch
 
 import hfslim
 from benchmarks.workbenches import opened
-from hfslim.measure import macs
-from hfslim.prune.batches import Batches
-from hfslim.prune.criteria import criteria_by_kind
-from hfslim.prune.reconstruction import RECONSTRUCTIONS
-from hfslim.prune.steps import calibrate, cut, decide, price
-from hfslim.prune.target import Target
-from hfslim.structure import KINDS
+from hfslim.anatomy.structure import KINDS
+from hfslim.measuring.measurement import macs
+from hfslim.pruning.obs.reconstruction import RECONSTRUCTIONS
+from hfslim.pruning.scores.batches import Batches
+from hfslim.pruning.scores.criteria import criteria_by_kind
+from hfslim.pruning.steps import calibrate, cut, decide, price
+from hfslim.pruning.target import Target
 
 
 def main() -> None:

@@ -23,12 +23,12 @@ from transformers import (
 )
 
 import hfslim
-from hfslim.prune.batches import Batches
-from hfslim.prune.moments import SecondMoments
-from hfslim.prune.reconstruction import obs_scores
-from hfslim.prune.steps import Calibration, cut, decide, price
-from hfslim.prune.target import Target
-from hfslim.structure import Kind
+from hfslim.anatomy.structure import Kind
+from hfslim.pruning.obs.moments import SecondMoments
+from hfslim.pruning.obs.reconstruction import obs_scores
+from hfslim.pruning.scores.batches import Batches
+from hfslim.pruning.steps import Calibration, cut, decide, price
+from hfslim.pruning.target import Target
 
 LARGE = {
     "hidden_size": 1024,

@@ -57,9 +57,9 @@ def worker(batch: int, steps: int) -> None:
     from transformers import AutoModelForSequenceClassification, BertConfig
 
     import hfslim
-    from hfslim.distill.capture import Capture
-    from hfslim.prune.collect import Collector
-    from hfslim.prune.gates import Gates
+    from hfslim.distillation.losses.capture import Capture
+    from hfslim.pruning.gates.gates import Gates
+    from hfslim.pruning.scores.collect import Collector
 
     torch.distributed.init_process_group("gloo")
     processes = torch.distributed.get_world_size()

@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 
 from benchmarks.workbenches import opened
 from hfslim import SlimTrainer, WeightPruningCallback, sparsify, weight_sparsity
-from hfslim.workbench import uses_cpu
+from hfslim.pipeline.task_examples import uses_cpu
 
 
 def main() -> None:

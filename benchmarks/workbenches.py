@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from hfslim.recipe import load_recipe
+from hfslim.pipeline.recipe import load_recipe
+from hfslim.pipeline.task_examples import Workbench, uses_cpu
 from hfslim.tasks import TASKS
-from hfslim.workbench import Workbench, uses_cpu
 
 
 def opened(recipe: str, model: str, overrides: Sequence[str]) -> tuple[Workbench, PreTrainedModel]:

@@ -1,50 +1,38 @@
 """Distil, prune and physically shrink transformers classifiers for text, images and speech."""
 
 import importlib
-import sys
-from types import ModuleType
 from typing import Any
 
 from hfslim import hub
 
 _HOMES = {
-    "DistillationConfig": "hfslim.distill",
-    "DistillationTrainer": "hfslim.distill",
-    "GradualUnfreezing": "hfslim.transfer",
-    "L2SP": "hfslim.transfer",
-    "LayerDropCallback": "hfslim.prune",
-    "PruningCallback": "hfslim.prune",
-    "Report": "hfslim.report",
-    "SlimTrainer": "hfslim.checkpoint",
-    "Structure": "hfslim.structure",
-    "WeightPruningCallback": "hfslim.prune",
-    "export": "hfslim.export",
-    "find_units": "hfslim.anatomy",
-    "gated": "hfslim.prune",
-    "init_from_teacher": "hfslim.distill",
-    "measure": "hfslim.measure",
-    "merge_adapters": "hfslim.adapters",
-    "prune": "hfslim.prune",
-    "semi_structured": "hfslim.prune",
-    "shrink": "hfslim.prune",
-    "sparsify": "hfslim.prune",
-    "train_head_only": "hfslim.transfer",
-    "weight_sparsity": "hfslim.prune",
+    "DistillationConfig": "hfslim.distillation",
+    "DistillationTrainer": "hfslim.distillation",
+    "GradualUnfreezing": "hfslim.training.transfer",
+    "L2SP": "hfslim.training.transfer",
+    "LayerDropCallback": "hfslim.pruning",
+    "PruningCallback": "hfslim.pruning",
+    "Report": "hfslim.reporting.report",
+    "SlimTrainer": "hfslim.training.checkpoint",
+    "Structure": "hfslim.anatomy.structure",
+    "WeightPruningCallback": "hfslim.sparsity",
+    "export": "hfslim.hub.export",
+    "find_units": "hfslim.anatomy.discovery",
+    "gated": "hfslim.pruning",
+    "init_from_teacher": "hfslim.distillation",
+    "measure": "hfslim.measuring",
+    "merge_adapters": "hfslim.anatomy.adapters",
+    "prune": "hfslim.pruning",
+    "semi_structured": "hfslim.sparsity",
+    "shrink": "hfslim.pruning",
+    "sparsify": "hfslim.sparsity",
+    "train_head_only": "hfslim.training.transfer",
+    "weight_sparsity": "hfslim.sparsity",
 }
 __all__ = list(_HOMES)
 __version__ = "0.1.0"
 
 
-class _Package(ModuleType):
-    """Keeps `hfslim.prune` and `hfslim.measure` functions when the modules they live in load."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, ModuleType) and name in _HOMES:
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 hub.register()
 
 

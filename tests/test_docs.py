@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 import typer
+from hub_environment import environment
 from hub_server import serve
 from pages import ROOT, Block, blocks, commands, run_page
 from standins import (
@@ -34,11 +35,10 @@ from standins import (
     text_file,
     text_model,
 )
-from test_push import environment
 
 import hfslim
 from hfslim.cli import app
-from hfslim.recipe import load_recipe
+from hfslim.pipeline.recipe import load_recipe
 
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
@@ -209,8 +209,8 @@ def run_beside_a_hub(page: Path, folder: Path) -> None:
     """Run a page in a process of its own, since the Hub's address is read at import."""
     with serve(you="hf_you") as hub:
         env = environment(hub, folder / "home", "hf_you")
-        env |= {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
-        command = [sys.executable, str(ROOT / "tests" / "pages.py"), str(page)]
+        env |= {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests" / "support")))}
+        command = [sys.executable, str(ROOT / "tests" / "support" / "pages.py"), str(page)]
         done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
 

@@ -23,8 +23,8 @@ from benchmarks.rivals.data import RememberedTeacher, Setting, Task
 from benchmarks.rivals.methods import METHODS, PLACEMENTS
 from benchmarks.rivals.problem import Problem, score
 from benchmarks.rivals.results import Results
-from hfslim.anatomy import example_inputs
-from hfslim.recipe import load_recipe
+from hfslim.anatomy.inputs import example_inputs
+from hfslim.pipeline.recipe import load_recipe
 
 RECIPE = str(Path(__file__).resolve().parent.parent / "recipes/image/digits_vit.yaml")
 VIT = {

@@ -23,7 +23,7 @@ from benchmarks.rivals.cells import choose_setting, describe_teacher, run_cell
 from benchmarks.rivals.data import SETTINGS, Setting, Task, train_teacher
 from benchmarks.rivals.methods import METHODS
 from benchmarks.rivals.results import Results
-from hfslim.recipe import Recipe, load_recipe
+from hfslim.pipeline.recipe import Recipe, load_recipe
 
 RESULTS = Path("benchmarks/results")
 FIRST_SEED = 0

@@ -16,9 +16,9 @@ from benchmarks.peak import Peak
 from benchmarks.rivals.data import Task
 from benchmarks.rivals.methods import LABELS_ALONE, cut
 from benchmarks.rivals.problem import score
-from hfslim.distill import DistillationConfig, DistillationTrainer
-from hfslim.measure import compare, count_parameters
-from hfslim.workbench import uses_cpu
+from hfslim.distillation import DistillationConfig, DistillationTrainer
+from hfslim.measuring.measurement import compare, count_parameters
+from hfslim.pipeline.task_examples import uses_cpu
 
 FINALISTS = 6
 LATENCY_BATCHES = {1: 40, 32: 8}

@@ -17,11 +17,11 @@ from transformers import (
 )
 
 from benchmarks.rivals.problem import Batch, Problem
-from hfslim import pipeline
-from hfslim.distill.teacher import accepted_inputs
-from hfslim.recipe import Recipe
-from hfslim.timing import evaluating
-from hfslim.workbench import Workbench, uses_cpu
+from hfslim.distillation.teacher.teacher import accepted_inputs
+from hfslim.measuring.timing import evaluating
+from hfslim.pipeline import runner
+from hfslim.pipeline.recipe import Recipe
+from hfslim.pipeline.task_examples import Workbench, uses_cpu
 
 DATA_SEED = 0
 BATCH = 32
@@ -166,7 +166,7 @@ class Task:
 
 def train_teacher(recipe: Recipe) -> str:
     """Train the recipe's teacher, unless that is done, and return its folder."""
-    return str(pipeline.run(replace(recipe, stages=(_stage(recipe, "transfer"),))))
+    return str(runner.run(replace(recipe, stages=(_stage(recipe, "transfer"),))))
 
 
 def _stage(recipe: Recipe, name: str) -> Any:

@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 import hfslim
 from benchmarks.rivals import depgraph
 from benchmarks.rivals.problem import Cut, Problem
-from hfslim.anatomy import Units
-from hfslim.prune import CRITERIA, importance
-from hfslim.prune.batch_norms import renew_batch_norms
-from hfslim.prune.gates import Key
-from hfslim.structure import Structure
+from hfslim.anatomy.structure import Structure
+from hfslim.anatomy.units import Units
+from hfslim.pruning import CRITERIA
+from hfslim.pruning.gates.gates import Key
+from hfslim.pruning.scores import importance
+from hfslim.pruning.surgery.batch_norms import renew_batch_norms
 
 TIE = 0.01
 

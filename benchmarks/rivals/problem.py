@@ -8,10 +8,11 @@ from functools import cached_property
 import torch
 from transformers import PreTrainedModel
 
-from hfslim.anatomy import Units, find_units
-from hfslim.measure import macs
-from hfslim.structure import Kind
-from hfslim.timing import evaluating
+from hfslim.anatomy.discovery import find_units
+from hfslim.anatomy.structure import Kind
+from hfslim.anatomy.units import Units
+from hfslim.measuring.measurement import macs
+from hfslim.measuring.timing import evaluating
 
 Batch = Mapping[str, torch.Tensor]
 

@@ -1,7 +1,7 @@
 """What can be cut from which model type, as the sweep over all types found it.
 
-The table is measured, not written: `python tests/sweep.py --write` builds each type of the three
-auto classes tiny, cuts it kind by kind, and keeps here what came out.
+The table is measured, not written: `python tests/support/sweep.py --write` builds each type of the
+three auto classes tiny, cuts it kind by kind, and keeps here what came out.
 """
 
 from __future__ import annotations
@@ -139,5 +139,5 @@ config describes, so that the result loads with nothing of hfslim's; all other r
 Of the types that could be built and have such parts, there can be cut: {shares}.
 
 A type that is not here, or a model of your own: [how to add a family](add_a_family.md). This page
-is written by `python tests/sweep.py --write`.
+is written by `python tests/support/sweep.py --write`.
 """

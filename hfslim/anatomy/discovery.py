@@ -22,8 +22,8 @@ from hfslim.anatomy.grouped import cuts_of, feed_of, groups_of
 from hfslim.anatomy.projections import Projection
 from hfslim.anatomy.residual import adds_to_input, are_residual
 from hfslim.anatomy.sharing import joined
+from hfslim.anatomy.structure import KINDS
 from hfslim.anatomy.units import Cut, Refusal, Site, Units
-from hfslim.structure import KINDS
 
 
 def find_units(model: nn.Module, dimensions: bool = False) -> Units:

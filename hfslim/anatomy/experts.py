@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from hfslim.anatomy import mixtures
+from hfslim.anatomy.structure import Kind
 from hfslim.anatomy.units import Cut, Refusal, Site
-from hfslim.structure import Kind
 
 _OUTPUT = mixtures.EXPERTS_OUTPUT
 KINDS_INSIDE: tuple[Kind, ...] = ("neurons", "experts")

@@ -123,7 +123,7 @@ class Attention:
         stays: What something else needs of all heads: `queries`, with what lies behind the heads in
             the output's input, or `values`.
         keeps_one: Whether the first head must stay, because the module cannot do without any.
-        replacement: The class of `hfslim.hub.modeling_hfslim` that must stand in for this one.
+        replacement: The class of `modeling_hfslim` that must stand in for this one.
         headless: Settings of the class that stands in once no head is left: the argument added to
             its output (`residual`) and the norm after that (`norm`).
         refused: Why no head can go.

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from hfslim.structure import KINDS, Entry, Kind, Structure
+from hfslim.anatomy.structure import KINDS, Entry, Kind, Structure
 
 SOUGHT: dict[Kind, str] = {
     "heads": "module with projections like 'q_proj', 'k_proj', 'v_proj' and 'out_proj'",
@@ -125,8 +125,8 @@ class Site:
         cuts: The tensors to slice. Empty for layers.
         attributes: Integer attributes that count units, as paths from the module at `path` (`^` for
             the one around it), with the amount that each unit adds.
-        replacement: Name of the class in `hfslim.hub.modeling_hfslim` that must stand in for the
-            module's own, because that one cannot run with some heads missing. Empty if none.
+        replacement: Name of the class in `modeling_hfslim` that must stand in for the module's own,
+            because that one cannot run with some heads missing. Empty if none.
         headless: Settings of the class that stands in once no head is left.
         count_field: Config field in which the module reads its number of heads, where it keeps none
             of its own.

@@ -106,7 +106,7 @@ def _in_a_line(error: Exception) -> str:
 
 
 def _exit_code(error: Exception) -> int:
-    from hfslim.schema import RecipeError
+    from hfslim.pipeline.schema import RecipeError
 
     return 2 if isinstance(error, RecipeError | FileNotFoundError) else 1
 

@@ -21,7 +21,6 @@ from hfslim.cli.options import (
     Output,
     Seed,
     check_empty,
-    open_model,
     workbench,
 )
 
@@ -29,8 +28,8 @@ if TYPE_CHECKING:
     from rich.table import Table
     from transformers import PreTrainedModel
 
-    from hfslim.export import Export
-    from hfslim.workbench import Workbench
+    from hfslim.hub.export.exporting import Export
+    from hfslim.pipeline.task_examples import Workbench
 
 FORMATS = ("onnx", "torch-export")
 
@@ -69,9 +68,9 @@ def export(
     and `export_report.json`.
     """
     with working():
-        from hfslim.export import check_format
-        from hfslim.export import export as write_export
-        from hfslim.workbench import explained
+        from hfslim.hub.export.exporting import check_format
+        from hfslim.hub.export.exporting import export as write_export
+        from hfslim.pipeline.opening import explained, open_classifier
 
         with asked("--format"):
             check_format(format, int8)
@@ -80,7 +79,7 @@ def export(
             bench = workbench(model, data, metric, seed, eval_batch_size)
             loaded, processor = bench.load_model(model), bench.processor
         else:
-            task, loaded = open_model(model)
+            task, loaded = open_classifier(model)
             with explained(f"the processor of {model!r}"):
                 processor = task.load_processor(model, loaded.config)
         chosen: Any = format
@@ -96,8 +95,8 @@ def export(
 
 def _judged(bench: Workbench, model: PreTrainedModel, output: Path) -> dict[str, Any]:
     """Let the model and its export judge the evaluation examples."""
-    from hfslim.export import open_exported
-    from hfslim.workbench import agreement
+    from hfslim.hub.export.exporting import open_exported
+    from hfslim.pipeline.task_examples import agreement
 
     shown = sys.stderr.isatty()
     by_torch = bench.predict(model, shown)

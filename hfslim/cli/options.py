@@ -9,13 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hfslim.structure import KINDS
+from hfslim.anatomy.structure import KINDS
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from hfslim.tasks import Task
-    from hfslim.workbench import Workbench
+    from hfslim.pipeline.task_examples import Workbench
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 _data = typer.Option(
@@ -112,7 +109,7 @@ def check_empty(output: Path) -> None:
     Raises:
         OutputError: The folder holds something.
     """
-    from hfslim.manifest import OutputError
+    from hfslim.pipeline.manifest import OutputError
 
     if output.exists() and any(output.iterdir()):
         raise OutputError(f"{str(output)!r} is there and not empty: choose another --output")
@@ -126,7 +123,7 @@ def data_section(given: Sequence[str]) -> dict[str, Any]:
     Raises:
         RecipeError: A recipe does not exist, or a folder may be of two kinds.
     """
-    from hfslim.schema import RecipeError, mapping_at
+    from hfslim.pipeline.schema import RecipeError, mapping_at
 
     values: dict[str, Any] = {}
     for one in given:
@@ -150,39 +147,6 @@ def data_section(given: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def open_model(source: str) -> tuple[Task, PreTrainedModel]:
-    """Load a classifier and tell its task.
-
-    Raises:
-        RecipeError: There is none.
-    """
-    from hfslim import tasks
-    from hfslim.recipe import check_source
-    from hfslim.workbench import explained
-
-    check_source(source, "model")
-    with explained(f"model {source!r}"):
-        return tasks.open_model(source)
-
-
-def find_task(source: str) -> str:
-    """Tell the task of a model by its config.
-
-    Raises:
-        RecipeError: There is no model.
-        ValueError: It is no classifier.
-    """
-    from transformers import AutoConfig
-
-    from hfslim import tasks
-    from hfslim.recipe import check_source
-    from hfslim.workbench import explained
-
-    check_source(source, "model")
-    with explained(f"model {source!r}"):
-        return tasks.find_task(AutoConfig.from_pretrained(source)).name
-
-
 def workbench(
     model: str, data: Sequence[str], metric: str | None, seed: int, batch_size: int
 ) -> Workbench:
@@ -194,14 +158,15 @@ def workbench(
     """
     from transformers import TrainingArguments
 
-    from hfslim.schema import RecipeError, build, nearest
+    from hfslim.pipeline.opening import task_of
+    from hfslim.pipeline.schema import RecipeError, build, nearest
+    from hfslim.pipeline.task_examples import Workbench, uses_cpu
     from hfslim.tasks import METRICS, TASKS, DataConfig
-    from hfslim.workbench import Workbench, uses_cpu
 
     if metric is not None and metric not in METRICS:
         raise RecipeError(f"metric: unknown {metric!r}{nearest(metric, METRICS)}")
     config = build(DataConfig, data_section(data), "data")
-    task = find_task(model)
+    task = task_of(model)
     arguments = TrainingArguments(
         output_dir=tempfile.gettempdir(),
         per_device_train_batch_size=batch_size,

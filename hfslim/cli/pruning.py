@@ -24,12 +24,11 @@ from hfslim.cli.options import (
     check_empty,
     criteria,
     data_section,
-    find_task,
     pairs,
 )
 
 if TYPE_CHECKING:
-    from hfslim.recipe import Recipe
+    from hfslim.pipeline.recipe import Recipe
 
 
 @app.command(
@@ -68,12 +67,13 @@ def prune(
     stage |= {"units": units} if units else {}
     stage |= {"criterion": criteria(criterion)} if criterion else {}
     with working(result_follows=as_json):
-        from hfslim.recipe import override, parse_recipe
-        from hfslim.report import Report
+        from hfslim.pipeline.opening import task_of
+        from hfslim.pipeline.recipe import override, parse_recipe
+        from hfslim.reporting.report import Report
 
         check_empty(output)
         raw: dict[str, Any] = {
-            "task": find_task(model),
+            "task": task_of(model),
             "model": model,
             "data": data_section(data),
             "seed": seed,
@@ -94,8 +94,8 @@ def prune(
 def _cut(recipe: Recipe, output: Path) -> None:
     """Run the two stages, and put what they leave into one folder."""
     from hfslim.hub.card import RECIPE, write_card
-    from hfslim.pipeline import run
-    from hfslim.recipe import recipe_yaml
+    from hfslim.pipeline.recipe import recipe_yaml
+    from hfslim.pipeline.runner import run
 
     model = run(recipe)
     for path in Path(recipe.output_dir).glob("*-measure/*"):

@@ -91,8 +91,8 @@ def report(
     A run writes them by itself; this makes them again from `report.json` alone.
     """
     with working():
-        from hfslim.page import write_page
-        from hfslim.report import Report
+        from hfslim.reporting.page import write_page
+        from hfslim.reporting.report import Report
 
         path = write_page(Report.load(folder), folder)
     show(as_json, {"report": str(path)}, lambda console: console.print(f"{path}", markup=False))

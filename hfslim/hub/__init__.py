@@ -30,7 +30,7 @@ class _AfterModelingUtils(importlib.abc.MetaPathFinder):
 
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
-            importlib.import_module("hfslim.hub.reload")
+            importlib.import_module("hfslim.hub.format.reload")
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
@@ -39,7 +39,7 @@ class _AfterModelingUtils(importlib.abc.MetaPathFinder):
 def register() -> None:
     """Let the stock `from_pretrained` load pruned models, from now on, in this process."""
     if _TRIGGER in sys.modules:
-        importlib.import_module("hfslim.hub.reload")
+        importlib.import_module("hfslim.hub.format.reload")
     elif not any(isinstance(finder, _AfterModelingUtils) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterModelingUtils())
 

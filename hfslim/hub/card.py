@@ -9,13 +9,13 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 
-from hfslim import zeros
 from hfslim.hub.edits import CARD, MARKER, merge
-from hfslim.hub.saved import Saved
-from hfslim.picture import draw_structure
-from hfslim.provenance import Origin, Provenance
-from hfslim.report import REPORT, Report
-from hfslim.tables import NOT_MEASURED, kept, markdown_table
+from hfslim.hub.saved_model import Saved
+from hfslim.reporting import sparsity_text
+from hfslim.reporting.picture import draw_structure
+from hfslim.reporting.provenance import Origin, Provenance
+from hfslim.reporting.report import REPORT, Report
+from hfslim.reporting.tables import NOT_MEASURED, kept, markdown_table
 
 __all__ = ["PICTURE", "RECIPE", "write_card"]
 
@@ -99,8 +99,10 @@ def _render(
         recipe=RECIPE if (folder / RECIPE).exists() else None,
         command=command,
         structure=structure,
-        zeros=markdown_table(zeros.HEADINGS, zeros.cells(sparse)) if sparse else None,
-        use_of_zeros=zeros.use(sparse),
+        zeros=markdown_table(sparsity_text.HEADINGS, sparsity_text.cells(sparse))
+        if sparse
+        else None,
+        use_of_zeros=sparsity_text.use(sparse),
         limits=_limits(report),
     )
     card.text = re.sub(r"\n{3,}", "\n\n", card.text)
@@ -160,7 +162,7 @@ def _summary(saved: Saved, report: Report) -> str:
         done = f"cut to {share:.1%} of its multiply-accumulates"
     taught = ", and taught by the model named as its teacher" if made.teacher else ""
     sparse = report.weight_sparsity
-    layers = zeros.summary(sparse) if sparse else "Its layers are dense."
+    layers = sparsity_text.summary(sparse) if sparse else "Its layers are dense."
     return f"A model for {kind}: {base}, {done} with hfslim{taught}. {layers}"
 
 

@@ -25,10 +25,10 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 
-from hfslim.hub import modeling_hfslim
 from hfslim.hub.card import write_card
 from hfslim.hub.edits import CARD, CardError, merge
-from hfslim.hub.saved import Saved
+from hfslim.hub.format import modeling_hfslim
+from hfslim.hub.saved_model import Saved
 
 __all__ = ["LEFT_OUT", "PushError", "check_login", "push", "told"]
 

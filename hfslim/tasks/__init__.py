@@ -5,7 +5,7 @@ from hfslim.tasks.data import DataConfig
 from hfslim.tasks.labels import Labels
 from hfslim.tasks.metrics import METRICS, compute_metrics
 from hfslim.tasks.models import build_model, load_model, make_config
-from hfslim.tasks.registry import TASKS, find_task, open_model
+from hfslim.tasks.registry import TASKS, find_task
 
 __all__ = [
     "METRICS",
@@ -19,5 +19,4 @@ __all__ = [
     "find_task",
     "load_model",
     "make_config",
-    "open_model",
 ]

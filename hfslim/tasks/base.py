@@ -12,9 +12,9 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from hfslim.pairing import PairedCollator, prefixes, teacher_inputs
 from hfslim.tasks.data import DataConfig, find_column, load_splits, sample
 from hfslim.tasks.labels import Labels, find_labels
+from hfslim.tasks.pairing import PairedCollator, prefixes, teacher_inputs
 
 logger = logging.get_logger(__name__)
 
@@ -104,7 +104,7 @@ class Task(ABC):
             data: Where they come from.
             processor: Of the model.
             teachers: The processor of each teacher, None where it reads the model's inputs; what
-                the others read is beside it, by the names of `hfslim.pairing`.
+                the others read is beside it, by the names of `hfslim.tasks.pairing`.
         """
         *columns, label = examples.columns
         read = self.reader(tuple(columns), data, processor)

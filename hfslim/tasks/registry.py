@@ -1,8 +1,8 @@
-"""The tasks by name, and the task and model behind a Hub id or folder."""
+"""The tasks by name, and the task of a model."""
 
 from __future__ import annotations
 
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from hfslim.tasks.audio import AudioClassification
 from hfslim.tasks.base import Task
@@ -38,21 +38,3 @@ def find_task(config: PreTrainedConfig) -> Task:
         f"{config.model_type!r} is no classifier for any of {list(TASKS)}: expected a model that "
         "AutoModelForSequenceClassification or its kin for images and audio load"
     )
-
-
-def open_model(source: str) -> tuple[Task, PreTrainedModel]:
-    """Load a classifier by its own config, with the labels that it has.
-
-    Args:
-        source: Hub id or local folder.
-
-    Returns:
-        Its task, and the model.
-
-    Raises:
-        OSError: There is no model.
-        ValueError: It is no classifier.
-    """
-    config = AutoConfig.from_pretrained(source)
-    task = find_task(config)
-    return task, task.auto_model.from_pretrained(source, config=config)

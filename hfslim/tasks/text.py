@@ -13,9 +13,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from hfslim.pairing import has_words
 from hfslim.tasks.base import Batch, Collator, Reader, Task
 from hfslim.tasks.data import DataConfig, check_complete, find_column
+from hfslim.tasks.pairing import has_words
 
 logger = logging.get_logger(__name__)
 

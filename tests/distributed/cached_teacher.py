@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import test_paired_teacher
-from test_cache_contents import FEATURES, trained
-from test_cached_augmentation import trained as augmented
-from test_teacher_cache import losses
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+import paired_teachers
+from augmented_caches import trained as augmented
+from cached_features import FEATURES, trained
+from cached_losses import losses
 
 
 def main(folder: Path) -> None:
@@ -27,7 +27,7 @@ def main(folder: Path) -> None:
             folder / name, cache, save_steps=3, resume=str(checkpoint)
         )
     (folder / f"losses.{torch.distributed.get_rank()}.json").write_text(json.dumps(runs))
-    test_paired_teacher.main(folder / "paired")
+    paired_teachers.main(folder / "paired")
     kept = {"feature_losses": FEATURES}
     inside = {"live": trained(folder / "inside", None, **kept)}
     for name in ("filled", "read"):

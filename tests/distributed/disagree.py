@@ -6,7 +6,7 @@ import torch
 from models import tiny
 
 import hfslim
-from hfslim.anatomy import example_inputs
+from hfslim.anatomy.inputs import example_inputs
 
 if __name__ == "__main__":
     torch.distributed.init_process_group("gloo")

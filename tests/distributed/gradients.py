@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from models import tiny
 
 from hfslim.anatomy.inputs import example_inputs
-from hfslim.checkpoint import SlimTrainer
-from hfslim.distill import DistillationConfig, DistillationTrainer
-from hfslim.distill.terms import FEATURE_LOSSES
+from hfslim.distillation import DistillationConfig, DistillationTrainer
+from hfslim.distillation.losses.feature_terms import FEATURE_LOSSES
+from hfslim.training.checkpoint import SlimTrainer
 
 HEADS = {
     "bert-single": ("bert", 3),

@@ -15,8 +15,8 @@ from transformers import TrainerCallback, set_seed
 
 import hfslim
 from hfslim import DistillationConfig, DistillationTrainer, PruningCallback
-from hfslim.anatomy import example_inputs
-from hfslim.prune.criteria import CRITERIA
+from hfslim.anatomy.inputs import example_inputs
+from hfslim.pruning.scores.criteria import CRITERIA
 
 CALM = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 EXAMPLES = 21

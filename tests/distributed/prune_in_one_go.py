@@ -8,8 +8,8 @@ import zoo
 from models import tiny
 
 import hfslim
-from hfslim.anatomy import example_inputs
-from hfslim.structure import Kind
+from hfslim.anatomy.inputs import example_inputs
+from hfslim.anatomy.structure import Kind
 
 UNITS: dict[str, tuple[Kind, ...]] = {"bert": ("heads", "neurons"), "resnet": ("channels",)}
 

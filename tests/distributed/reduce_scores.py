@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 from models import tiny
 
-from hfslim.anatomy import example_inputs, find_units
-from hfslim.prune import importance_by_class
-from hfslim.prune.batches import Batches
-from hfslim.prune.criteria import CRITERIA, criteria_by_kind
-from hfslim.prune.steps import calibrate
+from hfslim.anatomy.discovery import find_units
+from hfslim.anatomy.inputs import example_inputs
+from hfslim.pruning import importance_by_class
+from hfslim.pruning.scores.batches import Batches
+from hfslim.pruning.scores.criteria import CRITERIA, criteria_by_kind
+from hfslim.pruning.steps import calibrate
 
 CALIBRATED = [name for name, entry in CRITERIA.items() if "calibration" in entry.when]
 

@@ -14,9 +14,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import fully_shard
 
 from hfslim import find_units, shrink
-from hfslim.anatomy import example_inputs
-from hfslim.prune.collect import Collector
-from hfslim.prune.gates import Gates
+from hfslim.anatomy.inputs import example_inputs
+from hfslim.pruning.gates.gates import Gates
+from hfslim.pruning.scores.collect import Collector
 
 KINDS = ("heads", "neurons", "layers")
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import set_seed
 
 from hfslim import DistillationConfig, DistillationTrainer
-from hfslim.distill.teacher import load_teacher
+from hfslim.distillation.teacher.teacher import load_teacher
 
 CALM = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 

@@ -9,8 +9,8 @@ from models import tiny
 from transformers import TrainingArguments, set_seed
 
 from hfslim import SlimTrainer, WeightPruningCallback, sparsify
-from hfslim.anatomy import example_inputs
-from hfslim.prune.weights import find_weights
+from hfslim.anatomy.inputs import example_inputs
+from hfslim.anatomy.weights import find_weights
 
 METHODS = {"sparsegpt": {"pattern": "2:4"}, "wanda": {"sparsity": 0.5}}
 

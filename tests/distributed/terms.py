@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, set_seed
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from models import tiny
 
 from hfslim import L2SP, DistillationConfig, DistillationTrainer
 from hfslim.anatomy.inputs import example_inputs
-from hfslim.distill.terms import FEATURE_LOSSES
+from hfslim.distillation.losses.feature_terms import FEATURE_LOSSES
 
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 NARROW = {"hidden_size": 16, "intermediate_size": 32}

@@ -15,15 +15,15 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 from distributed.launch import START
+from places import ROOT
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
-from hfslim.distill import DistillationConfig
-from hfslim.launch import check_launch, launch_arguments
-from hfslim.recipe import load_recipe
-from hfslim.stages import Measure, Push, Student, Transfer
+from hfslim.distillation import DistillationConfig
+from hfslim.pipeline.launch import check_launch, launch_arguments
+from hfslim.pipeline.recipe import load_recipe
+from hfslim.pipeline.stages import Measure, Push, Student, Transfer
 
-ROOT = Path(__file__).parents[2]
 CONFIGURATIONS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
 WEIGHTS = {"sparse": "recover", "l0": "prune"}
@@ -96,7 +96,7 @@ def test_a_recipe_is_refused_before_it_trains_where_a_stage_cannot_run(
     path: Path, way: str, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setattr("hfslim.tasks.data.DataConfig.__post_init__", lambda self: None)
-    monkeypatch.setattr("hfslim.launch.check_fsdp", lambda args: None)
+    monkeypatch.setattr("hfslim.pipeline.launch.check_fsdp", lambda args: None)
     recipe = load_recipe(path)
     plan = []
     for stage in recipe.stages:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from distributed import one_answer
 from distributed.launch import launch, launched
+from places import SUPPORT
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
 def test_every_criterion_gives_one_answer_on_any_number_of_processes(
     processes: int, alone: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=":")
+    monkeypatch.setenv("PYTHONPATH", str(SUPPORT), prepend=":")
     launch(Path(one_answer.__file__), tmp_path, processes=processes)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(processes)]
     assert len(alone) == 20
@@ -39,7 +40,7 @@ def test_every_criterion_gives_one_answer_on_any_number_of_processes(
 
 @pytest.mark.distributed
 def test_ranks_that_disagree_all_stop_with_the_structure_of_each(monkeypatch: Any) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=":")
+    monkeypatch.setenv("PYTHONPATH", str(SUPPORT), prepend=":")
     done = launched(Path(__file__).with_name("disagree.py"), processes=2)
     assert done.returncode != 0
     for rank in (0, 1):

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed.launch import launch, launched
+from places import SUPPORT
 from transformers import AutoModelForSequenceClassification
 
 import hfslim
@@ -35,7 +36,7 @@ def test_two_processes_prune_like_one(tmp_path, criterion):
 
 @pytest.mark.distributed
 def test_two_processes_resume_exactly_and_skip_the_same_layers(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(SCRIPT.parents[1]), prepend=":")
+    monkeypatch.setenv("PYTHONPATH", str(SUPPORT), prepend=":")
     script = SCRIPT.with_name("resume_pruning.py")
     done = launched(script, tmp_path, "fisher", "l0", processes=2)
     assert done.returncode == 0, done.stderr[-4000:]

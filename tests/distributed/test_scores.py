@@ -4,11 +4,12 @@ import pytest
 import torch
 from distributed import prune_in_one_go, reduce_scores
 from distributed.launch import launch
+from places import SUPPORT
 
 
 @pytest.mark.distributed
 def test_two_processes_score_like_one(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=":")
+    monkeypatch.setenv("PYTHONPATH", str(SUPPORT), prepend=":")
     launch(Path(reduce_scores.__file__), tmp_path, processes=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert list(first) == list(second) == [*reduce_scores.CALIBRATED, "by class"]
@@ -26,7 +27,7 @@ def test_two_processes_score_like_one(tmp_path, monkeypatch):
 @pytest.mark.distributed
 def test_two_processes_prune_like_one(tmp_path, monkeypatch):
     """The same units go, and the weights that stay make up for them alike."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=":")
+    monkeypatch.setenv("PYTHONPATH", str(SUPPORT), prepend=":")
     launch(Path(prune_in_one_go.__file__), tmp_path, processes=2)
     for family in prune_in_one_go.UNITS:
         first, second = (torch.load(tmp_path / f"{family}{rank}.pt") for rank in (0, 1))

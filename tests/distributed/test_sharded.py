@@ -4,13 +4,14 @@ import pytest
 import torch
 from distributed import sharded
 from distributed.launch import launch
+from places import SUPPORT
 
 
 @pytest.mark.distributed
 def test_gates_scores_and_gathered_weights_of_a_sharded_model_are_those_of_a_whole_one(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=":")
+    monkeypatch.setenv("PYTHONPATH", str(SUPPORT), prepend=":")
     launch(Path(sharded.__file__), tmp_path, processes=2)
     expected = sharded.results(False, slice(0, 6))
     for rank, rows in enumerate((slice(0, 4), slice(4, 6))):
@@ -25,6 +26,6 @@ def test_gates_scores_and_gathered_weights_of_a_sharded_model_are_those_of_a_who
 
 @pytest.mark.distributed
 def test_fsdp_that_the_trainer_would_ignore_on_the_cpu_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=":")
+    monkeypatch.setenv("PYTHONPATH", str(SUPPORT), prepend=":")
     told = launch(Path(__file__).with_name("fsdp_on_cpu.py"), tmp_path, processes=2)
     assert told.count("FSDP was asked for and the Trainer would ignore it on cpu") == 4

@@ -5,11 +5,12 @@ import pytest
 import torch
 from distributed import sharded_student, sharded_teacher
 from distributed.launch import launch
+from places import SUPPORT
 
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=":")
+    monkeypatch.setenv("PYTHONPATH", str(SUPPORT), prepend=":")
 
 
 @pytest.mark.distributed

@@ -10,8 +10,8 @@ from distributed.launch import launch
 sys.path.insert(0, str(Path(__file__).parent))
 from terms import CASES, LAYOUT_MATTERS, gradient
 
-from hfslim.distill import losses
-from hfslim.distill.terms import FEATURE_LOSSES
+from hfslim.distillation.losses import logit_losses
+from hfslim.distillation.losses.feature_terms import FEATURE_LOSSES
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +61,9 @@ def test_two_processes_equal_one(
 
 
 def test_every_term_is_among_the_cases() -> None:
-    assert set(losses.LOGIT_LOSSES) | set(FEATURE_LOSSES) <= set(CASES)
-    assert {name for name in losses.LOGIT_LOSSES if name in LAYOUT_MATTERS} == {"dist"}
-    assert "not invariant" in losses.correlation.__doc__
+    assert set(logit_losses.LOGIT_LOSSES) | set(FEATURE_LOSSES) <= set(CASES)
+    assert {name for name in logit_losses.LOGIT_LOSSES if name in LAYOUT_MATTERS} == {"dist"}
+    assert "not invariant" in logit_losses.correlation.__doc__
 
 
 def test_a_map_of_the_second_step_is_not_the_first(whole: dict[str, tuple]) -> None:

@@ -4,11 +4,12 @@ import pytest
 import torch
 from distributed import prune_weights, sparsify_and_recover
 from distributed.launch import launch
+from places import SUPPORT
 
 
 @pytest.mark.distributed
 def test_two_processes_prune_weights_like_one_and_resume_exactly(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=":")
+    monkeypatch.setenv("PYTHONPATH", str(SUPPORT), prepend=":")
     one = prune_weights.run(tmp_path / "one")
     launch(Path(prune_weights.__file__), tmp_path, processes=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
@@ -23,7 +24,7 @@ def test_two_processes_prune_weights_like_one_and_resume_exactly(tmp_path, monke
 
 @pytest.mark.distributed
 def test_two_processes_sparsify_like_one_and_lose_no_zero(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=":")
+    monkeypatch.setenv("PYTHONPATH", str(SUPPORT), prepend=":")
     one = sparsify_and_recover.run(tmp_path / "one", slice(None))
     launch(Path(sparsify_and_recover.__file__), tmp_path, processes=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))

@@ -11,17 +11,17 @@ import pytest
 import torch
 from distributed import zero
 from distributed.launch import START, launch
+from places import ROOT
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
 pytestmark = [pytest.mark.deepspeed, pytest.mark.distributed]
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = Path(zero.__file__)
 
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}", prepend=":")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests' / 'support'}", prepend=":")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
 
 

@@ -27,8 +27,8 @@ from hfslim import (
     LayerDropCallback,
     PruningCallback,
 )
-from hfslim.anatomy import example_inputs
-from hfslim.parallel import forget_trainers
+from hfslim.anatomy.inputs import example_inputs
+from hfslim.training.parallel import forget_trainers
 
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 CALM = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

@@ -17,8 +17,8 @@ import torch
 from killed import Events, forked, structure_of, trainer_of
 from transformers import TrainerCallback
 
-from hfslim.atomic import last_whole
-from hfslim.checkpoint import CheckpointError
+from hfslim.training.checkpoint import CheckpointError
+from hfslim.training.staged_writes import last_whole
 
 
 def limit(run: Path) -> None:

@@ -23,11 +23,11 @@ from safetensors.torch import load_file
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from models import tiny
 
 from hfslim import DistillationConfig, DistillationTrainer, PruningCallback
-from hfslim.atomic import STAGING, last_whole
+from hfslim.training.staged_writes import STAGING, last_whole
 
 STEPS, EVERY = 9, 3
 FILES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}

@@ -1,0 +1,223 @@
+"""The single weights of a model that may go, and what is left of them."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hfslim.anatomy.discovery import find_units
+
+logger = logging.getLogger(__name__)
+
+Names = str | Sequence[str] | None
+WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
+GROUP_SIZES = (2, 4, 8, 16)
+SPARSE = 0.1
+"""Fraction of zeros from which on a weight is taken for a sparse one; dense ones have none."""
+
+
+def find_weights(
+    model: PreTrainedModel, target_modules: Names = None, exclude_modules: Names = None
+) -> dict[str, nn.Module]:
+    """Find the modules whose weights may go: linear layers and convolutions.
+
+    Names work as in PEFT: a list holds whole paths or their last parts, a string is a regular
+    expression that the whole path must match.
+
+    Args:
+        model: The model, not a wrapper.
+        target_modules: The modules; if not given, those of the encoder, without the classification
+            head and whatever is called an embedding. Norms and biases never lose weights.
+        exclude_modules: Modules to leave out of these.
+
+    Returns:
+        Modules by path, in the model's order.
+
+    Raises:
+        ValueError: There are none, or nothing is found for a name.
+    """
+    known = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, WEIGHTED)
+        and isinstance(module._parameters.get("weight"), nn.Parameter)
+        and module.weight.is_floating_point()
+    }
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    seen: set[int] = set()
+    for path, module in list(known.items()):
+        if id(module.weight) in tables | seen:
+            del known[path]
+        seen.add(id(module.weight))
+    if target_modules is None:
+        inside = _encoders(model)
+        chosen = [path for path in known if "embed" not in path and path.startswith(tuple(inside))]
+    else:
+        chosen = _named(known, target_modules, "target_modules")
+    if exclude_modules is not None:
+        left_out = set(_named(known, exclude_modules, "exclude_modules"))
+        chosen = [path for path in chosen if path not in left_out]
+    if not chosen:
+        raise ValueError(
+            f"{type(model).__name__} has no linear layers or convolutions to prune with these "
+            f"names; it has {list(known)[:5]} and {max(len(known) - 5, 0)} more: give "
+            "target_modules"
+        )
+    return {path: known[path] for path in chosen}
+
+
+def weight_of(module: nn.Module) -> nn.Parameter:
+    """Return a found module's weight, as it is now."""
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
+def outputs_first(module: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
+    """Turn a tensor in the shape of a module's weight to `[out, in, …]`, or back.
+
+    The `Conv1D` of GPT-2 is a linear layer whose weight is `[in, out]`.
+    """
+    return tensor.T if isinstance(module, Conv1D) else tensor
+
+
+@dataclass(frozen=True)
+class WeightSparsity:
+    """Zeros of one kind of module, or of all.
+
+    Attributes:
+        kind: `attention`, `feed-forward`, `convolution`, `other linear` or `all`.
+        weights: Number of weights.
+        nonzero: Those that are not zero.
+        pattern: The N:M pattern that all of them have and that accounts for the zeros, such as
+            `2:4`; empty where there is none.
+    """
+
+    kind: str
+    weights: int
+    nonzero: int
+    pattern: str
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros."""
+        return 1 - self.nonzero / self.weights if self.weights else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as plain values."""
+        return {**vars(self), "sparsity": self.sparsity}
+
+
+def weight_sparsity(
+    model: PreTrainedModel, target_modules: Names = None, exclude_modules: Names = None
+) -> list[WeightSparsity]:
+    """Read the sparsity off a model's weights: zeros are simply there.
+
+    Args:
+        model: The model, pruned or not, loaded or in training.
+        target_modules: The modules to look at, as for `find_weights`.
+        exclude_modules: Modules to leave out.
+
+    Returns:
+        One row for each kind of module, and the last for all of them.
+
+    Raises:
+        ValueError: There are no such modules.
+    """
+    weights = find_weights(model, target_modules, exclude_modules)
+    kinds = _kinds(model, weights)
+    rows = []
+    for kind in (*dict.fromkeys(kinds.values()), "all"):
+        zeros = [
+            outputs_first(module, weight_of(module) == 0).detach()
+            for path, module in weights.items()
+            if kind in ("all", kinds[path])
+        ]
+        total = sum(one.numel() for one in zeros)
+        gone = sum(int(one.sum()) for one in zeros)
+        pattern = _common_pattern(zeros, gone / total)
+        rows.append(WeightSparsity(kind, total, total - gone, pattern))
+    return rows
+
+
+def most_kept(zeros: torch.Tensor, size: int) -> int:
+    """Return the most weights that are left in any group of `size` inputs."""
+    return int(input_groups((~zeros).to(torch.uint8), size, 0).sum(-1).max())
+
+
+def input_groups(values: torch.Tensor, size: int, filling: float) -> torch.Tensor:
+    """Fold the inputs into groups, `[out, *kernel, groups, size]`, the last one filled up."""
+    values = values.movedim(1, -1)
+    short = -values.shape[-1] % size
+    return torch.nn.functional.pad(values, (0, short), value=filling).unflatten(-1, (-1, size))
+
+
+def sparse_modules(model: PreTrainedModel) -> list[str]:
+    """Return the paths of all modules whose weights are sparse, but not empty."""
+    try:
+        weights = find_weights(model, ".*")
+    except ValueError:
+        return []
+    zeros = {path: (weight_of(m) == 0).float().mean().item() for path, m in weights.items()}
+    return [path for path, fraction in zeros.items() if SPARSE <= fraction < 1]
+
+
+def zeros_of(model: PreTrainedModel) -> list[dict[str, Any]]:
+    """Return the rows of `weight_sparsity` for a report; none where no weight is sparse."""
+    return [row.to_dict() for row in weight_sparsity(model)] if sparse_modules(model) else []
+
+
+def _common_pattern(zeros: Sequence[torch.Tensor], sparsity: float) -> str:
+    """Return the N:M pattern that accounts for the zeros; any has some by chance."""
+    for size in GROUP_SIZES if sparsity else ():
+        kept = max(most_kept(one, size) for one in zeros)
+        if 1 - kept / size >= 0.9 * sparsity:
+            return f"{kept}:{size}"
+    return ""
+
+
+def _kinds(model: PreTrainedModel, weights: Mapping[str, nn.Module]) -> dict[str, str]:
+    names = {"heads": "attention", "neurons": "feed-forward"}
+    of_units = {
+        cut.module: names[site.kind]
+        for site in find_units(model)
+        if site.kind in names
+        for cut in site.cuts
+    }
+    return {
+        path: of_units.get(path) or ("other linear" if m.weight.ndim == 2 else "convolution")
+        for path, m in weights.items()
+    }
+
+
+def _encoders(model: PreTrainedModel) -> list[str]:
+    """Return the paths, with a dot, of the model without its head."""
+    base = model.base_model
+    if base is not model:
+        return [f"{path}." for path, module in model.named_children() if module is base]
+    return [f"{p}." for p, module in model.named_children() if isinstance(module, PreTrainedModel)]
+
+
+def _named(known: Mapping[str, nn.Module], names: str | Sequence[str], argument: str) -> list[str]:
+    if isinstance(names, str):
+        found = [path for path in known if re.fullmatch(names, path)]
+        missing = [] if found else [names]
+    else:
+        ends = {name: [p for p in known if p == name or p.endswith(f".{name}")] for name in names}
+        missing = [name for name, paths in ends.items() if not paths]
+        matched = {path for paths in ends.values() for path in paths}
+        found = [path for path in known if path in matched]
+    if missing:
+        raise ValueError(
+            f"{argument}: no linear layer or convolution is called {missing[0]!r}; there are "
+            f"{sorted({path.rpartition('.')[2] for path in known})}"
+        )
+    return found

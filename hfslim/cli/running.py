@@ -1,0 +1,58 @@
+"""`hfslim run`: a recipe from its first stage to its last."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hfslim.cli.app import app, show, working
+from hfslim.cli.options import Json
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Example: `hfslim run recipes/image/digits_vit.yaml --stages.prune.target.macs 0.4`",
+)
+def run(
+    context: typer.Context,
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE", help="A YAML file, such as those in recipes/.")
+    ],
+    seeds: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Run this many seeds, and tell mean, spread and the worst of each figure."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run a recipe: fine-tune, prune, recover, measure, as it says.
+
+    Any key of the recipe can be set behind it, nested by dots: `--training.learning_rate 3e-5`,
+    `--stages.prune.target.macs=0.4`. A second run goes on after the last finished stage. With
+    `--seeds`, each seed has a folder `seed-N` in `output_dir`, beside the report on all.
+
+    For several processes: `accelerate launch recipes/compress.py RECIPE [--key value …]`.
+    """
+    with working(result_follows=as_json):
+        from hfslim.pipeline.manifest import FILE
+        from hfslim.pipeline.recipe import load_recipe
+        from hfslim.pipeline.runner import run as run_recipe
+        from hfslim.pipeline.seeds import run_seeds
+        from hfslim.reporting.report import Report
+
+        loaded = load_recipe(recipe, context.args)
+        if seeds is None:
+            model = run_recipe(loaded)
+        else:
+            over = run_seeds(loaded, seeds)
+    if seeds is not None:
+        shown = {"output_dir": str(over), **Report.load(over).to_dict()}
+        show(as_json, shown, lambda console: console.print(f"report in {over}", markup=False))
+        return
+    manifest = json.loads((Path(loaded.output_dir) / FILE).read_text(encoding="utf-8"))
+    values = {"output_dir": loaded.output_dir, "model": str(model), **manifest}
+    show(as_json, values, lambda console: console.print(f"model in {model}", markup=False))

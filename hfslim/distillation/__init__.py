@@ -1,0 +1,14 @@
+"""Train a student on the outputs of a teacher."""
+
+from hfslim.distillation.config import DistillationConfig
+from hfslim.distillation.student import init_from_teacher
+from hfslim.distillation.trainer import DistillationTrainer
+from hfslim.tasks.pairing import PairedCollator, teacher_inputs
+
+__all__ = [
+    "DistillationConfig",
+    "DistillationTrainer",
+    "PairedCollator",
+    "init_from_teacher",
+    "teacher_inputs",
+]

@@ -1,0 +1,1 @@
+"""Distillation losses, on logits and inside the models."""

@@ -1,0 +1,1 @@
+"""Teachers: loading, checks, and their answers to a batch."""

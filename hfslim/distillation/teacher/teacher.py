@@ -1,0 +1,231 @@
+"""A teacher: loaded, frozen, run."""
+
+from __future__ import annotations
+
+import inspect
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from hfslim.anatomy.adapters import base_of
+from hfslim.distillation.teacher.adapted import find_adapter, load_adapted
+from hfslim.distillation.teacher.auto import auto_class
+from hfslim.distillation.teacher.eight_bit import to_int8
+from hfslim.distillation.teacher.teacher_quality import OVERRIDE, UntrainedTeacherError
+from hfslim.training.parallel import loading_whole
+
+__all__ = [
+    "accepted_inputs",
+    "load_teacher",
+    "run_teacher",
+    "split_revision",
+    "storage_of",
+]
+
+logger = logging.get_logger(__name__)
+
+
+@loading_whole()
+def load_teacher(
+    teacher: PreTrainedModel | str | PathLike[str],
+    student: nn.Module,
+    allow_untrained: bool = False,
+    dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """Load a teacher for the student's task, freeze it and put it in evaluation mode.
+
+    Each process loads all of it, where FSDP would leave new weights to the first one of a machine,
+    and a Trainer that is set up for ZeRO-3 would keep a part.
+
+    Args:
+        teacher: A model, which is frozen in place; or a Hub id, with its revision as `id@revision`
+            where that matters; or a folder. Either may hold a PEFT adapter.
+        student: Its class tells the task. An adapter of the same frozen base is put on it.
+        allow_untrained: Whether a fresh head is accepted.
+        dtype: Of the teacher's weights; by default a model keeps its own, and what is loaded gets
+            the student's. `torch.int8`: linear maps in 8 bits, the rest as by default.
+
+    Returns:
+        The teacher.
+
+    Raises:
+        ValueError: If the teacher is the student itself, or was passed without its weights, or the
+            task of the student is not known; or a dtype is asked for and the teacher is quantized
+            by its own config.
+        TypeError: If the teacher is something else.
+        FileNotFoundError: If there is no such folder or Hub id.
+        UntrainedTeacherError: If weights of the teacher are new, or all biases of its head are 0.
+    """
+    missing: list[str] = []
+    if isinstance(teacher, (str, PathLike)):
+        name = str(teacher)
+        source, revision = split_revision(name)
+        auto = auto_class(student)
+        loaded = computing_dtype(student)
+        if dtype is not None and dtype.is_floating_point:
+            loaded = dtype
+        try:
+            adapter = find_adapter(source, revision)
+            if adapter is not None:
+                model, missing = load_adapted(source, revision, adapter, student, auto, loaded)
+            else:
+                model, info = auto.from_pretrained(
+                    source, revision=revision, dtype=loaded, output_loading_info=True
+                )
+                missing = sorted(info["missing_keys"])
+        except OSError as error:
+            raise FileNotFoundError(
+                f"The teacher {name!r} is no folder of a model, nor a Hub id that can be read: "
+                + " ".join(str(error).split())
+            ) from error
+    elif isinstance(teacher, nn.Module) and hasattr(teacher, "config"):
+        name, model = type(teacher).__name__, teacher
+        if teacher is student:
+            raise ValueError(
+                "The teacher is the student itself; pass another model, or its folder."
+            )
+        check_apart(name, model, student)
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise ValueError(
+                f"The teacher {name} was passed without its weights; pass its folder or Hub id, or "
+                "set fsdp_cpu_ram_efficient_loading: false in the accelerate configuration."
+            )
+    else:
+        raise TypeError(
+            f"The teacher is {type(teacher).__name__}; expected a transformers model, a Hub id or "
+            "a folder."
+        )
+    if not allow_untrained:
+        if missing:
+            raise UntrainedTeacherError(
+                f"The teacher {name} was saved without {', '.join(missing[:4])}, so its head is "
+                f"new. {OVERRIDE}"
+            )
+        head = _fresh_head(model)
+        if head:
+            raise UntrainedTeacherError(
+                f"All biases of the head {head!r} of the teacher {name} are 0, as in a model that "
+                "was never trained. " + OVERRIDE
+            )
+    if getattr(model, "is_quantized", False):
+        if dtype is not None:
+            raise ValueError(
+                f"The teacher {name} is quantized by its own config, which teacher_dtype cannot "
+                "change: leave teacher_dtype out."
+            )
+    elif dtype == torch.int8:
+        model = to_int8(model.requires_grad_(False))
+    elif dtype is not None and dtype != computing_dtype(model):
+        model = model.to(dtype)
+    return model.eval().requires_grad_(False)
+
+
+def check_apart(name: str, teacher: nn.Module, student: nn.Module) -> None:
+    """Refuse a teacher that holds weights which the student trains.
+
+    Raises:
+        ValueError: Freezing it would freeze the student, or training would change the teacher.
+    """
+    trained = {
+        storage_of(parameter): path
+        for path, parameter in student.named_parameters()
+        if parameter.requires_grad and parameter.numel() and not parameter.is_meta
+    }
+    shared = [
+        trained[place]
+        for parameter in teacher.parameters()
+        if not parameter.is_meta and (place := storage_of(parameter)) in trained
+    ]
+    if shared:
+        raise ValueError(
+            f"The teacher {name} holds {len(shared)} weights that the student trains, such as "
+            f"{shared[0]}: pass its folder, or copy.deepcopy of the model before it became the "
+            "student."
+        )
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Return where a tensor, or this process's part of it, lies in memory."""
+    part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return part.untyped_storage().data_ptr()
+
+
+def split_revision(name: str) -> tuple[str, str]:
+    """Split `id@revision` into the id and the revision, `main` where none is given.
+
+    A folder is returned as it is, whatever its name.
+
+    Examples:
+        >>> split_revision("user/model@v1.0")
+        ('user/model', 'v1.0')
+        >>> split_revision("user/model")
+        ('user/model', 'main')
+    """
+    if Path(name).is_dir():
+        return name, "main"
+    source, _, revision = name.partition("@")
+    return source, revision or "main"
+
+
+def _fresh_head(model: Any) -> str | None:
+    """Name of the last linear layer with one output per label, if all of its biases are 0."""
+    labels = model.config.num_labels
+    name, head = "", None
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module.out_features == labels:
+            name, head = path, module
+    if head is None or head.bias is None or head.bias.is_meta or head.bias.any():
+        return None
+    return name
+
+
+def run_teacher(
+    teacher: nn.Module, inputs: dict[str, Any], order: Tensor | None, **options: Any
+) -> Tensor:
+    """Compute the teacher's logits, without gradients.
+
+    Args:
+        teacher: In evaluation mode.
+        inputs: A batch; what the teacher's forward does not name is left out.
+        order: Of `align_labels`.
+        **options: Further arguments of the teacher's forward.
+
+    Returns:
+        `[batch, classes]` float32, in the student's class order.
+
+    Raises:
+        ValueError: If the batch lacks the teacher's main input.
+    """
+    main = getattr(teacher, "main_input_name", None)
+    if main is not None and main not in inputs:
+        raise ValueError(
+            f"The teacher {type(teacher).__name__} reads {main!r}, the batch holds "
+            f"{', '.join(sorted(inputs))}; teacher and student must share tokenizer or processor."
+        )
+    accepted = accepted_inputs(teacher)
+    dtype = computing_dtype(teacher)
+    kept = {
+        name: value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+        for name, value in inputs.items()
+        if name in accepted and name != "labels"
+    }
+    with torch.no_grad():
+        outputs = teacher(**kept, **options)
+    logits = (outputs["logits"] if isinstance(outputs, dict) else outputs[0]).float()
+    return logits if order is None else logits[:, order.to(logits.device)]
+
+
+def computing_dtype(model: nn.Module) -> torch.dtype:
+    """Return the dtype of a model's first weight in floating point, which it takes inputs in."""
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
+def accepted_inputs(model: nn.Module) -> set[str]:
+    """Names of the arguments that a model's forward spells out, adapters aside."""
+    return set(inspect.signature(base_of(model).forward).parameters)

@@ -1,0 +1,87 @@
+"""Whether a teacher knows more than a guess."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from hfslim.training.objective import IGNORED_LABEL, ProblemType, hard_loss
+
+__all__ = ["OVERRIDE", "UntrainedTeacherError", "check_skill"]
+
+logger = logging.get_logger(__name__)
+
+OVERRIDE = "Fine-tune it first, or set allow_untrained_teacher=True."
+_ENOUGH_EXAMPLES = 30
+
+
+class UntrainedTeacherError(ValueError):
+    """The teacher knows no more about the task than a guess."""
+
+
+def check_skill(
+    logits: Tensor, labels: Tensor, problem: ProblemType, teacher: str = "the teacher"
+) -> float | None:
+    """Refuse a teacher whose outputs cannot be told from guesses.
+
+    Single-label: the recall averaged over the classes that occur, of which a guess gets one share.
+    Otherwise: the correlation of outputs and labels, averaged over outputs. Either must be two
+    standard errors above chance.
+
+    Args:
+        logits: `[batch, classes]` of the teacher, in the order of the labels.
+        labels: `[batch]`, or `[batch, classes]`.
+        problem: What the logits mean.
+        teacher: What it is called.
+
+    Returns:
+        The score, or None where fewer than 30 examples or constant labels allow no verdict.
+
+    Raises:
+        UntrainedTeacherError: If the teacher is at chance level.
+        ValueError: If the labels do not fit the logits.
+    """
+    hard_loss(logits, labels, problem)  # Refuses labels that do not fit.
+    if problem == "single_label_classification":
+        labels = labels.reshape(-1)
+        known = labels != IGNORED_LABEL
+        logits, labels = logits[known], labels[known]
+    if len(labels) < _ENOUGH_EXAMPLES:
+        logger.warning(
+            f"{teacher} is not checked: {len(labels)} labelled examples are too few to tell "
+            f"skill from chance ({_ENOUGH_EXAMPLES} are needed)."
+        )
+        return None
+    if problem == "single_label_classification":
+        hits = (logits.argmax(dim=-1) == labels).double()
+        counts = torch.bincount(labels)
+        counts = counts[counts > 0].double()
+        if len(counts) < 2:
+            return None
+        recalls = torch.stack([hits[labels == label].mean() for label in labels.unique()])
+        name, score, chance = "balanced accuracy", recalls.mean().item(), 1 / len(counts)
+        error = math.sqrt((chance * (1 - chance) / counts).sum().item()) / len(counts)
+    else:
+        target = labels.reshape(logits.shape).double()
+        varied = target.std(dim=0) > 0
+        if not varied.any():
+            return None
+        x, y = (v[:, varied] - v[:, varied].mean(dim=0) for v in (logits.double(), target))
+        norms = (x.norm(dim=0) * y.norm(dim=0)).clamp(min=1e-30)
+        name, score, chance = (
+            "correlation with the labels",
+            ((x * y).sum(0) / norms).mean().item(),
+            0,
+        )
+        error = 1 / math.sqrt(len(target))
+    if not score > chance + 2 * error:
+        raise UntrainedTeacherError(
+            f"The {name} of {teacher} on {len(labels)} examples is {score:.3f}, which is chance "
+            f"level ({chance:.3f} ± {2 * error:.3f}). Check that it was trained on these labels, "
+            f"in this order. {OVERRIDE}"
+        )
+    logger.info(f"{teacher}: {name} {score:.3f} on {len(labels)} examples (chance {chance:.3f}).")
+    return score

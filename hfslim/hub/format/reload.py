@@ -1,0 +1,140 @@
+"""Teach the stock `from_pretrained` and `save_pretrained` about pruned models.
+
+Importing this module registers a loader for checkpoints whose config names the method `hfslim`.
+transformers calls it, as it calls quantizers, on the meta model before the weights load; the
+loaded model is of the stock class and is not left marked as quantized.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hfslim.hub.format import modeling_hfslim
+
+FILE = "modeling_hfslim.py"
+
+
+@register_quantization_config("hfslim")
+class BlueprintConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a pruned checkpoint; the blueprint itself is `config.hfslim`."""
+
+    def __init__(self, quant_method: str = "hfslim", **_: Any) -> None:
+        self.quant_method = quant_method  # type: ignore[assignment]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `config.json` holds."""
+        return {"quant_method": "hfslim"}
+
+    to_diff_dict = to_dict
+
+
+@register_quantizer("hfslim")
+class BlueprintLoader(HfQuantizer):
+    """Cuts the meta model to the shapes of the checkpoint; nothing is quantized."""
+
+    def validate_environment(self, *_: Any, weights_only: bool = True, **__: Any) -> None:
+        """Refuse to unpickle whatever a file holds."""
+        if not weights_only:
+            raise modeling_hfslim.BlueprintError(f"weights_only=False: {modeling_hfslim.ONLY}")
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> None:
+        modeling_hfslim.check_weights(str(model.config.name_or_path), checkpoint_files or ())
+        if not getattr(model, "hfslim_applied", False):
+            blueprint = getattr(model.config, "hfslim", None)
+            modeling_hfslim.apply_blueprint(model, blueprint)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        for name in ("is_quantized", "quantization_method", "hf_quantizer"):
+            vars(model).pop(name, None)
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                vars(module.config).pop("_is_quantized", None)
+        model.config.quantization_config = {"quant_method": "hfslim"}
+        carry_file(model)
+
+    def is_serializable(self) -> bool:
+        """Tell that a loaded model can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Tell that a loaded model can be trained."""
+        return True
+
+
+def carry_file(model: PreTrainedModel) -> None:
+    """Make a model's own saving and pushing put `modeling_hfslim.py` beside the weights."""
+    # Not bound methods, which pickle would look up by name on the model's class.
+    vars(model)["save_pretrained"] = functools.partial(_save_pretrained, model)
+    vars(model)["push_to_hub"] = functools.partial(_push_to_hub, model)
+
+
+def _save_pretrained(
+    model: PreTrainedModel,
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    state_dict: dict[str, Any] | None = None,
+    push_to_hub: bool = False,
+    **kwargs: Any,
+) -> None:
+    """Save as the class does, and add the file that rebuilds the model without hfslim."""
+    type(model).save_pretrained(model, save_directory, is_main_process, state_dict, **kwargs)
+    folder = Path(save_directory)
+    if is_main_process and getattr(model.config, "hfslim", None):
+        shutil.copyfile(modeling_hfslim.__file__, folder / FILE)
+        if re.fullmatch(r"checkpoint-\d+", folder.name):
+            # The stock Trainer pushes a checkpoint from the folder above, into which it copies
+            # the weights and the config alone.
+            shutil.copyfile(modeling_hfslim.__file__, folder.parent / FILE)
+    if push_to_hub:
+        names = ("commit_message", "private", "token", "create_pr", "revision", "max_shard_size")
+        repo_id = kwargs.get("repo_id", folder.name)
+        model.push_to_hub(repo_id, **{n: kwargs[n] for n in names if n in kwargs})
+
+
+def _push_to_hub(
+    model: PreTrainedModel,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    max_shard_size: int | str = "50GB",
+    tags: list[str] | str | None = None,
+) -> Any:
+    """Push as the class does, in one commit, with hfslim's card."""
+    # Neither is needed to load or save a model.
+    from hfslim.hub.card import write_card
+    from hfslim.hub.push import push
+
+    names = [tags] if isinstance(tags, str) else list(tags or [])
+    names += [tag for tag in model.model_tags or [] if tag not in names]
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        write_card(folder, name=repo_id, metadata={"tags": names} if names else {})
+        return push(
+            folder,
+            repo_id,
+            private=private,
+            token=token if isinstance(token, str) else None,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message or "Upload model",
+            commit_description=commit_description,
+        )

@@ -1,0 +1,1 @@
+"""From a recipe file to a finished run: stages, state, manifest, seeds."""

@@ -1,0 +1,302 @@
+"""Recipes: YAML and command line, checked into frozen dataclasses before any work begins."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import TrainingArguments
+
+from hfslim.pipeline.schema import (
+    RecipeError,
+    build,
+    convert_all,
+    join,
+    mapping_at,
+    nearest,
+    types_of,
+)
+from hfslim.pipeline.stages import STAGES, Cut, Stage, listed
+from hfslim.tasks import METRICS, TASKS, DataConfig, make_config
+
+__all__ = ["Recipe", "RecipeError", "Stage", "load_recipe", "parse_recipe", "recipe_yaml"]
+
+CUTS = "a `prune`, `student` or `sparsify` stage"
+ELSEWHERE = {
+    "output_dir": "set output_dir at the top of the recipe",
+    "seed": "set seed at the top of the recipe",
+    "push_to_hub": "add a `push` stage",
+    "hub_model_id": "add a `push` stage",
+    "hub_private_repo": "add a `push` stage",
+    "hub_revision": "add a `push` stage",
+    "hub_token": "log in with `hf auth login`, or set HF_TOKEN",
+    "remove_unused_columns": "the task decides it",
+    "resume_from_checkpoint": "a second run of the recipe resumes by itself",
+    "do_train": "the stages decide it",
+    "do_eval": "the stages decide it",
+    "do_predict": "the stages decide it",
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A task, its data, a model and the stages that compress it.
+
+    Attributes:
+        task: `text-classification`, `image-classification` or `audio-classification`.
+        data: Where the examples come from.
+        stages: What is done, in order.
+        output_dir: Folder of all results.
+        model: Hub id or folder of the model to start from.
+        model_config: `model_type` and fields of an untrained model to start from, instead.
+        processor: Hub id or folder of the processor; by default that of `model`.
+        teacher: Hub id or folder of the teacher of the stages that name none, or a list of them.
+        metric: What is evaluated after each stage.
+        training: Arguments of every training stage.
+        seed: Seed of data, training and pruning.
+    """
+
+    task: str
+    data: DataConfig
+    stages: tuple[Stage, ...]
+    output_dir: str
+    model: str | None = None
+    model_config: Mapping[str, Any] | None = None
+    processor: str | None = None
+    teacher: str | tuple[str, ...] | None = None
+    metric: str = "accuracy"
+    training: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        for key, valid in (("task", TASKS), ("metric", METRICS)):
+            value = getattr(self, key)
+            if value not in valid:
+                raise RecipeError(f"{key}: unknown {value!r}{nearest(value, valid)}")
+        if (self.model is None) == (self.model_config is None):
+            raise RecipeError("model: give either model (Hub id or folder) or model_config")
+        if self.model_config is not None:
+            try:
+                make_config(self.model_config)
+            except ValueError as error:
+                raise RecipeError(str(error)) from error
+        for key in ("model", "processor", "teacher"):
+            for source in listed(getattr(self, key)):
+                check_source(source, key)
+        self._check_order()
+
+    def _check_order(self) -> None:
+        if not self.stages:
+            raise RecipeError(f"stages: none given; expected some of {list(STAGES)}")
+        if self.model_config is not None and self.stages[0].name not in ("transfer", "distil"):
+            raise RecipeError(
+                f"stages: the first is {self.stages[0].name!r}, but a model made from model_config "
+                "is untrained: begin with `transfer` or `distil`"
+            )
+        cut, taught = False, bool(self.teacher)
+        for number, stage in enumerate(self.stages, 1):
+            place = f"stages[{number}] {stage.name}"
+            named = getattr(stage, "teacher", None)
+            for source in listed(named):
+                check_source(source, f"{place}.teacher")
+            needs = stage.name == "distil" or (stage.name == "recover" and not cut)
+            if needs and not (named or self.teacher):
+                raise RecipeError(
+                    f"{place}: no teacher; set `teacher`"
+                    + (f", or put {CUTS} before it" if stage.name == "recover" else "")
+                )
+            cut = cut or isinstance(stage, Cut)
+            taught = taught or bool(named)
+            if stage.name == "measure" and not (cut or taught):
+                raise RecipeError(
+                    f"{place}: nothing to compare with; put {CUTS} before it, or set `teacher`"
+                )
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """Return a recipe as YAML, less what it leaves at its default: read back, it is equal."""
+    values = _given(recipe)
+    values["data"] = _given(recipe.data)
+    values["stages"] = []
+    for stage in recipe.stages:
+        own = _given(stage)
+        training = own.pop("training", {})
+        values["stages"].append({stage.name: {**own, **training}})
+    plain = json.loads(json.dumps(values))
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, default_flow_style=None)
+
+
+def _given(instance: Any) -> dict[str, Any]:
+    given = {}
+    for one in fields(instance):
+        value = getattr(instance, one.name)
+        default = one.default_factory() if one.default_factory is not MISSING else one.default
+        if value != default:
+            given[one.name] = value
+    return given
+
+
+def check_source(source: str, place: str) -> None:
+    """Refuse what can only be a local folder and does not exist.
+
+    Raises:
+        RecipeError: There is no such folder.
+    """
+    if Path(source).is_dir():
+        return
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise RecipeError(f"{place}: no folder {source!r} in {Path.cwd()}, and not a Hub id")
+
+
+def load_recipe(path: str | Path, arguments: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and the command line's `--key value` pairs, and check everything.
+
+    Args:
+        path: A YAML file.
+        arguments: Such as `["--training.learning_rate", "3e-5", "--stages.prune.target.macs=0.4"]`.
+            A stage goes by its name; where it comes twice, by name and number: `stages.recover.2`.
+
+    Raises:
+        RecipeError: A key is unknown, a value is wrong, a file does not exist.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise RecipeError(f"no recipe {str(path)!r} in {Path.cwd()}")
+    try:
+        raw = mapping_at(yaml.safe_load(file.read_text(encoding="utf-8")), "")
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(raw.get("stages", []), list):
+        raise RecipeError("stages: expected a list, such as `- transfer: {num_train_epochs: 3}`")
+    override(raw, arguments)
+    return parse_recipe(raw)
+
+
+def override(raw: dict[str, Any], arguments: Sequence[str]) -> None:
+    """Set keys of a nested mapping, as YAML gives it, by the command line's `--key value` pairs.
+
+    Raises:
+        RecipeError: They are not pairs, or name a stage that is not there.
+    """
+    for key, value in _pairs(arguments):
+        _override(raw, key.split("."), value, key)
+
+
+def parse_recipe(raw: Mapping[str, Any]) -> Recipe:
+    """Check a nested mapping, as YAML gives it, into a recipe.
+
+    Raises:
+        RecipeError: A key is unknown, a value is wrong, a file does not exist.
+    """
+    values = dict(raw)
+    listed = values.pop("stages", None) or []
+    types = {name: hint for name, hint in types_of(Recipe).items() if name != "stages"}
+    parsed = convert_all(
+        {key: value for key, value in values.items() if key != "data"},
+        {**types, "stages": Any},
+        "",
+    )
+    if "data" in values:
+        parsed["data"] = build(DataConfig, values["data"], "data")
+    parsed["training"] = _training(
+        mapping_at(values.get("training"), "training"), TrainingArguments, "training", {}
+    )
+    parsed["stages"] = tuple(
+        _stage(one, f"stages[{number}]") for number, one in enumerate(listed, 1)
+    )
+    for name in ("task", "data", "output_dir"):
+        if name not in parsed:
+            raise RecipeError(f"{name}: missing")
+    return Recipe(**parsed)
+
+
+def _stage(raw: Any, place: str) -> Stage:
+    name, settings = _name_and_settings(raw, place)
+    if name not in STAGES:
+        raise RecipeError(f"{place}: unknown stage {name!r}{nearest(name, STAGES)}")
+    cls, place = STAGES[name], f"{place} {name}"
+    if cls.arguments is None:
+        return build(cls, settings, place)
+    own = {f.name for f in fields(cls)} - {"training"}
+    values = {key: value for key, value in settings.items() if key in own}
+    rest = {key: value for key, value in settings.items() if key not in own}
+    training = _training(rest, cls.arguments, place, dict.fromkeys(own, Any))
+    return build(cls, {**values, "training": training}, place)
+
+
+def _training(
+    values: Mapping[str, Any], cls: type, place: str, own: Mapping[str, Any]
+) -> dict[str, Any]:
+    for key in values:
+        if key in ELSEWHERE:
+            raise RecipeError(f"{join(place, key)}: cannot be set here: {ELSEWHERE[key]}")
+    return convert_all(values, {**types_of(cls), **own}, place)
+
+
+def _name_and_settings(raw: Any, place: str) -> tuple[str, dict[str, Any]]:
+    if isinstance(raw, str):
+        return raw, {}
+    if isinstance(raw, Mapping) and len(raw) == 1:
+        name, settings = next(iter(raw.items()))
+        return str(name), mapping_at(settings, f"{place} {name}")
+    raise RecipeError(f"{place}: expected one stage, such as `prune: {{…}}`, got {raw!r}")
+
+
+def _pairs(arguments: Sequence[str]) -> list[tuple[str, Any]]:
+    pairs, rest = [], list(arguments)
+    while rest:
+        key = rest.pop(0)
+        if not key.startswith("--"):
+            raise RecipeError(f"command line: expected --key value, got {key!r}")
+        key, equals, text = key[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise RecipeError(f"command line: --{key} needs a value")
+            text = rest.pop(0)
+        try:
+            pairs.append((key, yaml.safe_load(text)))
+        except yaml.YAMLError as error:
+            raise RecipeError(f"command line: --{key} {text}: not valid YAML") from error
+    return pairs
+
+
+def _override(raw: dict[str, Any], path: list[str], value: Any, key: str) -> None:
+    node = raw
+    if path[0] == "stages" and len(path) > 1:
+        node, path = _find_stage(raw, path, key)
+    for part in path[:-1]:
+        if node.get(part) is None:
+            node[part] = {}
+        if not isinstance(node[part], dict):
+            raise RecipeError(f"command line: --{key}: {part!r} is {node[part]!r}, it has no keys")
+        node = node[part]
+    node[path[-1]] = value
+
+
+def _find_stage(raw: dict[str, Any], path: list[str], key: str) -> tuple[dict[str, Any], list[str]]:
+    """Return the settings of the stage that a dotted path names, and the rest of the path."""
+    stages = raw.get("stages") or []
+    named = [_name_and_settings(one, f"stages[{i}]") for i, one in enumerate(stages, 1)]
+    found = [i for i, (name, _) in enumerate(named) if name == path[1]]
+    if not found:
+        hint = nearest(path[1], [name for name, _ in named])
+        raise RecipeError(f"command line: --{key}: the recipe has no stage {path[1]!r}{hint}")
+    rest = path[2:]
+    number = 1
+    if rest and rest[0].isdigit():
+        number, rest = int(rest[0]), rest[1:]
+    elif len(found) > 1:
+        options = [f"stages.{path[1]}.{i}" for i in range(1, len(found) + 1)]
+        raise RecipeError(f"command line: --{key}: there are {len(found)}; say {options}")
+    if not rest or not 1 <= number <= len(found):
+        raise RecipeError(
+            f"command line: --{key}: expected stages.{path[1]}.KEY, or a number from 1 to "
+            f"{len(found)} before it"
+        )
+    name, settings = named[found[number - 1]]
+    stages[found[number - 1]] = {name: settings}
+    return settings, rest

@@ -1,0 +1,29 @@
+"""Remove heads, neurons, layers and weights: gates, importance, search under a budget, surgery."""
+
+from hfslim.pruning.gates.gates import Gates, gated
+from hfslim.pruning.in_training.layerdrop import LayerDropCallback
+from hfslim.pruning.in_training.pruning_callback import PruningCallback
+from hfslim.pruning.oneshot import PruneResult, prune
+from hfslim.pruning.scores.by_class import ClassImportance, importance_by_class
+from hfslim.pruning.scores.criteria import CRITERIA, Criterion
+from hfslim.pruning.scores.importance import UnusableScoresError
+from hfslim.pruning.scores.layers import spaced_layers
+from hfslim.pruning.surgery.surgery import shrink
+from hfslim.pruning.target import UnreachableTargetError
+
+__all__ = [
+    "CRITERIA",
+    "ClassImportance",
+    "Criterion",
+    "Gates",
+    "LayerDropCallback",
+    "PruneResult",
+    "PruningCallback",
+    "UnreachableTargetError",
+    "UnusableScoresError",
+    "gated",
+    "importance_by_class",
+    "prune",
+    "shrink",
+    "spaced_layers",
+]

@@ -1,0 +1,1 @@
+"""Gates: reversible multipliers on the units of a live model."""

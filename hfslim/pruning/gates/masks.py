@@ -1,0 +1,50 @@
+"""What gates multiply units by: 0 or 1 for each, spread over the inputs that carry them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from hfslim.anatomy.structure import Kind
+from hfslim.anatomy.units import Feed, Site
+
+
+class Masks:
+    """The units that are closed, site by site."""
+
+    def __init__(self) -> None:
+        self._by_site: dict[tuple[Kind, str], torch.Tensor] = {}
+        self._spread: dict[tuple[Kind, str, Feed], torch.Tensor] = {}
+
+    def clear(self) -> None:
+        """Open all units."""
+        self._by_site.clear()
+        self._spread.clear()
+
+    def close(self, site: Site, kept: Sequence[int]) -> None:
+        """Close all units of a site but some."""
+        mask = torch.zeros(site.size)
+        mask[list(kept)] = 1.0
+        self._by_site[site.kind, site.path] = mask
+
+    def get(self, key: tuple[Kind, str]) -> torch.Tensor | None:
+        """Return 0 or 1 for each unit of a site; None where all are open."""
+        return self._by_site.get(key)
+
+    def at(self, site: Site, feed: Feed, value: torch.Tensor) -> torch.Tensor | None:
+        """Return what an input is to be multiplied by; None where all units are open."""
+        by_unit = self.get((site.kind, site.path))
+        if by_unit is None:
+            return None
+        key = (site.kind, site.path, feed)
+        mask = self._spread.get(key)
+        if mask is None or mask.device != value.device or mask.dtype != value.dtype:
+            mask = feed.spread(by_unit, value).to(value.dtype)
+            self._spread[key] = mask
+        return mask
+
+    def apply(self, site: Site, feed: Feed, value: torch.Tensor) -> torch.Tensor:
+        """Return an input with its closed units at zero."""
+        mask = self.at(site, feed, value)
+        return value if mask is None else value * mask

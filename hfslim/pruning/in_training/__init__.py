@@ -1,0 +1,1 @@
+"""Callbacks that prune while a Trainer trains."""

@@ -1,0 +1,1 @@
+"""Latency targets: measure a table, search by it, check the result."""

@@ -1,0 +1,1 @@
+"""Optimal brain surgeon: second moments, elimination order, reconstruction of weights."""

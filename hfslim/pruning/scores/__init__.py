@@ -1,0 +1,1 @@
+"""Importance of every unit: the criteria, and the passes that collect them."""

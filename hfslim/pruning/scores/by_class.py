@@ -1,0 +1,107 @@
+"""How much each class needs each unit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hfslim.anatomy.discovery import find_units
+from hfslim.anatomy.structure import KINDS, Kind
+from hfslim.pruning.gates.gates import Gates, Key
+from hfslim.pruning.scores.batches import Batches
+from hfslim.pruning.scores.collect import Collector, run
+from hfslim.pruning.scores.criteria import CRITERIA, Criteria, criteria_by_kind
+
+
+@dataclass(frozen=True)
+class ClassImportance:
+    """Importance of every unit, taken apart by the classes of the examples.
+
+    Attributes:
+        classes: Names of the classes, in the model's order.
+        examples: Number of examples of each, `[classes]`.
+        scores: Importance for all examples by kind and site, `[units]`, as `prune` has it.
+        by_class: What the examples of each class add to it, `[classes, units]` by kind and site;
+            over the classes it adds up to `scores`.
+    """
+
+    classes: tuple[str, ...]
+    examples: torch.Tensor
+    scores: Mapping[Key, torch.Tensor]
+    by_class: Mapping[Key, torch.Tensor]
+
+    def shares(self, kind: Kind) -> dict[Key, torch.Tensor]:
+        """Return each unit's share of what a class, or all, needs of a kind.
+
+        Losses of hard classes have greater gradients; shares compare classes all the same.
+
+        Returns:
+            `[1 + classes, units]` by kind and site: all examples first, then each class; every row
+            adds up to 1 over the sites of the kind, or is 0 for a class without examples.
+        """
+        rows = {
+            key: torch.cat([total.unsqueeze(0), self.by_class[key]])
+            for key, total in self.scores.items()
+            if key[0] == kind
+        }
+        sums = sum((row.sum(1, keepdim=True) for row in rows.values()), torch.zeros(1, 1))
+        return {key: row / sums.clamp_min(1e-300) for key, row in rows.items()}
+
+
+def importance_by_class(
+    model: PreTrainedModel,
+    data: Iterable[Mapping[str, Any]],
+    units: Sequence[Kind] | None = None,
+    criterion: Criteria = "fisher",
+    max_examples: int = 512,
+    progress: bool = True,
+) -> ClassImportance:
+    """Score units for each class apart, in the one pass that scores them for the whole task.
+
+    Scores are sums over examples, so those of the examples of each class add up to the whole. Under
+    several processes all ranks get the scores over the examples of all.
+
+    Args:
+        model: The classifier, not a wrapper; it is not changed.
+        data: Batches of model inputs with `labels`, one class for each example.
+        units: Kinds of units; all that the model has if not given.
+        criterion: `fisher` (Kwon et al. 2022, arXiv 2204.09656), `taylor` (Michel et al. 2019,
+            arXiv 1905.10650), or another that scores example by example.
+        max_examples: Examples to use at most, on each rank.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Scores for all and by class. Where a criterion brings the scores of a site, or of a kind, to
+        one scale, the classes' are brought there with them.
+
+    Raises:
+        ValueError: The data is empty or has no class for each example, the criterion does not score
+            example by example, or scores are not finite.
+    """
+    found = find_units(model)
+    kinds = units or [kind for kind in KINDS if any(site.kind == kind for site in found)]
+    criteria = criteria_by_kind(criterion, kinds)
+    by_example = [
+        n for n, c in CRITERIA.items() if (c.gradient or c.activation) and not c.accumulates
+    ]
+    for kind, name in criteria.items():
+        if name not in by_example:
+            raise ValueError(
+                f"criterion {name} for {kind} does not score example by example, so it has no "
+                f"importance by class: use one of {by_example}"
+            )
+    known: Any = model.config.id2label
+    names = tuple(known[number] for number in range(len(known)))
+    collector = Collector(Gates(model, found.of(kinds)), criteria, classes=len(names))
+    run(model, collector, Batches(data, max_examples), progress)
+    scores = collector.result(model, seed=0)
+    parts = [one.reduce() for one in collector.by_class]
+    by_class = {}
+    for key, score in scores.items():
+        sums = torch.stack([part.sums[key] for part in parts])
+        by_class[key] = sums * (score.sum() / sums.sum().clamp_min(1e-300))
+    return ClassImportance(names, torch.tensor([part.count for part in parts]), scores, by_class)

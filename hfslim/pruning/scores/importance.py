@@ -1,0 +1,261 @@
+"""How much a model needs each unit: criteria, and their sums over examples and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hfslim.anatomy.units import Site, Units
+from hfslim.pruning.gates.gates import Key
+from hfslim.training.objective import ProblemType
+
+EMPTY = "no examples were scored: the calibration data is empty, or has none of the classes"
+
+
+class UnusableScoresError(ValueError):
+    """There are no scores to decide by, or they are not finite."""
+
+
+@dataclass
+class Scores:
+    """Importance of every unit, as sums over examples, so that ranks can add theirs.
+
+    Attributes:
+        sums: Sum over examples by site, `[units]`, float64.
+        count: Number of examples.
+    """
+
+    sums: dict[Key, torch.Tensor] = field(default_factory=dict)
+    count: int = 0
+
+    def mean(self) -> dict[Key, torch.Tensor]:
+        """Return the mean over examples by site, `[units]`.
+
+        Raises:
+            UnusableScoresError: There are no examples, or a score is not finite.
+        """
+        if not self.count:
+            raise UnusableScoresError(EMPTY)
+        for (kind, path), value in self.sums.items():
+            if not torch.isfinite(value).all():
+                raise UnusableScoresError(
+                    f"the scores of the {kind} at {path!r} are not finite: check the model's "
+                    "weights and the calibration data for NaN and overflow"
+                )
+        return {key: value / self.count for key, value in self.sums.items()}
+
+    def add(self, site: Site, index: int, value: torch.Tensor) -> None:
+        """Add to a site's sum: `[units]`, or `[1]` for the layer `index`."""
+        total = self.sums[site.kind, site.path]
+        value = value.to("cpu", torch.float64)
+        if site.kind == "layers":
+            total[index] += value.sum()
+        else:
+            total += value
+
+    def reduce(self) -> Scores:
+        """Return the scores of all ranks together; the same on every rank."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return self
+        keys = sorted(self.sums)
+        device = torch.device("cpu")
+        if torch.distributed.get_backend() == "nccl":
+            device = torch.device("cuda", torch.cuda.current_device())
+        count = torch.tensor([self.count], dtype=torch.float64)
+        flat = torch.cat([count, *(self.sums[key] for key in keys)]).to(device)
+        torch.distributed.all_reduce(flat)
+        parts = flat.cpu().split([1, *(len(self.sums[key]) for key in keys)])
+        return Scores(dict(zip(keys, parts[1:], strict=True)), round(parts[0].item()))
+
+
+def fisher(gradient: torch.Tensor) -> torch.Tensor:
+    """Sum the squared gradients of the gates, `[examples, units]` to `[units]`.
+
+    The square is taken example by example; the square of a batch's gradient ranks otherwise,
+    because signs cancel. (Kwon et al. 2022, arXiv 2204.09656.)
+
+    Examples:
+        >>> fisher(torch.tensor([[1.0, -2.0], [-1.0, 3.0]]))
+        tensor([ 2., 13.])
+    """
+    return gradient.square().sum(0)
+
+
+def taylor(gradient: torch.Tensor) -> torch.Tensor:
+    """Sum the absolute gradients of the gates, `[examples, units]` to `[units]`.
+
+    (Michel et al. 2019, arXiv 1905.10650; the normalisation per layer is `normalise`'s.)
+
+    Examples:
+        >>> taylor(torch.tensor([[1.0, -2.0], [-1.0, 3.0]]))
+        tensor([2., 5.])
+    """
+    return gradient.abs().sum(0)
+
+
+def movement(gradient: torch.Tensor) -> torch.Tensor:
+    """Sum `−∂L/∂gate`, `[examples, units]` to `[units]`; it grows while weights leave zero.
+
+    It is `−Σ W · ∂L/∂W` over the unit's slice of the projection that follows, which gradient
+    descent turns into a change of the unit's size. (Sanh et al. 2020, arXiv 2005.07683, for whole
+    units as Lagunas et al. 2021, arXiv 2109.04838.)
+
+    Examples:
+        >>> movement(torch.tensor([[1.0, -2.0], [-1.0, 3.0]]))
+        tensor([-0., -1.])
+    """
+    return -gradient.sum(0)
+
+
+def divergence_roots(
+    logits: torch.Tensor, problem: ProblemType, temperature: float = 1.0, outcomes: int = 8
+) -> torch.Tensor:
+    """Write the curvature of the divergence from a model's own predictions as a sum of squares.
+
+    The divergence `KL_T` between what a model predicts and what it predicts with a gate ξ changed
+    is 0 at ξ = 1 with slope 0, so its gradient scores nothing there. Its second derivative is the
+    Fisher information `Σ_k (∂r_k/∂ξ)²` of the roots `r_k` returned here: for one class per example
+    `r_k = T √p_k log p_k`, where `p = softmax(logits / T)` and the square root is a constant.
+
+    Args:
+        logits: `[examples, classes]`.
+        problem: What the logits mean.
+        temperature: T > 0; of no effect for regression.
+        outcomes: Roots at most, one backward pass each. Where there are more classes, those least
+            likely count as one outcome, which is the Fisher information of the coarser
+            distribution; of several yes-or-no questions the surest are left out.
+
+    Returns:
+        `[examples, min(classes, outcomes)]`; all outputs for regression.
+
+    Examples:
+        >>> roots = divergence_roots(torch.zeros(1, 4), "single_label_classification")
+        >>> [round(r, 4) for r in roots[0].tolist()]  # ½ · log ¼
+        [-0.6931, -0.6931, -0.6931, -0.6931]
+    """
+    logits = logits.float()
+    if problem == "regression":
+        return logits * (2 / logits.shape[-1]) ** 0.5
+    if problem == "multi_label_classification":
+        yes = (logits.detach() / temperature).sigmoid()
+        weight = (yes * (1 - yes) / logits.shape[-1]).sqrt()
+        largest = weight.topk(min(outcomes, logits.shape[-1]), dim=-1).indices
+        return (weight * logits).gather(-1, largest)
+    log_p = F.log_softmax(logits / temperature, dim=-1)
+    if log_p.shape[-1] > outcomes:
+        largest = log_p.detach().topk(outcomes - 1, dim=-1).indices
+        rest = log_p.scatter(-1, largest, float("-inf")).logsumexp(-1, keepdim=True)
+        log_p = torch.cat([log_p.gather(-1, largest), rest], dim=-1)
+    return temperature * log_p.detach().exp().sqrt() * log_p
+
+
+def normalise(scores: Mapping[Key, torch.Tensor]) -> dict[Key, torch.Tensor]:
+    """Divide each site's scores by their L2 norm, as Michel et al. (1905.10650) do per layer."""
+    return {key: value / value.norm().clamp_min(1e-30) for key, value in scores.items()}
+
+
+def activation(value: torch.Tensor, units: int) -> torch.Tensor:
+    """Sum over examples the L2 norm of each unit's activations.
+
+    (In the spirit of Minitron, arXiv 2407.14679.)
+
+    Args:
+        value: `[examples, positions, units · width]`, zero at padded positions; of a layer, what
+            it adds to the residual stream.
+        units: Number of units.
+
+    Returns:
+        `[units]`.
+
+    Examples:
+        >>> activation(torch.tensor([[[3.0, 1.0], [4.0, 0.0]]]), units=2)
+        tensor([5., 1.])
+    """
+    squares = value.float().square().sum(1)
+    return squares.reshape(len(value), units, -1).sum(-1).sqrt().sum(0)
+
+
+def output_norm(
+    value: torch.Tensor, projection: torch.Tensor, units: int, weight: torch.Tensor
+) -> torch.Tensor:
+    """Sum over examples the mean square of what each unit adds to the residual stream.
+
+    (The representational knowledge of K-prune, Park et al. 2023, arXiv 2308.03449; there the width
+    of a head is averaged before the projection, here the head's whole output counts.)
+
+    Args:
+        value: What the projection gets, `[examples, positions, units · width]`.
+        projection: Its weight, `[features, units · width]`.
+        units: Number of units.
+        weight: `[examples, positions]`, 0 for padding, 1 elsewhere.
+
+    Returns:
+        `[units]`, means over positions and features.
+
+    Examples:
+        >>> value = torch.tensor([[[1.0, 2.0], [3.0, 0.0]]])
+        >>> output_norm(value, torch.tensor([[2.0, 1.0], [0.0, 1.0]]), 2, torch.ones(1, 2))
+        tensor([10.,  2.])
+    """
+    examples, positions, _ = value.shape
+    value = value.float().reshape(examples, positions, units, -1)
+    projection = projection.float().reshape(len(projection), units, -1)
+    gram = torch.einsum("fuv,fuw->uvw", projection, projection) / len(projection)
+    squares = torch.einsum("epuv,uvw,epuw->epu", value, gram, value)
+    positions_of = weight.sum(1).clamp_min(1)
+    return ((squares * weight.unsqueeze(-1)).sum(1) / positions_of.unsqueeze(-1)).sum(0)
+
+
+def block_influence(
+    before: torch.Tensor, after: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    """Sum over examples `1 − cos` between a layer's input and output.
+
+    (ShortGPT, Men et al. 2024, arXiv 2403.03853.)
+
+    Args:
+        before: Input, `[examples, positions, features]`.
+        after: Output, the same shape.
+        weight: `[examples, positions]`, 0 for padding, 1 elsewhere.
+
+    Returns:
+        `[1]`.
+
+    Examples:
+        >>> before = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])
+        >>> after = torch.tensor([[[0.0, 1.0], [2.0, 0.0]]])
+        >>> block_influence(before, after, torch.ones(1, 2))
+        tensor([0.5000])
+    """
+    distance = 1 - nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
+    return ((distance * weight).sum(1) / weight.sum(1).clamp_min(1)).sum().reshape(1)
+
+
+def magnitude(model: nn.Module, units: Units) -> dict[Key, torch.Tensor]:
+    """Return the L2 norm of each unit's weight slices, in and out, `[units]` by site."""
+    result: dict[Key, torch.Tensor] = {}
+    for site in units:
+        squares = torch.zeros(site.size, dtype=torch.float64)
+        if site.kind == "layers":
+            for index in range(site.size):
+                for path in site.parts(index):
+                    parameters = model.get_submodule(path).parameters()
+                    squares[index] += sum(p.detach().double().square().sum() for p in parameters)
+        for cut in site.cuts:
+            tensor = getattr(model.get_submodule(cut.module), cut.tensor).detach().double()
+            squares += cut.by_unit(tensor, site.size).square().sum(1).cpu()
+        result[site.kind, site.path] = squares.sqrt()
+    return result
+
+
+def random_scores(units: Units, seed: int) -> dict[Key, torch.Tensor]:
+    """Return uniform scores: the control that any other criterion has to beat."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        (site.kind, site.path): torch.rand(site.size, generator=generator, dtype=torch.float64)
+        for site in units
+    }

@@ -1,0 +1,211 @@
+"""Which layers to remove: evenly spaced ones, or one after the other by what the loss says."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from transformers import PreTrainedModel
+
+from hfslim.anatomy.discovery import find_units
+from hfslim.anatomy.structure import Structure
+from hfslim.anatomy.units import Units
+from hfslim.measuring.timing import evaluating, placed
+from hfslim.pruning.gates.gates import Gates, Key
+from hfslim.pruning.scores.batches import fitting
+from hfslim.pruning.scores.finite import check_finite
+from hfslim.pruning.scores.importance import Scores, UnusableScoresError
+from hfslim.pruning.search.search import search
+from hfslim.pruning.target import Target
+from hfslim.training.objective import hard_loss, labelled, logits_of, problem_type
+
+logger = logging.getLogger(__name__)
+
+
+def spacing(size: int, fixed: Sequence[int] = ()) -> list[float]:
+    """Score the layers of a list so that those left are evenly spaced, whatever their number.
+
+    The list is halved again and again, to evenly spaced layers with the first and the last among
+    them; within a halving, the layer to go next is the one furthest from the ends and from those
+    just gone. (Every other layer: Fan et al. 2019, arXiv 1909.11556; of twelve, the six that
+    DistilBERT starts from, Sanh et al. 2019, arXiv 1910.01108.)
+
+    Args:
+        size: Number of layers.
+        fixed: Layers that stay.
+
+    Returns:
+        A score in (0, 1] for each layer, the rank of its removal.
+
+    Examples:
+        >>> [round(12 * score) for score in spacing(12)]
+        [12, 4, 8, 3, 10, 1, 5, 7, 2, 9, 6, 11]
+    """
+    order, kept = list[int](), list(range(size))
+    while len(kept) > 1:
+        half = (len(kept) + 1) // 2
+        step = (len(kept) - 1) / max(half - 1, 1)
+        stay = {kept[round(i * step)] for i in range(half)}
+        going, far_from = [layer for layer in kept if layer not in stay], [0, size - 1]
+        while going:
+            layer = max(going, key=lambda one: min(abs(one - other) for other in far_from))
+            going.remove(layer)
+            order.append(layer)
+            far_from.append(layer)
+        kept = sorted(stay)
+    order = [layer for layer in (*order, *kept) if layer not in fixed] + list(fixed)
+    return [(order.index(layer) + 1) / size for layer in range(size)]
+
+
+def spaced(units: Units) -> dict[Key, torch.Tensor]:
+    """Score layers by `spacing`, `[layers]` by list."""
+    return {
+        (site.kind, site.path): torch.tensor(spacing(site.size, site.fixed), dtype=torch.float64)
+        for site in units
+        if site.kind == "layers"
+    }
+
+
+def spaced_layers(model: PreTrainedModel, keep: int) -> Structure:
+    """Choose evenly spaced layers: the depth at which to run a model trained with LayerDrop.
+
+    `gated(model, spaced_layers(model, 6))` runs the model at that depth and leaves it as it is,
+    `shrink` cuts it.
+
+    Args:
+        model: The model itself, not a wrapper.
+        keep: Number of layers to keep, of all lists together.
+
+    Returns:
+        The structure.
+
+    Raises:
+        ValueError: The model has no layers that can be removed, or not so many.
+        UnreachableTargetError: Fewer than `keep` cannot go.
+    """
+    units = find_units(model).of(["layers"])
+    total = sum(site.size for site in units)
+    if not 1 <= keep <= total:
+        raise ValueError(f"keep is the number of layers to keep, 1 to {total}; got {keep}")
+    return search(units, spaced(units), Target("sparsity", 1.0, {"layers": 1 - keep / total}))
+
+
+def loss_delta(
+    model: PreTrainedModel,
+    units: Units,
+    batches: Sequence[Mapping[str, Any]],
+    progress: bool = False,
+) -> dict[Key, torch.Tensor]:
+    """Remove layers one after the other, always the one whose loss hurts least; score by the loss.
+
+    After each removal those left are scored again, so that a layer whose neighbour does its work
+    counts once the neighbour is gone. That is `n² / 2` evaluations for `n` layers. Under several
+    processes all ranks remove the same layers, by the loss over the examples of all.
+
+    Args:
+        model: The model.
+        units: Its sites; layers are scored, others left alone.
+        batches: Labelled batches of this rank.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The rise of the mean loss at a layer's removal, `[layers]` by list; never less than that of
+        the layer before, so that the order of the scores is the order of removal. The last layer
+        of a list, and fixed ones, have the greatest.
+
+    Raises:
+        UnusableScoresError: There are no examples, or a loss is not finite.
+    """
+    sites = Units(tuple(site for site in units if site.kind == "layers"))
+    closed = {site.path: frozenset[int]() for site in sites}
+    order: list[tuple[str, int]] = []
+    rises: list[float] = []
+    fitted: list[Mapping[str, Any]] = []
+
+    def candidates() -> list[tuple[str, int]]:
+        found = []
+        for site in sites:
+            free = [i for i in site.removable if i not in closed[site.path]]
+            found += [(site.path, i) for i in free if len(free) > 1 or site.fixed]
+        return found
+
+    total = len(candidates())
+    gates = Gates(model, sites)
+    with gates, evaluating(model), Progress(disable=not progress, transient=True) as shown:
+        task = shown.add_task("removing layers", total=1 + total * (total + 1) // 2)
+
+        def loss_without(path: str, layers: frozenset[int]) -> tuple[float, int]:
+            gates.close_layers(sites.site("layers", path), layers)
+            loss = _summed_loss(model, fitted, gates)
+            gates.close_layers(sites.site("layers", path), closed[path])
+            shown.advance(task)
+            return loss
+
+        def whole(parts: Iterable[Mapping[str, Any]]) -> tuple[float, int]:
+            # No layer is closed, so what fits now will fit.
+            fitted[:] = parts
+            return _summed_loss(model, fitted, gates)
+
+        [loss] = _means([fitting(whole, batches)], ["no layer"])
+        shown.advance(task)
+        while left := candidates():
+            losses = [loss_without(path, closed[path] | {index}) for path, index in left]
+            means = _means(losses, [f"{path}.{index}" for path, index in left])
+            least = min(range(len(left)), key=means.__getitem__)
+            path, index = left[least]
+            closed[path] |= {index}
+            gates.close_layers(sites.site("layers", path), closed[path])
+            order.append(left[least])
+            floor = math.nextafter(rises[-1], math.inf) if rises else 0.0
+            rises.append(max(means[least] - loss, floor))
+            loss = means[least]
+            logger.info("without %s.%d the loss is %.4f", path, index, loss)
+    most = math.nextafter(rises[-1], math.inf) if rises else 0.0
+    scores = {
+        (site.kind, site.path): torch.full((site.size,), most, dtype=torch.float64)
+        for site in sites
+    }
+    for (path, index), rise in zip(order, rises, strict=True):
+        scores["layers", path][index] = rise
+    return scores
+
+
+@torch.no_grad()
+def _summed_loss(
+    model: PreTrainedModel, batches: Sequence[Mapping[str, Any]], gates: Gates
+) -> tuple[float, int]:
+    """Return the sum of the losses of the labelled examples, and their number."""
+    total, count = 0.0, 0
+    for batch in batches:
+        inputs = placed(model, batch)
+        labels = inputs.pop("labels", inputs.pop("label", None))
+        gates.fired.clear()
+        logits = logits_of(model(**inputs))
+        gates.check_fired()
+        check_finite(model, inputs, logits)
+        losses = hard_loss(logits, labels, problem_type(model.config, labels))
+        total += losses.double().sum().item()
+        count += int(labelled(labels))
+    return total, count
+
+
+def _means(losses: list[tuple[float, int]], names: list[str]) -> list[float]:
+    """Return the means over the examples of all ranks, of sums and counts of this one."""
+    sums = {("layers", "loss"): torch.tensor([total for total, _ in losses], dtype=torch.float64)}
+    reduced = Scores(sums, losses[0][1]).reduce()  # type: ignore[arg-type]
+    if not reduced.count:
+        raise UnusableScoresError(
+            "no examples were scored: the calibration data is empty, or has no labels"
+        )
+    means = (next(iter(reduced.sums.values())) / reduced.count).tolist()
+    for name, mean in zip(names, means, strict=True):
+        if not math.isfinite(mean):
+            raise UnusableScoresError(
+                f"the loss without {name} is not finite: check the model's weights and the "
+                "calibration data for NaN and overflow"
+            )
+    return means

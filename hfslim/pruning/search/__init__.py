@@ -1,0 +1,1 @@
+"""Choose the structure of greatest importance under a budget."""

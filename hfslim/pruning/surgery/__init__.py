@@ -1,0 +1,1 @@
+"""Surgery: make a structure physical, and prove that the cut model equals the gated one."""

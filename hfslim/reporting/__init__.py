@@ -1,0 +1,1 @@
+"""What compression did to a model: reports, tables, figures, one web page."""

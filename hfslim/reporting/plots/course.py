@@ -1,0 +1,229 @@
+"""Figures of how a run went: losses, sparsity and the metric over time, and what speed cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hfslim.reporting.plots.style import DASHES, MARKS, Plot, Theme, new_figure
+from hfslim.reporting.report import Report
+from hfslim.reporting.tables import Section
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SHARES = ("kept_", "expected_", "weight_sparsity")
+
+LINE = 0.14
+"""Inches for a line of text."""
+LETTERS = 0.023
+"""Share of the width that a letter takes."""
+LEGEND, BESIDE = 42, 7
+"""Letters that a legend has room for; those that one more column's line takes."""
+TURN = 0.6
+"""Share of the width from which on a stage's name stands left of its line."""
+
+
+def course(report: Report) -> Plot | None:
+    """Draw loss terms, what is kept and the metric over the steps of all stages."""
+    spans = _spans(report.history)
+    if not any(one["series"] for one in report.history):
+        return None
+    losses = _joined(report.history, spans, lambda name: "loss" in name and "eval" not in name)
+    shares = _joined(report.history, spans, lambda name: name.startswith(SHARES))
+    shares |= _steps_of_cuts(report, spans) if not shares else {}
+    metric = report.quality[0].metric if report.quality else ""
+    marks = [
+        (end, one["metrics"][metric])
+        for one, (_, end) in zip(report.history, spans, strict=True)
+        if metric in one["metrics"]
+    ]
+    panels = [(what, name) for what, name in ((losses, "loss"), (shares, "share")) if what]
+    several = len(panels) + bool(marks)
+    begun: dict[int, str] = {}
+    for stage, (start, _) in zip(report.history, spans, strict=True):
+        begun[start] = f"{begun[start]}, {stage['stage']}" if start in begun else stage["stage"]
+    rows_of_names = _rows(begun, spans[-1][1])
+    named = max(rows_of_names) + 1
+
+    def draw(theme: Theme) -> Figure:
+        lines = [-(-len(series) // _columns(series)) for series, _ in panels]
+        height = 0.6 + 1.45 * several + LINE * (sum(lines) - len(lines) + named - 1)
+        figure, axes = new_figure(height, several, sharex=True)
+        for number, (one, (series, label)) in enumerate(zip(axes, panels, strict=False)):
+            for place, (name, (steps, values)) in enumerate(series.items()):
+                # The second time round, colours come with other dashes.
+                dashes = DASHES[(place + place // len(DASHES)) % len(DASHES)]
+                colour = theme.series[place % len(theme.series)]
+                one.plot(steps, values, label=name, color=colour, linestyle=dashes)
+            one.set_ylabel(label)
+            one.set_ylim(bottom=0)
+            one.legend(
+                ncols=_columns(series),
+                handlelength=2.2,
+                borderaxespad=0.1,
+                columnspacing=1,
+                loc="lower left",
+                bbox_to_anchor=(0, 1 + 0.1 * named if number == 0 else 1),
+            )
+        if marks:
+            axes[-1].plot(
+                *zip(*marks, strict=True), color=theme.series[0], marker="o", markersize=4
+            )
+            axes[-1].set_ylabel(metric)
+        for number, one in enumerate(axes):
+            for row, (start, name) in zip(rows_of_names, begun.items(), strict=True):
+                one.axvline(start, color=theme.muted, linewidth=0.7, linestyle=(0, (2, 2)))
+                if number == 0:
+                    one.annotate(
+                        name,
+                        (start, 1.0),
+                        xycoords=("data", "axes fraction"),
+                        xytext=(0, 3 + 72 * LINE * row),
+                        textcoords="offset points",
+                        fontsize=6.5,
+                        ha="left" if start < TURN * spans[-1][1] else "right",
+                    )
+        axes[-1].set_xlabel("steps of all stages")
+        return figure
+
+    rows, told = [], []
+    for one in report.history:
+        last = {name: values["value"][-1] for name, values in one["series"].items()}
+        own = ", ".join(f"{name} {value:.4g}" for name, value in last.items() if "loss" in name)
+        after = one["metrics"].get(metric)
+        rows.append(
+            (one["stage"], str(one["steps"]), own or "-", "-" if after is None else f"{after:.4f}")
+        )
+        if after is not None:
+            told.append(f"after {one['stage']} {metric} is {after:.4f}")
+    headings = ("stage", "steps", "at its end", metric or "metric")
+    table = Section("Stages", headings, rows, right=(1, 3))
+    names = ", ".join([*losses, *shares])
+    alt = f"Lines over the training steps of all stages: {names}; {'; '.join(told)}."
+    return Plot("course", "How it went", alt, draw, table)
+
+
+def curve(report: Report) -> Plot | None:
+    """Draw the metric against the latency of the whole model and of each cut one."""
+    points = report.curve
+    if not points:
+        return None
+    metric = report.quality[0].metric
+    sizes = sorted({size for point in points for size in point["latency_ms"]}, key=int)
+    sizes = list(dict.fromkeys([sizes[0], sizes[-1]]))
+    labels = list(dict.fromkeys(point["label"] for point in points))
+
+    def draw(theme: Theme) -> Figure:
+        figure, axes = new_figure(0.35 + 1.9 * len(sizes), len(sizes))
+        for one, size in zip(axes, sizes, strict=True):
+            for place, label in enumerate(labels):
+                own = [p for p in points if p["label"] == label and size in p["latency_ms"]]
+                one.scatter(
+                    [p["latency_ms"][size] for p in own],
+                    [p["metric"] for p in own],
+                    marker=MARKS[place % len(MARKS)],
+                    color=theme.series[(1, 2, 0, 3)[place % 4]],
+                    s=34,
+                    label=label,
+                    zorder=3,
+                )
+            one.set_xlim(0, 1.12 * max(p["latency_ms"].get(size, 0.0) for p in points))
+            one.margins(y=0.25)
+            one.set_xlabel(f"ms per call of {size} example{'s' * (int(size) > 1)} (median)")
+            one.set_ylabel(metric)
+        axes[0].legend(loc="best")
+        return figure
+
+    rows = [
+        (
+            point["label"],
+            "-" if point.get("seed") is None else str(point["seed"]),
+            f"{point['metric']:.4f}",
+            f"{point['macs']:.1%}",
+            *(f"{point['latency_ms'][size]:.2f}" for size in sizes),
+        )
+        for point in points
+    ]
+    headings = ("model", "seed", metric, "MACs", *(f"ms, batch {size}" for size in sizes))
+    table = Section("Speed", headings, rows, right=tuple(range(1, len(headings))))
+    told = [
+        f"{p['label']}: {metric} {p['metric']:.4f} at {p['latency_ms'][sizes[-1]]:.2f} ms"
+        for p in points[:8]
+    ]
+    alt = f"Points of {metric} against latency, batch {sizes[-1]}: {'; '.join(told)}."
+    return Plot("curve", "What speed costs", alt, draw, table)
+
+
+def _rows(begun: Mapping[int, str], end: int) -> list[int]:
+    """Return, for the name of each stage, the lowest row above the axes in which it has room."""
+    rows: list[list[tuple[float, float]]] = []
+    places = []
+    for start, name in begun.items():
+        place, width = start / max(end, 1), LETTERS * len(name)
+        left = place if place < TURN else place - width
+        free = (
+            n for n, row in enumerate(rows) if all(left > r or left + width < x for x, r in row)
+        )
+        number = next(free, len(rows))
+        if number == len(rows):
+            rows.append([])
+        rows[number].append((left, left + width))
+        places.append(number)
+    return places
+
+
+def _columns(names: Iterable[str]) -> int:
+    """Return how many names of a legend, which go down first, have room beside each other."""
+    lengths = [len(name) for name in names]
+    for columns in (3, 2):
+        parts = np.array_split(lengths, min(columns, len(lengths)))
+        if sum(max(part) for part in parts) <= LEGEND - BESIDE * (len(parts) - 1):
+            return columns
+    return 1
+
+
+def _spans(history: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
+    spans, start = [], 0
+    for one in history:
+        spans.append((start, start + one["steps"]))
+        start += one["steps"]
+    return spans
+
+
+def _steps_of_cuts(
+    report: Report, spans: Sequence[tuple[int, int]]
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Return the share of each kind's units that is left, which cuts in one go lower at once."""
+    places = {one["stage"]: start for one, (start, _) in zip(report.history, spans, strict=True)}
+    totals: dict[tuple[str, str], list[float]] = {}
+    for row in report.units:
+        total = totals.setdefault((row["kind"], row["stage"]), [0.0, 0.0])
+        total[0] += sum(row["kept"]) / max(len(row["kept"]), 1) * row["total"]
+        total[1] += row["total"]
+    steps: dict[str, tuple[list[float], list[float]]] = {}
+    for (kind, stage), (here, whole) in totals.items():
+        at, left = steps.setdefault(f"kept_{kind}", ([0.0], [1.0]))
+        at += [places[stage], places[stage]]
+        left += [left[-1], left[-1] * here / whole]
+    for at, left in steps.values():
+        at.append(spans[-1][1])
+        left.append(left[-1])
+    return steps
+
+
+def _joined(
+    history: Sequence[Mapping[str, Any]], spans: Sequence[tuple[int, int]], wanted: Any
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Return each series over the steps of all stages, with a gap between stages."""
+    joined: dict[str, tuple[list[float], list[float]]] = {}
+    for one, (start, _) in zip(history, spans, strict=True):
+        for name, series in one["series"].items():
+            if wanted(name):
+                steps, values = joined.setdefault(name, ([], []))
+                gap = [float("nan")] if steps else []
+                steps += [*gap, *(start + step for step in series["step"])]
+                values += [*gap, *series["value"]]
+    return joined

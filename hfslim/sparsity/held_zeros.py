@@ -1,0 +1,157 @@
+"""Hold the zeros of a live model's weights, whatever an optimizer does."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from hfslim.anatomy.weights import weight_of
+from hfslim.pruning.scores.importance import UnusableScoresError
+from hfslim.sparsity.weight_masks import digest
+
+logger = logging.getLogger(__name__)
+
+Cuts = Mapping[str, Mapping[int, torch.Tensor]]
+"""By path of a weight and dimension, what gates leave of it."""
+
+
+class HeldZeros:
+    """The zeros of a model's weights: at first those that it has.
+
+    A weight that is held gets no gradient, so that clipping does not count it, has no floating
+    point state in the optimizer, and is set to zero after each step. Nothing but hooks on the
+    gradients is added to the model, and no key of its `state_dict` changes.
+
+    Args:
+        model: The model, not a wrapper.
+        weights: The modules whose weights are held, by path.
+
+    Attributes:
+        weights: The modules by path; the paths stay those of the model before any cut.
+        zeros: Where weights are held at zero, by path, bool, in the shape of the weights before
+            any cut.
+        cuts: What gates leave of the weights; elsewhere zeros do not count.
+    """
+
+    def __init__(self, model: nn.Module, weights: Mapping[str, nn.Module]) -> None:
+        self.model = model
+        self.weights = dict(weights)
+        self.cuts: Cuts = {}
+        self.zeros: dict[str, torch.Tensor] = {}
+        for path, module in self.weights.items():
+            weight = weight_of(module).detach()
+            if not torch.isfinite(weight).all():
+                raise UnusableScoresError(f"the weight of {path!r} is not finite")
+            self.zeros[path] = weight == 0
+        self._handles: list[Any] = []
+
+    @property
+    def fraction(self) -> float:
+        """Fraction of the weights that are held, of those that gates leave."""
+        parts = [self.part(path, zeros) for path, zeros in self.zeros.items()]
+        held = sum(int(part.sum()) for part in parts)
+        return held / max(sum(part.numel() for part in parts), 1)
+
+    def part(self, path: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return what gates leave of a tensor in the shape of a weight, before or after the cut."""
+        if tensor.shape == self.zeros[path].shape:
+            for dim, index in self.cuts.get(path, {}).items():
+                tensor = tensor.index_select(dim, index.to(tensor.device))
+        return tensor
+
+    def add(self, parts: Mapping[str, torch.Tensor]) -> None:
+        """Hold more zeros, given for what gates leave.
+
+        Raises:
+            RuntimeError: Another process holds others: the weights have diverged.
+        """
+        _check_equal_on_all_ranks(digest(parts))
+        for path, part in parts.items():
+            zeros = self.zeros[path]
+            where = [torch.arange(size, device=zeros.device) for size in zeros.shape[:2]]
+            for dim, index in self.cuts.get(path, {}).items():
+                where[dim] = index.to(zeros.device)
+            zeros[where[0][:, None], where[1]] |= part
+
+    def attach(self) -> None:
+        """Take the gradients of held weights away from now on."""
+        self._take_over()
+        for path, module in self.weights.items():
+            weight = weight_of(module)
+            if weight.requires_grad:
+                self._handles.append(weight.register_hook(_GradientHook(self, path)))
+
+    def detach(self) -> None:
+        """Let go of the gradients."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @torch.no_grad()
+    def apply(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Set held weights to zero, and their state in an optimizer."""
+        for path, module in self.weights.items():
+            weight, zeros = weight_of(module), self.zeros[path]
+            weight.masked_fill_(zeros if weight.shape == zeros.shape else self.part(path, zeros), 0)
+            for value in optimizer.state.get(weight, {}).values() if optimizer else ():
+                if isinstance(value, torch.Tensor) and value.shape == weight.shape:
+                    if value.is_floating_point():
+                        value.masked_fill_(zeros, 0)
+
+    def state(self) -> dict[str, Any]:
+        """Return what tells the zeros, once the weights are there."""
+        live = {
+            path: ((weight_of(module) == 0) & ~self.zeros[path]).flatten().nonzero().flatten()
+            for path, module in self.weights.items()
+        }
+        return {
+            "digest": digest(self.zeros),
+            "live_zeros": {path: index.tolist() for path, index in live.items() if len(index)},
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Hold the zeros of a saved state; its weights have been loaded.
+
+        Raises:
+            ValueError: The weights have other zeros.
+        """
+        for path, index in state["live_zeros"].items():
+            self.zeros[path].view(-1)[index] = False
+        if digest(self.zeros) != state["digest"]:
+            raise ValueError(
+                "the model does not have the zeros of the checkpoint, so its weights were not "
+                "loaded: the stock Trainer cannot read its own checkpoints for families whose key "
+                "names differ on the Hub; use SlimTrainer"
+            )
+
+    def _take_over(self) -> None:
+        """Take out the hooks that an interrupted run left on the model."""
+        for parameter in self.model.parameters():
+            for hook in list((parameter._backward_hooks or {}).values()):
+                if isinstance(hook, _GradientHook) and hook.owner._handles:
+                    logger.warning("taking out the hooks that an interrupted training left")
+                    hook.owner.detach()
+
+
+class _GradientHook:
+    """Sets the gradient of held weights to zero."""
+
+    def __init__(self, owner: HeldZeros, path: str) -> None:
+        self.owner, self.path = owner, path
+
+    def __call__(self, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient.masked_fill(self.owner.zeros[self.path], 0)
+
+
+def _check_equal_on_all_ranks(found: str) -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        all_found: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(all_found, found)
+        if len(set(all_found)) > 1:
+            raise RuntimeError(
+                f"the processes remove other weights ({all_found}): their weights have diverged"
+            )

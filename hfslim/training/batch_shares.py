@@ -1,0 +1,98 @@
+"""What of a step's batches are examples of this process, however many processes there are.
+
+Where examples do not divide evenly, accelerate repeats some, so that all processes have as many.
+A Trainer that weighs every example the same leaves the repeated ones out; a process that has none
+left runs one of them, and it counts nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from accelerate import Accelerator
+from accelerate.data_loader import SkipBatchSampler
+from accelerate.state import GradientState
+from torch import nn
+from transformers.trainer_pt_utils import find_batch_size
+
+from hfslim.anatomy.adapters import base_of
+
+__all__ = ["Share", "real_examples", "running", "share_of", "trimmed"]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a Trainer makes of the batch that its model runs.
+
+    Attributes:
+        weight: What the loss of each example is multiplied by, before gradients are averaged over
+            processes.
+        counts: Whether the batch holds examples of this process, and not a repeated one.
+    """
+
+    weight: float
+    counts: bool
+
+
+_RUNNING: WeakKeyDictionary[nn.Module, Share] = WeakKeyDictionary()
+
+
+def share_of(model: nn.Module) -> Share | None:
+    """Return the share that a model runs at this moment, where its Trainer tells."""
+    return _RUNNING.get(base_of(model))
+
+
+@contextmanager
+def running(model: nn.Module, share: Share) -> Iterator[None]:
+    """Tell inside the block what a model runs."""
+    base = base_of(model)
+    _RUNNING[base] = share
+    try:
+        yield
+    finally:
+        del _RUNNING[base]
+
+
+def real_examples(accelerator: Accelerator, size: int) -> int:
+    """Tell how many examples of the batch fetched last, the first ones, are not repeated.
+
+    Args:
+        accelerator: Whose data loader it is from.
+        size: Examples in the batch, as many as on all processes.
+    """
+    state = accelerator.gradient_state
+    if accelerator.num_processes == 1 or not state.end_of_dataloader:
+        return size
+    remainder = _remainder(state)
+    if remainder <= 0:
+        return size
+    return min(max(remainder - accelerator.process_index * size, 0), size)
+
+
+def _remainder(state: GradientState) -> int:
+    """Return how many examples the last batches of all processes hold; 0 or less if they are full.
+
+    accelerate does not know it where batches are skipped, in the epoch in which training resumes.
+    """
+    loader: Any = state.active_dataloader
+    skipping = getattr(loader, "batch_sampler", None)
+    if state.remainder >= 0 or not isinstance(skipping, SkipBatchSampler):
+        return state.remainder
+    whole = skipping.batch_sampler
+    if whole.drop_last:
+        return 0
+    parts = 1 if whole.split_batches else whole.num_processes
+    return len(loader.dataset) % (whole.batch_size * parts)
+
+
+def trimmed(batch: MutableMapping[str, Any], examples: int) -> None:
+    """Leave the first examples of a batch."""
+    size = find_batch_size(batch)
+    for name, value in batch.items():
+        if isinstance(value, torch.Tensor) and value.ndim and len(value) == size:
+            batch[name] = value[:examples]

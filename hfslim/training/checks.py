@@ -1,0 +1,121 @@
+"""What pruning asks of a training, and what it finds in a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from accelerate.state import AcceleratorState
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer_jit_checkpoint import CheckpointManager
+
+from hfslim.training.parallel import way_of
+
+logger = logging.getLogger(__name__)
+
+
+CUT_AFTER = ", or cut the trained model in one go by hfslim.prune or hfslim.sparsify"
+"""What pruning in training can be done without."""
+
+
+def check_whole_parameters(
+    args: TrainingArguments, callback: str, ways: Sequence[str] = ("DDP",), otherwise: str = ""
+) -> None:
+    """Refuse trainings whose processes hold but parts of what a callback needs.
+
+    Args:
+        args: The training's.
+        callback: Its name.
+        ways: Those of `way_of` that it can do with. Under ZeRO-2 parameters are whole, but
+            gradients and the optimizer's state are not.
+        otherwise: What else could be done.
+
+    Raises:
+        ValueError: Naming the callback.
+    """
+    way = way_of(args)
+    if way not in ways:
+        raise ValueError(
+            f"{callback} needs on each process what {way} splits between them: use "
+            f"{' or '.join(ways)}{otherwise}"
+        )
+
+
+def check_unscaled(args: TrainingArguments, otherwise: str = "") -> None:
+    """Refuse a training whose gradients are scaled, where they score.
+
+    Raises:
+        ValueError: With the way out, and `otherwise`.
+    """
+    accelerator: Any = AcceleratorState()
+    if args.fp16 or accelerator.mixed_precision == "fp16":
+        raise ValueError(
+            "the changing loss scale of fp16 would distort the scores: train with bf16=True"
+            + otherwise
+        )
+
+
+def check_saved_between_steps(callback: str) -> None:
+    """Refuse the stock Trainer's checkpoint on SIGTERM, which is taken in the middle of a step.
+
+    Raises:
+        ValueError: Naming the callback.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    if isinstance(getattr(handler, "__self__", None), CheckpointManager):
+        raise ValueError(
+            f"enable_jit_checkpoint of the stock Trainer saves in the middle of a step, each "
+            f"process for itself, so a {callback} could not resume exactly: use hfslim.SlimTrainer "
+            "or DistillationTrainer, which save between steps, or set it to False"
+        )
+
+
+def check_not_compiled(args: TrainingArguments, callback: str) -> None:
+    """Refuse a training whose compiled model would not see gates change.
+
+    Raises:
+        ValueError: Naming the callback.
+    """
+    if args.torch_compile:
+        raise ValueError(
+            f"{callback} opens and closes gates in the model, which torch.compile traces once and "
+            "does not see change: set torch_compile=False here, and compile the training that "
+            "comes after"
+        )
+
+
+def average_over_processes(args: TrainingArguments) -> None:
+    """Let gradients be means over processes, whatever the stock Trainer counts."""
+    if args.world_size > 1 and args.average_tokens_across_devices:
+        logger.warning(
+            "average_tokens_across_devices is set to False: with it the stock Trainer multiplies a "
+            "classifier's gradient by the number of processes"
+        )
+        args.average_tokens_across_devices = False
+
+
+def saved_state(
+    state: TrainerState, callback: str, arguments: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """Return what a callback saved in the checkpoint that training resumes from.
+
+    Raises:
+        ValueError: It saved nothing, or was another one.
+    """
+    callbacks: Any = state.stateful_callbacks
+    kept = callbacks.get(callback)
+    saved = kept and kept["attributes"]["saved"]
+    if not saved:
+        raise ValueError(
+            f"the checkpoint was saved without a {callback}, so pruning cannot be resumed; train "
+            "without the callback, or start anew"
+        )
+    if kept["args"] != arguments:
+        changed = [n for n, v in arguments.items() if kept["args"].get(n) != v]
+        raise ValueError(
+            f"the checkpoint was saved with other values of {changed}: pass the same {callback}, "
+            "or start anew, without resume_from_checkpoint"
+        )
+    return saved

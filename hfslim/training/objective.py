@@ -1,0 +1,302 @@
+"""The supervised loss of a classifier, as the mean over the examples of one optimizer step.
+
+The stock Trainer counts labels where it should count examples and skips the division for gradient
+accumulation for every head that accepts keyword arguments, so gradients grow with the number of
+accumulation steps, of processes, or of classes. `MeanLossMixin` weighs every example the same,
+however the examples of a step are laid out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedConfig, Trainer
+from transformers.trainer_pt_utils import find_batch_size
+
+from hfslim.training.batch_shares import Share, real_examples, running, share_of, trimmed
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+__all__ = ["IGNORED_LABEL", "MeanLossMixin", "ProblemType", "hard_loss", "problem_type"]
+
+ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
+IGNORED_LABEL = -100
+
+
+def problem_type(config: PreTrainedConfig, labels: Tensor | None = None) -> ProblemType:
+    """Tell what a classifier's outputs mean, by the rule that transformers uses.
+
+    `config.problem_type` decides where it is set; else one label means regression, integer labels
+    mean one class per example, and other labels one yes-or-no question per class.
+
+    Args:
+        config: Of the classifier.
+        labels: Of a batch; without them an unset type is taken as single-label.
+
+    Returns:
+        The problem type.
+
+    Raises:
+        ValueError: If `config.problem_type` is none of the three.
+
+    Examples:
+        >>> from transformers import BertConfig
+        >>> problem_type(BertConfig(num_labels=1))
+        'regression'
+        >>> problem_type(BertConfig(num_labels=3), torch.tensor([[1.0, 0.0, 1.0]]))
+        'multi_label_classification'
+    """
+    declared = config.problem_type
+    if declared is None:
+        if config.num_labels == 1:
+            return "regression"
+        if labels is None or not labels.is_floating_point():
+            return "single_label_classification"
+        return "multi_label_classification"
+    known = ("regression", "single_label_classification", "multi_label_classification")
+    if declared not in known:
+        raise ValueError(
+            f"config.problem_type is {declared!r}; expected one of {', '.join(known)}."
+        )
+    return declared
+
+
+def hard_loss(
+    logits: Tensor, labels: Tensor, problem: ProblemType, label_smoothing: float = 0.0
+) -> Tensor:
+    """Compute the loss of each example against its label.
+
+    Cross-entropy for one class per example, the mean over classes of the binary cross-entropy for
+    several, the mean over outputs of the squared error for regression.
+
+    Args:
+        logits: `[batch, classes]`, of any floating dtype; computed in float32.
+        labels: `[batch]` integers, where -100 marks an example without a label, or for the other
+            two problems `[batch, classes]` (`[batch]` where there is one output).
+        problem: What the logits mean.
+        label_smoothing: Fraction of the target spread evenly over the classes (single-label only).
+
+    Returns:
+        `[batch]`, 0 where the label is -100.
+
+    Raises:
+        ValueError: If the labels do not fit the logits, or smoothing does not fit the problem.
+
+    Examples:
+        >>> hard_loss(torch.zeros(1, 4), torch.tensor([2]), "single_label_classification")
+        tensor([1.3863])
+        >>> hard_loss(torch.tensor([[1.0], [4.0]]), torch.tensor([3.0, 3.0]), "regression")
+        tensor([4., 1.])
+    """
+    if logits.ndim != 2:
+        raise ValueError(
+            f"The logits have shape {list(logits.shape)}; a classifier's are [batch, classes]."
+        )
+    logits = logits.float()
+    if problem == "single_label_classification":
+        if labels.is_floating_point() or labels.numel() != len(logits):
+            raise ValueError(
+                f"Single-label classification needs one integer label per example; got labels of "
+                f"shape {list(labels.shape)} and {labels.dtype} for {len(logits)} examples. For "
+                "several classes per example set config.problem_type='multi_label_classification'."
+            )
+        return F.cross_entropy(
+            logits,
+            labels.reshape(-1).long(),
+            ignore_index=IGNORED_LABEL,
+            reduction="none",
+            label_smoothing=label_smoothing,
+        )
+    if label_smoothing:
+        raise ValueError(
+            f"label_smoothing_factor={label_smoothing} fits single-label classification only, "
+            f"this is {problem}; set it to 0."
+        )
+    if labels.numel() != logits.numel():
+        raise ValueError(
+            f"The labels have shape {list(labels.shape)}; expected {list(logits.shape)}, as the "
+            f"logits of this {problem} model."
+        )
+    target = labels.reshape(logits.shape).float()
+    if problem == "regression":
+        return (logits - target).square().mean(dim=1)
+    return F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(dim=1)
+
+
+def labelled(labels: Tensor) -> Tensor:
+    """Count the examples that have a label, as a 0-dimensional int64 tensor."""
+    if labels.is_floating_point() or labels.ndim > 1:
+        return torch.tensor(len(labels), device=labels.device)
+    return (labels != IGNORED_LABEL).sum()
+
+
+class MeanLossMixin(_Base):
+    """Gives a Trainer the supervised loss as a mean over the examples of each optimizer step.
+
+    The gradient is the same for one batch of 16, four accumulated batches of 4 and two processes
+    with 8 each, also where batches differ in size. Examples that accelerate repeats, so that all
+    processes have as many, count nothing. In evaluation the loss is the batch's mean.
+
+    The model runs without labels, so its own loss is not used. Label smoothing applies to
+    single-label classification.
+
+    Raises:
+        ValueError: If `compute_loss_func` is given, or a training batch has no labels.
+    """
+
+    loss_is_scaled_for_ga = True
+    _left: int = 0
+    _stands_in: bool = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.compute_loss_func is not None:
+            raise ValueError(
+                f"{type(self).__name__} computes its own loss and would ignore compute_loss_func; "
+                "use transformers.Trainer with hfslim.training.checkpoint.CheckpointMixin for a "
+                "custom loss."
+            )
+        # `get_batch_samples` counts over processes itself, examples in place of tokens.
+        self.args.average_tokens_across_devices = False
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | None]:
+        """Fetch the batches of one optimizer step and count their examples over all processes.
+
+        Returns:
+            The batches, and a float tensor `[2]`: labelled examples, examples.
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = torch.zeros(2, device=device)
+        self._left, self._stands_in = len(batches), False
+        for number, batch in enumerate(batches, 1):
+            examples = find_batch_size(batch)
+            if number == len(batches):
+                real = real_examples(self.accelerator, examples)
+                self._stands_in = real == 0
+                if real < examples:
+                    trimmed(batch, max(real, 1))
+                examples = real
+            labels = batch.get("labels")
+            if examples and labels is not None:
+                counts[0] += labelled(labels).to(device)
+            counts[1] += examples
+        return batches, self.accelerator.reduce(counts, reduction="sum")
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Run a batch forward and backward, as `transformers.Trainer.training_step`."""
+        self._left -= 1
+        counts = not (self._stands_in and self._left == 0)
+        examples = 1.0 if num_items_in_batch is None else num_items_in_batch[1].item()
+        share = Share(self.accelerator.num_processes / max(examples, 1.0), counts)
+        with running(self.model, share):  # type: ignore[arg-type]  # there is a model
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> None:
+        """Leave the count to `get_batch_samples`; without it a loss is the mean of its batch."""
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Compute this process's share of the step's mean loss.
+
+        Args:
+            model: As wrapped for training, so that gradients are synchronised.
+            inputs: A batch.
+            return_outputs: Whether to return the model's outputs too.
+            num_items_in_batch: Counts of `get_batch_samples`; None for the mean of this batch.
+
+        Returns:
+            The loss, or the loss and the outputs.
+        """
+        labels = inputs.get("labels")
+        if labels is None:
+            raise ValueError(
+                f"The batch has no 'labels', only {', '.join(sorted(inputs))}; the loss needs "
+                "them. Name the label column 'label' or 'labels'."
+            )
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        loss = self.hard_loss_share(logits_of(outputs), labels, num_items_in_batch)
+        return (loss, with_loss(outputs, loss)) if return_outputs else loss
+
+    def hard_loss_share(self, logits: Tensor, labels: Tensor, counts: Tensor | None) -> Tensor:
+        """Sum the examples' losses, scaled so that shares add up to the mean over the step.
+
+        Args:
+            logits: `[batch, classes]`.
+            labels: Of the same examples.
+            counts: Of `get_batch_samples`, or None for the mean of this batch.
+
+        Returns:
+            A scalar. Summed over accumulated batches and averaged over processes, it is the step's
+            loss.
+        """
+        live: Any = self.model
+        problem = self.problem_of(labels)
+        smoothing = self.label_smoother.epsilon if self.label_smoother and live.training else 0.0
+        if counts is None:
+            real = max(real_examples(self.accelerator, len(logits)), 1)
+            logits, labels = logits[:real], labels[:real]
+        losses = hard_loss(logits, labels.to(logits.device), problem, smoothing)
+        return self.share(losses, labelled(labels) if counts is None else counts[0], counts is None)
+
+    def problem_of(self, labels: Tensor | None) -> ProblemType:
+        """Tell what the model's outputs mean, and note in its config what labels tell of it."""
+        live: Any = self.model
+        problem = problem_type(live.config, labels)
+        if live.config.problem_type is None and labels is not None:
+            live.config.problem_type = problem
+        return problem
+
+    def share(self, losses: Tensor, count: Tensor, local: bool) -> Tensor:
+        """Divide a sum of losses by the examples that it is a part of.
+
+        Args:
+            losses: `[batch]`.
+            count: Examples of the whole step over all processes, or of this batch if `local`.
+            local: Whether `count` is of this batch only.
+
+        Returns:
+            A scalar; the number of processes is multiplied in, as their gradients get averaged.
+        """
+        processes = 1 if local else self.accelerator.num_processes
+        share = share_of(self.model)  # type: ignore[arg-type]  # there is a model
+        if share is not None and not share.counts:
+            processes = 0
+        return losses.sum() * (processes / count.clamp(min=1).to(losses.device))
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """Take the logits from a model's outputs, in either of their forms.
+
+    Raises:
+        TypeError: There are none.
+    """
+    if not isinstance(outputs, dict):
+        return outputs[0]
+    if outputs.get("logits") is None:
+        raise TypeError(
+            f"the model returns {sorted(outputs)} and no logits: load it as a classifier, by "
+            "AutoModelForSequenceClassification, AutoModelForImageClassification or "
+            "AutoModelForAudioClassification"
+        )
+    return outputs["logits"]
+
+
+def with_loss(outputs: Any, loss: Tensor) -> Any:
+    """Put the loss in front of tuple outputs, where the evaluation loop expects it."""
+    return outputs if isinstance(outputs, dict) else (loss, *outputs)
