@@ -14,7 +14,7 @@ WHISPER ?= openai/whisper-tiny.en
 BENCH ?= outputs/bench
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-timm test-deepspeed bench bench-quick check format clean
+.PHONY: help quickstart test test-timm test-deepspeed bench bench-quick check shape format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ check: $(VENV)/.hfslim-dev ## Check format, lint, types and the direction of imp
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+shape: $(VENV)/.hfslim-test ## Print the counts that the layout of the package must keep, with their limits
+	$(BIN)/python tests/support/shape.py
 
 format: $(VENV)/.hfslim-dev ## Format the code and mend what the linter can
 	$(BIN)/ruff check --fix .

@@ -1,5 +1,6 @@
 """The repository keeps what its README and its package metadata promise."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -78,3 +79,29 @@ def test_importing_the_package_loads_none_of_its_heavy_parts() -> None:
 @pytest.mark.parametrize("block", README_PYTHON, ids=lambda block: block.splitlines()[0])
 def test_the_python_of_the_readme_compiles(block: str) -> None:
     compile(block, "README.md", "exec")
+
+
+SPOKEN_OF = sorted(
+    {
+        (name, str(path.relative_to(ROOT)))
+        for pattern in ("*.md", "docs/*.md", "recipes/*.md", "hfslim/**/*.py", "hfslim/**/*.jinja")
+        for path in ROOT.glob(pattern)
+        if path.name != "CHANGELOG.md"
+        for name in re.findall(r"(?<![\w./-])hfslim(?:\.[A-Za-z_]\w*)+", path.read_text("utf-8"))
+        if not name.endswith(".py")
+    }
+)
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in SPOKEN_OF}))
+def test_each_dotted_name_in_documents_and_messages_exists(name: str) -> None:
+    places = [place for other, place in SPOKEN_OF if other == name]
+    value, path = importlib.import_module("hfslim"), "hfslim"
+    for part in name.split(".")[1:]:
+        path += f".{part}"
+        if not hasattr(value, part):
+            try:
+                importlib.import_module(path)
+            except ImportError:
+                pytest.fail(f"{places} speak of {name}, and there is no {path}")
+        value = getattr(value, part)

@@ -38,7 +38,7 @@ def page(report: Report) -> str:
     inside = json.dumps(values, separators=(",", ":")).replace("<", "\\u003c")
     drawn = [(plot, Markup(to_svg(plot))) for plot in plots(report)]
     environment = Environment(
-        loader=PackageLoader("hfslim", "."), autoescape=True, undefined=StrictUndefined
+        loader=PackageLoader("hfslim.reporting", "."), autoescape=True, undefined=StrictUndefined
     )
     environment.trim_blocks = environment.lstrip_blocks = True
     made = report.provenance

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from hub_environment import environment
-from hub_server import Fault, Hub
+from hub_server import Fault, Hub, serve
 from models import tiny
 from places import SUPPORT
 from structures import uneven
@@ -20,6 +20,12 @@ from hfslim.hub.edits import MARKER
 CLIENT = SUPPORT / "hub_client.py"
 FILES = {"README.md", "config.json", "model.safetensors", "modeling_hfslim.py"}
 ALWAYS = 1000
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with serve(lab="hf_lab", guest="hf_guest") as hub:
+        yield hub
 
 
 @pytest.fixture(scope="module")

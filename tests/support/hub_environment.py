@@ -1,16 +1,9 @@
-"""What several tests share: hub environment."""
+"""The environment of a process that talks to the Hub server of a test."""
 
 import os
 from pathlib import Path
 
-import pytest
-from hub_server import Hub, serve
-
-
-@pytest.fixture(scope="module")
-def hub():
-    with serve(lab="hf_lab", guest="hf_guest") as hub:
-        yield hub
+from hub_server import Hub
 
 
 def environment(hub: Hub, home: Path, token: str | None = "hf_lab") -> dict[str, str]:

@@ -16,6 +16,7 @@ from structures import uneven
 import hfslim
 from benchmarks.peak import RESET
 from hfslim.anatomy.discovery import find_units
+from hfslim.anatomy.inputs import example_inputs
 from hfslim.anatomy.structure import KINDS
 from hfslim.pruning.surgery import surgery
 from hfslim.pruning.surgery.proof import attention_returns
@@ -121,7 +122,7 @@ def test_an_interrupt_half_way_leaves_every_tensor_as_it_was(monkeypatch, name, 
 def test_gradients_and_trainability_come_back():
     model, structure = _case("two dimensions")
     model.bert.encoder.layer[0].requires_grad_(False)
-    inputs = hfslim.anatomy.example_inputs(model)
+    inputs = example_inputs(model)
     model(**inputs).logits.sum().backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     units = find_units(model, dimensions=True)
