@@ -3,8 +3,8 @@
     python -m benchmarks.tables [--check] [--print FILE]
 
 A table stands between `<!-- results: FILE -->` and `<!-- end -->`; FILE is a JSON file of
-`benchmarks/results`. `<!-- summary: FILE FILE … -->` begins a short one of several comparisons with
-other methods, `<!-- leads: FILE FILE … -->` one of the leads over the best of them. With --check
+`benchmarks/results`. `<!-- headline: FILE FILE … -->` begins one of what hfslim saves and keeps,
+`<!-- leads: FILE FILE … -->` one of its leads over the best other method. With --check
 nothing is written, and a page that differs is an error.
 """
 
@@ -23,11 +23,13 @@ from benchmarks.rivals import tables as rivals
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "README.md")
 RESULTS = ROOT / "benchmarks" / "results"
-PLACE = re.compile(r"(<!-- (results|summary|leads): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+PLACE = re.compile(
+    r"(<!-- (results|headline|leads): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL
+)
 RENDER = {class_subsets.NAME: class_subsets.render, overhead.NAME: overhead.render}
 """What makes the tables of a file, by the `name` in it; of others, `rivals.render`."""
 
-SEVERAL = {"summary": rivals.summary, "leads": rivals.leads}
+SEVERAL = {"headline": rivals.headline, "leads": rivals.leads}
 """What makes one table of several files."""
 
 

@@ -13,40 +13,42 @@ TITLES = {
     "resnet": "ResNet of 0.7 M parameters, Fashion-MNIST",
     "speech": "Whisper tiny.en encoder, voice prompts in 5 languages",
 }
-FOREMOST = ("hfslim", "torch-pruning", "layers")
-"""The methods of the short table."""
 
+def headline(files: Sequence[Row], budgets: Sequence[float] = (0.5, 0.25)) -> str:
+    """Return a table of what hfslim saves and keeps: one row a model and budget.
 
-def summary(files: Sequence[Row]) -> str:
-    """Return one short table of several benchmarks: means over seeds, the best in bold."""
+    Accuracies are means over seeds; the speedup is that of batch 32; the last column is the best of
+    the other methods after the same recovery.
+    """
     rows = []
     for data in files:
-        title = f"{TITLES[data['name']]}, teacher {percent(data['teacher']['accuracy'])}"
         groups = dict(_groups(data))
-        for budget in sorted({budget for budget, _ in groups}, reverse=True):
-            own = [groups.get((budget, method), []) for method in FOREMOST]
-            fast = [one for cell in own[0] for one in cell.get("latency", ()) if one["batch"] == 32]
+        for budget in budgets:
+            own = groups[budget, "hfslim"]
+            fast = [one for cell in own for one in cell.get("latency", ()) if one["batch"] == 32]
+            cut, recovered = (_accuracy_of(own, when) for when in ("before", "after"))
+            others = {
+                method: _accuracy_of(c, "after") for (b, method), c in groups.items() if b == budget
+            }
+            best = max((m for m in others if m != "hfslim"), key=lambda m: others[m])
             rows.append(
                 [
-                    title,
+                    TITLES[data["name"]] if budget == budgets[0] else "",
                     f"{budget:.0%}".replace("%", " %"),
-                    *(_side_by_side(own, when) for when in ("before", "after")),
-                    f"{fast[0]['speedup']:.2f}" if fast else "–",
+                    f"**{fast[0]['speedup']:.2f} ×**" if fast else "–",
+                    percent(data["teacher"]["accuracy"]),
+                    percent(cut),
+                    f"**{percent(recovered)}**",
+                    f"{percent(others[best])} ({best})",
                 ]
             )
-            title = ""
-    head = ["model and data", "kept", "right after the cut", "recovered", "speedup, batch 32"]
+    head = ["model and data", "operations kept", "times as fast", "whole model"]
+    head += ["right after the cut", "recovered", "best other method, recovered"]
     return table(head, rows)
 
 
-def _side_by_side(groups: Sequence[Sequence[Row]], when: str) -> str:
-    means = [
-        statistics.fmean(cell[when]["accuracy"] for cell in cells) if cells else 0.0
-        for cells in groups
-    ]
-    texts = [percent(mean) if mean else "–" for mean in means]
-    best = percent(max(means))
-    return " / ".join(f"**{text}**" if text == best else text for text in texts)
+def _accuracy_of(cells: Sequence[Row], when: str) -> float:
+    return statistics.fmean(cell[when]["accuracy"] for cell in cells)
 
 
 def leads(files: Sequence[Row]) -> str:
