@@ -11,7 +11,7 @@ from torch import nn
 from hfslim.anatomy import families
 from hfslim.anatomy.grouped import cuts_of, feed_of, groups_of
 from hfslim.anatomy.projections import Projection
-from hfslim.anatomy.units import Cut, Feed, Refusal, Site
+from hfslim.anatomy.units import Cut, Feed, HeadPart, Refusal, Site
 
 Find = Callable[[str, Iterable[str]], Projection | None]
 """Returns the first of some names below a path that is a projection."""
@@ -55,8 +55,8 @@ def find_heads(path: str, module: nn.Module, config: Any, find: Find) -> Site | 
     if output is None or not output.inputs:
         return None
     norms = _across_heads(module)
-    if norms or known.stays:
-        return _partly(path, module, known, norms, find, output)
+    if norms:
+        return _under_norms(path, module, known, norms, find, output)
     heads = _fused(path, module, known, find, output) or _separate(
         path, module, known, find, output
     )
@@ -75,22 +75,21 @@ def find_heads(path: str, module: nn.Module, config: Any, find: Find) -> Site | 
         if also is not None:
             outputs.append(also)
             cuts += also.columns(also.inputs // units)
-    feeds = tuple(Feed(one.path, width=one.inputs // units) for one in outputs)
     return Site(
         kind="heads",
         path=path,
         size=units,
-        gate=output.path,
-        width=group * size,
+        feeds=tuple(Feed(one.path, width=one.inputs // units) for one in outputs),
         cuts=(*cuts, *output.columns(group * size)),
         attributes=_counts(module, heads, size, known),
-        replacement=known.replacement or ("CountedHeads" if known.count_field else ""),
-        headless=known.headless,
-        count_field=known.count_field,
-        queries=group,
-        shared=heads.shared,
         fixed=(0,) if known.keeps_one else (),
-        inputs=feeds if known.outputs else (),
+        heads=HeadPart(
+            queries=group,
+            shared=heads.shared,
+            replacement=known.replacement or ("CountedHeads" if known.count_field else ""),
+            headless=known.headless,
+            count_field=known.count_field,
+        ),
     )
 
 
@@ -104,7 +103,7 @@ def _across_heads(module: nn.Module) -> list[str]:
     return found
 
 
-def _partly(
+def _under_norms(
     path: str,
     module: nn.Module,
     known: families.Attention,
@@ -112,37 +111,26 @@ def _partly(
     find: Find,
     output: Projection,
 ) -> Site | Refusal | None:
-    """Return heads of which a part stays, because a norm or a mask is computed from all."""
+    """Return heads whose queries and keys stay, because norms run across those of all heads."""
     size = _head_size(module)
     query, key, value = (find(p, n) for p, n in _projections(path, known))
     if query is None or key is None or value is None or not size:
         return None
-    cut = value if norms or known.stays == "queries" else key
-    units = cut.outputs // size
-    queries = units if known.stays == "queries" else output.inputs // size
+    units, queries = value.outputs // size, output.inputs // size
     if not units:
         return None
     if queries % units:
         reason = "its query and key norms run across all heads, so no head can go exactly"
         return Refusal("heads", path, reason)
     width = queries // units * size
-    cuts = [*cut.rows(size), *output.columns(width)]
-    if known.stays == "queries":
-        cuts += key.rows(size)
-    elif known.stays == "values":
-        cuts += query.rows(width)
-    cuts += _further(path, module, known, find, units)
+    cuts = (*value.rows(size), *output.columns(width), *_further(path, module, known, find, units))
     return Site(
         kind="heads",
         path=path,
         size=units,
-        gate=output.path,
-        width=width,
-        cuts=tuple(cuts),
-        replacement=known.replacement,
-        queries=queries // units,
-        partly="norms" if norms else known.stays,
-        norms=tuple(f"{path}.{name}" for name in norms),
+        feeds=(Feed(output.path, width=width),),
+        cuts=cuts,
+        heads=HeadPart(queries=queries // units, norms=tuple(f"{path}.{name}" for name in norms)),
     )
 
 
@@ -195,13 +183,11 @@ def _grouped(
         kind="heads",
         path=path,
         size=units,
-        gate=output.path,
-        width=blocks * size,
+        feeds=(feed_of(output, blocks, size),),
         cuts=cuts_of(heads.projections, output, blocks, size),
         attributes=_counts(module, Heads(units, heads.units, False, []), size, known),
-        queries=blocks,
         fixed=(0,) if known.keeps_one else (),
-        inputs=(feed_of(output, blocks, size),),
+        heads=HeadPart(queries=blocks),
     )
 
 
@@ -215,11 +201,10 @@ def _raw(path: str, module: nn.Module, known: families.Attention) -> Site | None
         kind="heads",
         path=path,
         size=count,
-        gate=f"{path}.{name}",
+        feeds=(Feed(f"{path}.{name}", dim, ndim=ndim),),
         cuts=tuple(Cut(path, tensor, d) for tensor, d in known.tensors),
         attributes=_counts(module, Heads(count, count, False, []), 1, known),
-        headless=known.headless,
-        inputs=(Feed(f"{path}.{name}", dim, ndim=ndim),),
+        heads=HeadPart(headless=known.headless),
     )
 
 

@@ -107,8 +107,6 @@ def _site(
         kind="channels",
         path=path,
         size=axes.size(group),
-        gate=feeds[0].module,
-        width=feeds[0].width,
+        feeds=tuple(feeds),
         cuts=tuple(cuts),
-        inputs=tuple(feeds),
     )

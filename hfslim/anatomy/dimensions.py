@@ -156,10 +156,8 @@ def _site(
         kind="dimensions",
         path=path,
         size=size,
-        gate=feeds[0].module,
-        width=feeds[0].width,
+        feeds=tuple(feeds),
         cuts=(*cuts, *_unseen(model, size * width, width)),
-        inputs=tuple(feeds),
         masked_norms=tuple(norms),
     )
 

@@ -23,7 +23,7 @@ from hfslim.anatomy.projections import Projection
 from hfslim.anatomy.residual import adds_to_input, are_residual
 from hfslim.anatomy.sharing import joined
 from hfslim.anatomy.structure import KINDS
-from hfslim.anatomy.units import Cut, Refusal, Site, Units
+from hfslim.anatomy.units import Cut, Feed, LayerPart, Refusal, Site, Units
 
 
 def find_units(model: nn.Module, dimensions: bool = False) -> Units:
@@ -60,7 +60,7 @@ def find_units(model: nn.Module, dimensions: bool = False) -> Units:
         for site in layers
         for i in range(site.size)
         for part in site.parts(i)
-    } | {f"{site.path}.0": site.path for site in layers if site.runs}
+    } | {f"{site.path}.0": site.path for site in layers if site.layers.runs}
     order = {path: i for i, path in enumerate(finder.modules)}
     sites = [finder.used(_place(site, around)) for site in narrow if site.size] + layers
     wide = find_dimensions(model, narrow) if dimensions else []
@@ -138,10 +138,8 @@ class _Finder:
                         kind="neurons",
                         path=path,
                         size=output.inputs // blocks,
-                        gate=output.path,
-                        width=blocks,
+                        feeds=(feed_of(output, blocks, 1),),
                         cuts=cuts_of([i for i in inputs if i], output, blocks, 1),
-                        inputs=(feed_of(output, blocks, 1),),
                         fixed=(0,),
                     )
                     break
@@ -152,7 +150,7 @@ class _Finder:
                         kind="neurons",
                         path=path,
                         size=size,
-                        gate=output.path,
+                        feeds=(Feed(output.path),),
                         cuts=(*(cut for cuts in rows for cut in cuts), *output.columns(1)),
                         attributes=tuple((name, 1) for name in counts),
                         fixed=(0,) if middle else (),
@@ -226,13 +224,15 @@ class _Finder:
                     kind="layers",
                     path=path,
                     size=size,
-                    uses=1 if runs else uses,
-                    runs=runs,
                     fixed=fixed,
-                    beside=tuple(path.removesuffix(first) + other for other in others),
-                    streams=layer_lists.STREAMS.get(type(layers[0]).__name__, ()),
-                    ends=layer_lists.ENDS.get(type(layers[0]).__name__, ()),
+                    uses=1 if runs else uses,
                     batch=self._batch(path),
+                    layers=LayerPart(
+                        runs=runs,
+                        beside=tuple(path.removesuffix(first) + other for other in others),
+                        streams=layer_lists.STREAMS.get(type(layers[0]).__name__, ()),
+                        ends=layer_lists.ENDS.get(type(layers[0]).__name__, ()),
+                    ),
                 )
 
     def _fixed(self, path: str, layers: Sequence[nn.Module]) -> tuple[int, ...]:

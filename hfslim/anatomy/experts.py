@@ -11,7 +11,7 @@ from torch import nn
 
 from hfslim.anatomy import mixtures
 from hfslim.anatomy.structure import Kind
-from hfslim.anatomy.units import Cut, Refusal, Site
+from hfslim.anatomy.units import Cut, ExpertPart, Feed, Refusal, Site
 
 _OUTPUT = mixtures.EXPERTS_OUTPUT
 KINDS_INSIDE: tuple[Kind, ...] = ("neurons", "experts")
@@ -57,8 +57,7 @@ def find_experts(path: str, modules: Mapping[str, nn.Module]) -> Iterator[Site |
         kind="neurons",
         path=path,
         size=size // width,
-        gate=path,
-        width=width,
+        feeds=(Feed(path, width=width),),
         cuts=tuple(cuts),
         attributes=tuple(
             (f"{where}{name}", width)
@@ -66,7 +65,7 @@ def find_experts(path: str, modules: Mapping[str, nn.Module]) -> Iterator[Site |
             for name in mixtures.NEURON_COUNTS
             if settings.get(name) == size
         ),
-        experts=True,
+        experts=ExpertPart(inside=True),
     )
     yield _experts(path, modules, total)
 
@@ -105,22 +104,24 @@ def _experts(path: str, modules: Mapping[str, nn.Module], total: int) -> Site | 
         kind="experts",
         path=block,
         size=total,
-        gate=path,
+        feeds=(Feed(path),),
         cuts=tuple(cuts),
         attributes=tuple(
             (where, 1)
             for where, module, name in told
             if name in mixtures.EXPERT_COUNTS and vars(module)[name] == total
         ),
-        clipped=tuple(
-            where
-            for where, module, name in told
-            if name in mixtures.CHOSEN_EXPERTS and vars(module)[name] == chosen
-        ),
-        chosen=chosen,
-        router=f"{block}.{routers[0]}",
         fixed=(0, 1) if type(router).__name__ in mixtures.TWO_EXPERTS_STAY else (),
-        experts=True,
+        experts=ExpertPart(
+            inside=True,
+            router=f"{block}.{routers[0]}",
+            chosen=chosen,
+            clipped=tuple(
+                where
+                for where, module, name in told
+                if name in mixtures.CHOSEN_EXPERTS and vars(module)[name] == chosen
+            ),
+        ),
     )
 
 

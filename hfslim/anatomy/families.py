@@ -22,7 +22,6 @@ KEY = ("key", "k_proj", "k_lin", "key_proj", "k", "Wk", "k_head", "linear_k", "k
 VALUE = ("value", "v_proj", "v_lin", "value_proj", "v", "Wv", "v_head", "linear_v", "kv_b_proj")
 
 Layout = Literal["blocks", "heads"]
-Stays = Literal["", "queries", "values"]
 FUSED_QKV: dict[str, Layout] = {
     "Wqkv": "blocks",
     "qkv": "blocks",
@@ -120,8 +119,6 @@ class Attention:
         counted: Whether heads are to be counted by attribute, because sizes differ.
         paired: Whether a head of the first half goes with its like of the second.
         count_field: The config field in which the module reads its number of heads when it runs.
-        stays: What something else needs of all heads: `queries`, with what lies behind the heads in
-            the output's input, or `values`.
         keeps_one: Whether the first head must stay, because the module cannot do without any.
         replacement: The class of `modeling_hfslim` that must stand in for this one.
         headless: Settings of the class that stands in once no head is left: the argument added to
@@ -144,7 +141,6 @@ class Attention:
     counted: bool = False
     paired: bool = False
     count_field: str = ""
-    stays: Stays = ""
     keeps_one: bool = False
     replacement: str = ""
     headless: tuple[tuple[str, str], ...] = ()
@@ -178,7 +174,9 @@ ATTENTIONS = {
     "BloomAttention": Attention(
         replacement="BiasedHeads", headless=(("residual", "residual"),), sizes=("hidden_size",)
     ),
-    "ConvBertSelfAttention": Attention(replacement="ConvBertHeads", stays="queries"),
+    "ConvBertSelfAttention": Attention(
+        refused="the convolution beside its heads reads the queries of all heads"
+    ),
     "CvtSelfAttention": Attention(
         query="projection_query",
         key="projection_key",
@@ -195,9 +193,7 @@ ATTENTIONS = {
         refused="its heads are mixed with each other (talking_head)",
         refused_if=("talking_head", True),
     ),
-    "DogeAttention": Attention(
-        replacement="DogeHeads", stays="values", rows=("dt_proj",), tensors=(("A", 0),)
-    ),
+    "DogeAttention": Attention(refused="its mask is computed from the values of all heads"),
     "FalconAttention": Attention(replacement="BiasedHeads"),
     "FunnelRelMultiheadAttention": Attention(
         headless=(("residual", "query"), ("norm", "layer_norm")),
@@ -245,9 +241,13 @@ ATTENTIONS = {
         counted=True,
         keeps_one=True,
     ),
-    "LongformerSelfAttention": Attention(replacement="LongformerHeads"),
+    "LongformerSelfAttention": Attention(
+        refused="its class shapes the outputs of all heads to the hidden size"
+    ),
     "LukeSelfAttention": Attention(rows=("w2e_query", "e2w_query", "e2e_query"), keeps_one=True),
-    "PvtV2SelfAttention": Attention(replacement="PvtV2Heads"),
+    "PvtV2SelfAttention": Attention(
+        refused="its class shapes the outputs of all heads to the hidden size"
+    ),
     "MiniMaxLightningAttention": Attention(refused="a norm runs across all heads"),
     "MraSelfAttention": Attention(refused="its attention runs in a CUDA kernel only"),
     "NystromformerSelfAttention": Attention(tensors=(("conv.weight", 0),)),

@@ -15,7 +15,7 @@ def layer_modules(model: nn.Module) -> list[nn.Module]:
     lists: dict[str, tuple[str, ...]] = {}
     for site in find_units(plain_twin(model)):
         if site.kind == "layers":
-            lists[(site.path, *site.beside)[-1]] = site.ends[1:]
+            lists[(site.path, *site.layers.beside)[-1]] = site.layers.ends[1:]
             continue
         if site.kind == "channels":
             continue  # Convolutions in front of the layers are numbered too.

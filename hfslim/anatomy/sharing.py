@@ -37,7 +37,7 @@ def joined(sites: Iterable[Site], modules: Mapping[str, nn.Module]) -> Iterator[
             yield replace(
                 first,
                 cuts=tuple(cut for site in same for cut in site.cuts),
-                inputs=tuple(feed for site in same for feed in site.feeds),
+                feeds=tuple(feed for site in same for feed in site.feeds),
                 twins=tuple(site.path for site in others),
             )
         else:

@@ -109,6 +109,68 @@ class Feed:
 
 
 @dataclass(frozen=True)
+class HeadPart:
+    """What only a site of heads has.
+
+    Attributes:
+        queries: Query heads per unit.
+        shared: Whether all heads share one key and value, which stay.
+        norms: Norms across all heads: queries and keys of removed heads stay, because the norms
+            need them.
+        replacement: The class of `modeling_hfslim` that must replace the module's own class, which
+            cannot run with some heads missing. Empty if none.
+        headless: Settings of the replacement once no head is left.
+        count_field: Config field in which the module reads its number of heads, if it does.
+    """
+
+    queries: int = 1
+    shared: bool = False
+    norms: tuple[str, ...] = ()
+    replacement: str = ""
+    headless: tuple[tuple[str, str], ...] = ()
+    count_field: str = ""
+
+
+@dataclass(frozen=True)
+class LayerPart:
+    """What only a site of layers has.
+
+    Attributes:
+        runs: Config field with the number of layers, where one module runs several times.
+        beside: Further lists with a part of each layer, in the order in which they run; the last
+            part's output is the layer's.
+        streams: Arguments that hold the streams, in the order of the outputs, where layers add to
+            several.
+        ends: Names of the modules inside a layer that get its input and give its output, where the
+            layer itself is not called as a module.
+    """
+
+    runs: str = ""
+    beside: tuple[str, ...] = ()
+    streams: tuple[str, ...] = ()
+    ends: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ExpertPart:
+    """What only a site of experts, or of neurons inside experts, has.
+
+    Attributes:
+        inside: Whether the units are experts or lie inside them, so that their costs depend on each
+            other.
+        router: Path of the module that chooses among the experts.
+        chosen: Experts per token.
+        clipped: Attributes that hold `chosen`, as paths from the site's module. The number falls
+            where fewer experts are left.
+    """
+
+    inside: bool = False
+    router: str = ""
+    chosen: int = 0
+    clipped: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Site:
     """A place in a model that holds units of one kind.
 
@@ -117,91 +179,62 @@ class Site:
         path: Module path that names the site: the attention module, the module around the two
             FFN projections, or the list of layers.
         size: Number of units.
-        gate: Path of the module whose input carries the units side by side: the attention output
-            projection or the second FFN projection; of channels the first that takes them; of
-            experts, and neurons inside them, the module that holds all experts. Empty for layers,
-            which are gated themselves.
-        width: Features per unit in that input.
+        feeds: Inputs that carry the units side by side, where they are gated: of the attention
+            output projection, of the second FFN projection, of all convolutions that take the
+            channels, of the module that holds all experts. Empty for layers, which are gated
+            themselves.
         cuts: The tensors to slice. Empty for layers.
         attributes: Integer attributes that count units, as paths from the module at `path` (`^` for
             the one around it), with the amount that each unit adds.
-        replacement: Name of the class in `modeling_hfslim` that must stand in for the module's own,
-            because that one cannot run with some heads missing. Empty if none.
-        headless: Settings of the class that stands in once no head is left.
-        count_field: Config field in which the module reads its number of heads, where it keeps none
-            of its own.
-        queries: Query heads per unit.
-        shared: Whether all heads share one key and value, which stay.
-        uses: How often one forward pass of the model runs the module.
-        layer: Path of the removable layer around the site; empty outside of any.
         fixed: Units that cannot be removed.
-        inputs: All inputs that carry the units, where that is not just the gate's.
-        masked_norms: Of dimensions, the norms that run across them: with some closed, a norm takes
-            its statistics over those that are open.
-        beside: Of layers, further lists with a part of each, in the order in which they run: the
-            last part's output is the layer's.
-        streams: Of layers that add to several streams, the arguments that hold them, in the order
-            of the outputs.
-        partly: Of heads, what stays of those that go: `queries`, `values`, or, for `norms`, queries
-            and keys; empty if nothing.
-        norms: Of heads, norms that run across all of them, whose inputs stay.
-        ends: Of layers that are not called as modules, the names of the modules inside that get
-            their input and give their output.
+        layer: Path of the removable layer around the site; empty outside of any.
+        uses: Number of times that one forward pass of the model runs the module.
         batch: The dimension of examples in what is gated.
-        runs: Of layers that are runs of one module, the config field with their number.
         twins: Further modules with the very same weights, which lose the same units.
-        experts: Whether the units are experts or lie inside them, so that what they cost depends on
-            each other.
-        router: Of experts, path of the module that chooses among them.
-        chosen: How many of the experts each token goes to.
-        clipped: Attributes, as paths from the module at `path`, that tell this number, which falls
-            where fewer experts are left.
+        masked_norms: Norms across the units of a site of dimensions. With some units closed, a norm
+            takes its statistics over the open ones.
+        heads: What only heads have.
+        layers: What only layers have.
+        experts: What only experts, and neurons inside them, have.
     """
 
     kind: Kind
     path: str
     size: int
-    gate: str = ""
-    width: int = 1
+    feeds: tuple[Feed, ...] = ()
     cuts: tuple[Cut, ...] = ()
     attributes: tuple[tuple[str, int], ...] = ()
-    replacement: str = ""
-    headless: tuple[tuple[str, str], ...] = ()
-    count_field: str = ""
-    queries: int = 1
-    shared: bool = False
-    uses: int = 1
-    layer: str = ""
     fixed: tuple[int, ...] = ()
-    inputs: tuple[Feed, ...] = ()
-    masked_norms: tuple[Feed, ...] = ()
-    beside: tuple[str, ...] = ()
-    streams: tuple[str, ...] = ()
-    partly: str = ""
-    norms: tuple[str, ...] = ()
-    ends: tuple[str, ...] = ()
+    layer: str = ""
+    uses: int = 1
     batch: int = 0
-    runs: str = ""
     twins: tuple[str, ...] = ()
-    experts: bool = False
-    router: str = ""
-    chosen: int = 0
-    clipped: tuple[str, ...] = ()
+    masked_norms: tuple[Feed, ...] = ()
+    heads: HeadPart = HeadPart()
+    layers: LayerPart = LayerPart()
+    experts: ExpertPart = ExpertPart()
 
     def parts(self, index: int) -> tuple[str, ...]:
-        """Return the paths of what makes up one of the layers, and goes with it."""
-        return () if self.runs else tuple(f"{path}.{index}" for path in (self.path, *self.beside))
+        """Return the paths of the modules that make up one layer, and go with it."""
+        lists = () if self.layers.runs else (self.path, *self.layers.beside)
+        return tuple(f"{path}.{index}" for path in lists)
 
     def seen(self, index: int) -> tuple[str, str]:
         """Return the paths of the modules that get a layer's input and give its output."""
         first, *_, last = self.parts(index) * 2
-        return (f"{first}.{self.ends[0]}", f"{last}.{self.ends[1]}") if self.ends else (first, last)
+        if self.layers.ends:
+            first, last = (f"{first}.{self.layers.ends[0]}", f"{last}.{self.layers.ends[1]}")
+        return first, last
 
     @property
-    def feeds(self) -> tuple[Feed, ...]:
-        """The inputs in which the units are gated; none for layers."""
-        one = (Feed(self.gate, width=self.width),) if self.gate else ()
-        return self.inputs or one
+    def gate(self) -> str:
+        """Path of the first module whose input carries the units; empty for layers."""
+        return self.feeds[0].module if self.feeds else ""
+
+    @property
+    def width(self) -> int:
+        """Features per unit in that input."""
+        return self.feeds[0].features if self.feeds else 1
 
     @property
     def gated_at(self) -> list[str]:
@@ -214,18 +247,20 @@ class Site:
     def modules(self) -> tuple[Site, ...]:
         """The site as it is in each of the modules that have its weights."""
         inside = self.gate[len(self.path) :]
-        twins = (replace(self, path=path, gate=f"{path}{inside}") for path in self.twins)
-        return (self, *twins)
+        return self, *(
+            replace(self, path=path, feeds=(replace(self.feeds[0], module=f"{path}{inside}"),))
+            for path in self.twins
+        )
 
     @property
     def needs_one(self) -> bool:
         """Whether at least one unit must stay."""
-        return self.kind in ("layers", "channels", "dimensions") or self.experts
+        return self.kind in ("layers", "channels", "dimensions") or self.experts.inside
 
     @property
     def coupled(self) -> bool:
         """Whether what a unit costs depends on how many of other sites are left."""
-        return self.kind in ("channels", "dimensions") or self.experts
+        return self.kind in ("channels", "dimensions") or self.experts.inside
 
     @property
     def removable(self) -> tuple[int, ...]:

@@ -156,7 +156,7 @@ def _units(kind: Kind, number: int, units: Units, stream: Stream | None) -> int:
         assert stream is not None
         return number // stream.entries
     sites = [site for site in units if site.kind == kind]
-    per_unit = {site.queries for site in sites} if kind == "heads" else {1}
+    per_unit = {site.heads.queries for site in sites} if kind == "heads" else {1}
     most = min(site.size for site in sites) * min(per_unit)
     step = max(per_unit)
     if not 0 < number <= most or number % step:

@@ -55,7 +55,7 @@ def test_padding_on_either_side_gives_the_logits_of_no_padding(kind):
 def test_a_group_of_queries_goes_with_its_key_and_value(kind):
     model = zoo.tiny(f"text/{kind}")
     site = next(site for site in find_units(model) if site.kind == "heads")
-    assert (site.size, site.queries, site.shared) == (2, 2, False)
+    assert (site.size, site.heads.queries, site.heads.shared) == (2, 2, False)
 
 
 @pytest.mark.parametrize("kind", ["llama", "falcon", "gpt_bigcode"])
@@ -67,7 +67,7 @@ def test_queries_that_share_the_last_key_and_value_go_one_by_one(kind):
         kept = {site.path: ([1], site.size) for site in sites}
         hfslim.shrink(model, hfslim.Structure.of({"heads": kept}))
     sites = [site for site in find_units(model) if site.kind == "heads"]
-    assert all(site.shared and site.width == zoo.HEAD for site in sites)
+    assert all(site.heads.shared and site.width == zoo.HEAD for site in sites)
     structure = uneven(model, seed=1, kinds=["heads"])
     inputs = _padded("right")
     with hfslim.gated(model, structure):

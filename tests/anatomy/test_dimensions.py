@@ -56,7 +56,7 @@ def _together(model, heads, dimensions):
     """Keep some heads everywhere, and some dimensions of the stream and of what is as wide."""
     sites = {"heads": {}, "dimensions": {}}
     units = find_units(model, dimensions=True)
-    stream = max((s for s in units if s.kind == "dimensions"), key=lambda s: len(s.inputs))
+    stream = max((s for s in units if s.kind == "dimensions"), key=lambda s: len(s.feeds))
     for site in units:
         number = {"heads": heads, "dimensions": dimensions}.get(site.kind)
         if number and (site.kind == "heads" or site.size == stream.size):
@@ -82,7 +82,7 @@ def test_gated_equals_shrunk_equals_reloaded(family, tmp_path):
     again = auto_class(family).from_pretrained(tmp_path, attn_implementation="eager").eval()
     torch.testing.assert_close(again(**inputs).logits, expected, rtol=0, atol=1e-5)
     again_units = find_units(again, dimensions=True)
-    narrow = max((s for s in again_units if s.kind == "dimensions"), key=lambda s: len(s.inputs))
+    narrow = max((s for s in again_units if s.kind == "dimensions"), key=lambda s: len(s.feeds))
     weights = [again.get_submodule(norm.module).weight for norm in narrow.masked_norms]
     assert {len(weight) for weight in weights} == {stream.size * 3 // 4 * stream.width}
 
@@ -133,7 +133,7 @@ def test_scores_are_the_fisher_information_of_a_gate_on_all_that_reads_the_strea
             model.get_submodule(feed.module).register_forward_pre_hook(
                 lambda _, args, gate=gate: (args[0] * gate, *args[1:])
             )
-            for feed in site.inputs
+            for feed in site.feeds
         ]
         model(**{name: value[row : row + 1] for name, value in batch.items()}).loss.backward()
         expected += gate.grad.square() / 3

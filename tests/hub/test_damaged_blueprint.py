@@ -102,6 +102,10 @@ DAMAGES = {
         {"version": 1, "replaced": {f"{LAYER}.attention.self": {"by": "subprocess.Popen"}}},
         "replaced by 'subprocess.Popen'",
     ),
+    "class of an earlier version": (
+        {"version": 1, "replaced": {f"{LAYER}.attention.self": {"by": "ConvBertHeads"}}},
+        "hfslim 0.1.0 was the last to have: .* trust_remote_code=True",
+    ),
     "class that is no name": (
         {"version": 1, "replaced": {f"{LAYER}.attention.self": {"by": ["Headless"]}}},
         r"replaced by \['Headless'\]",

@@ -218,7 +218,7 @@ def _kept_layers(
             now = structure.kept("layers", site.path)
             if len(now) < site.size or site.path in earlier:
                 had = earlier.get(site.path, range(site.size))
-                kept |= {path: [had[i] for i in now] for path in (site.path, *site.beside)}
+                kept |= {path: [had[i] for i in now] for path in (site.path, *site.layers.beside)}
     return kept
 
 
@@ -226,10 +226,14 @@ def _uniform_widths(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     """Propose config changes that may express every width, the smallest change first."""
     sites = find_units(model).sites
     parts = [
-        _neurons(model, [s for s in sites if s.kind == "neurons" and not s.experts], WIDTH_FIELDS),
+        _neurons(
+            model, [s for s in sites if s.kind == "neurons" and not s.experts.inside], WIDTH_FIELDS
+        ),
         _heads(model, [s for s in sites if s.kind == "heads"]),
         _neurons(
-            model, [s for s in sites if s.kind == "neurons" and s.experts], EXPERT_WIDTH_FIELDS
+            model,
+            [s for s in sites if s.kind == "neurons" and s.experts.inside],
+            EXPERT_WIDTH_FIELDS,
         ),
         _experts(model, [s for s in sites if s.kind == "experts"]),
     ]
@@ -251,7 +255,7 @@ def _heads(model: PreTrainedModel, sites: list[Site]) -> dict[str, Any]:
     """Return the config fields that may tell how many heads each of some sites has."""
     # Many families read a head size that their config does not declare.
     field = next((n for n in HEAD_SIZE_FIELDS if hasattr(model.config, n)), "head_dim")
-    heads = {(s.size, s.width, s.shared) for s in sites}
+    heads = {(s.size, s.width, s.heads.shared) for s in sites}
     if len(heads) != 1:
         return {}
     size, features, shared = heads.pop()
@@ -268,7 +272,7 @@ def _heads(model: PreTrainedModel, sites: list[Site]) -> dict[str, Any]:
 
 def _experts(model: PreTrainedModel, sites: list[Site]) -> dict[str, Any]:
     """Return the config fields that may tell how many experts each of some sites has."""
-    numbers = {(site.size, site.chosen) for site in sites}
+    numbers = {(site.size, site.experts.chosen) for site in sites}
     names = [name for name in EXPERT_COUNT_FIELDS if hasattr(model.config, name)]
     if len(numbers) != 1 or not names:
         return {}

@@ -279,219 +279,14 @@ class AcrossHeads(nn.Module):
         return by_head[..., list(self.kept_heads), :].flatten(-2)
 
 
-class PvtV2Heads(Headless):
-    """PVTv2's attention, whose own class shapes its heads to the hidden size.
-
-    Attributes:
-        kept_heads: Positions of the present heads; None where none is missing.
-    """
-
-    kept_heads: tuple[int, ...] | None = None
-
-    def forward(
-        self, hidden_states: torch.Tensor, height: int, width: int, output_attentions: bool = False
-    ) -> tuple:
-        """Return the output, `[batch, positions, features]`, and the weights if asked for."""
-        stock: Any = self
-        if self.kept_heads is None:
-            return super(Headless, stock).forward(hidden_states, height, width, output_attentions)
-        if not self.kept_heads:
-            return self.without_heads(hidden_states)
-        seen = hidden_states
-        if stock.linear_attention or stock.spatial_reduction_ratio > 1:
-            image = hidden_states.transpose(1, 2).unflatten(2, (height, width))
-            image = stock.pool(image) if stock.linear_attention else image
-            seen = stock.layer_norm(stock.spatial_reduction(image).flatten(2).transpose(1, 2))
-            seen = stock.act(seen) if stock.linear_attention else seen
-        query = stock.transpose_for_scores(stock.query(hidden_states))
-        key, value = (stock.transpose_for_scores(p(seen)) for p in (stock.key, stock.value))
-        scores = query @ key.transpose(-1, -2) / math.sqrt(stock.attention_head_size)
-        weights = stock.attn_drop(scores.softmax(-1))
-        result = stock.proj_drop(stock.proj((weights @ value).transpose(1, 2).flatten(2)))
-        return (result, weights) if output_attentions else (result,)
-
-
-class ConvBertHeads(Headless):
-    """ConvBERT's attention with some heads missing; the convolution beside it needs all queries.
-
-    Attributes:
-        kept_heads: Positions of the present heads; None where none is missing.
-    """
-
-    kept_heads: tuple[int, ...] | None = None
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        encoder_hidden_states: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple:
-        """Return heads beside convolution, `[batch, positions, features]`, and the weights."""
-        stock: Any = self
-        if self.kept_heads is None:
-            return super(Headless, stock).forward(
-                hidden_states, attention_mask, encoder_hidden_states, **kwargs
-            )
-        size, taps = stock.attention_head_size, stock.conv_kernel_size
-        query = stock.query(hidden_states)
-        keys = stock.key_conv_attn_layer(hidden_states.transpose(1, 2)).transpose(1, 2)
-        kernels = stock.conv_kernel_layer(keys * query).unflatten(-1, (-1, taps, 1)).softmax(-2)
-        seen = stock.conv_out_layer(hidden_states).transpose(1, 2).unsqueeze(-1)
-        windows = nn.functional.unfold(seen, (taps, 1), padding=((taps - 1) // 2, 0))
-        windows = windows.transpose(1, 2).unflatten(-1, (-1, size, taps))
-        convolved = (windows @ kernels).flatten(2)
-        projections = (stock.key, stock.value)
-        if not self.kept_heads:
-            if torch.is_grad_enabled():
-                lost = (parameter.sum() for p in projections for parameter in p.parameters())
-                convolved = convolved + 0 * sum(lost)
-            return convolved, None
-        others = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        key, value = (p(others).unflatten(-1, (-1, size)).transpose(1, 2) for p in projections)
-        query = query.unflatten(-1, (-1, size))[:, :, list(self.kept_heads)].transpose(1, 2)
-        scores = query @ key.transpose(-1, -2) / math.sqrt(size)
-        scores = scores if attention_mask is None else scores + attention_mask
-        weights = stock.dropout(scores.softmax(-1))
-        attended = (weights @ value).transpose(1, 2).flatten(2)
-        return torch.cat([attended, convolved], -1), weights
-
-
-class DogeHeads(Headless):
-    """Doge's attention with some heads missing; its mask is computed from the values of all.
-
-    Attributes:
-        kept_heads: Positions of the present groups of heads; None where none is missing.
-    """
-
-    kept_heads: tuple[int, ...] | None = None
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> tuple:
-        """Return the output, `[batch, positions, features]`, and the weights."""
-        stock: Any = self
-        if self.kept_heads is None:
-            return super(Headless, stock).forward(
-                hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
-            )
-        if not self.kept_heads:
-            return self.without_heads(hidden_states)
-        family: Any = _module(stock_class(self).__module__)
-        shape = (*hidden_states.shape[:-1], -1, stock.head_dim)
-        query = stock.q_norm(stock.q_proj(hidden_states).view(shape)).transpose(1, 2)
-        key = stock.k_norm(stock.k_proj(hidden_states).view(shape)).transpose(1, 2)
-        value = stock.v_proj(hidden_states).view(shape).transpose(1, 2)
-        query, key = family.apply_rotary_pos_emb(query, key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, stock.layer_idx)
-        steps = nn.functional.softplus(stock.dt_proj(value.transpose(1, 2).flatten(2)))
-        mask = stock.prepare_dynamic_mask(
-            hidden_states,
-            torch.exp(stock.A * steps).transpose(-1, -2),
-            stock.keep_window_size,
-            attention_mask,
-        )
-        attend = family.ALL_ATTENTION_FUNCTIONS.get_interface(
-            stock.config._attn_implementation, family.eager_attention_forward
-        )
-        result, weights = attend(
-            self,
-            query,
-            key,
-            value[:, list(self.kept_heads)],
-            attention_mask=family.repeat_kv(mask, stock.num_key_value_groups),
-            dropout=stock.attention_dropout if self.training else 0.0,
-            scaling=stock.scaling,
-            **kwargs,
-        )
-        return stock.o_proj(result.flatten(2)), weights
-
-
-class LongformerHeads(Headless):
-    """Longformer's attention, whose own class shapes its heads to the hidden size.
-
-    Attributes:
-        kept_heads: Positions of the present heads; None where none is missing.
-    """
-
-    kept_heads: tuple[int, ...] | None = None
-    query: nn.Linear
-    key: nn.Linear
-    value: nn.Linear
-    head_dim: int
-    num_heads: int
-    dropout: float
-    one_sided_attn_window_size: int
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor,
-        is_index_masked: torch.Tensor,
-        is_index_global_attn: torch.Tensor | None = None,
-        is_global_attn: bool = False,
-        output_attentions: bool = False,
-    ) -> tuple:
-        """Return the heads side by side, `[batch, positions, features]`, and what is asked for."""
-        stock: Any = self
-        if self.kept_heads is None:
-            return super(Headless, stock).forward(
-                hidden_states,
-                attention_mask,
-                is_index_masked,
-                is_index_global_attn,
-                is_global_attn,
-                output_attentions,
-            )
-        if not self.kept_heads:
-            return self.without_heads(hidden_states)
-        shape = (*hidden_states.shape[:2], self.num_heads, self.head_dim)
-        query = (self.query(hidden_states) / math.sqrt(self.head_dim)).view(shape)
-        key, value = self.key(hidden_states).view(shape), self.value(hidden_states).view(shape)
-        window = self.one_sided_attn_window_size
-        scores = stock._sliding_chunks_query_key_matmul(query, key, window)
-        special = (attention_mask != 0)[:, :, None, None]
-        mask = torch.zeros_like(special, dtype=query.dtype)
-        mask = mask.masked_fill(special, torch.finfo(query.dtype).min)
-        ones = torch.ones_like(mask)
-        scores = scores + stock._sliding_chunks_query_key_matmul(ones, mask, window)
-        indices: Any = (
-            stock._get_global_attn_indices(is_index_global_attn) if is_global_attn else ()
-        )
-        if is_global_attn:
-            others = stock._concat_with_global_key_attn_probs(key, query, *indices)
-            scores = torch.cat((others, scores), dim=-1)
-        weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32)
-        weights = weights.masked_fill(is_index_masked[:, :, None, None], 0.0).type_as(scores)
-        weights = nn.functional.dropout(weights, p=self.dropout, training=self.training)
-        if not is_global_attn:
-            result = stock._sliding_chunks_matmul_attn_probs_value(weights, value, window)
-            return (result.flatten(2), weights) if output_attentions else (result.flatten(2),)
-        many, everywhere, present, absent = indices
-        result = stock._compute_attn_output_with_global_indices(
-            value, weights, many, everywhere, present
-        ).flatten(2)
-        overall, overall_weights = stock._compute_global_attn_output_from_hidden(
-            hidden_states.transpose(0, 1), many, present, everywhere, absent, is_index_masked
-        )
-        result[everywhere] = overall[present[0], :, present[1]].flatten(1)
-        weights[everywhere] = 0
-        return (result, weights, overall_weights) if output_attentions else (result,)
-
-
 REPLACEMENTS = {
     cls.__name__: cls
     for cls in (
-        *(Headless, BiasedHeads, SharedBiasHeads, CountedHeads, WavLMHeads, LongformerHeads),
-        *(ConvBertHeads, DogeHeads, PvtV2Heads, AcrossHeads, Inputless),
+        *(Headless, BiasedHeads, SharedBiasHeads, CountedHeads, WavLMHeads, AcrossHeads, Inputless),
     )
 }
+FORMER_REPLACEMENTS = ("ConvBertHeads", "DogeHeads", "LongformerHeads", "PvtV2Heads")
+"""Classes that only hfslim 0.1.0 had; the file saved beside such a checkpoint has them."""
 
 
 def stock_class(module: nn.Module) -> type:
@@ -631,6 +426,12 @@ def _replace(module: nn.Module, path: str, settings: dict) -> None:
         fits = type(value) is allowed.get(name)
         if not fits or (isinstance(value, int) and not 0 <= value <= MAX_COUNT):
             raise BlueprintError(f"{path!r} cannot be replaced with {name}={value!r}")
+    if by in FORMER_REPLACEMENTS:
+        raise BlueprintError(
+            f"{path!r} is replaced by {by!r}, which hfslim 0.1.0 was the last to have: load the "
+            "checkpoint with that version, or pass trust_remote_code=True, which uses the "
+            "modeling_hfslim.py saved beside the weights"
+        )
     if not isinstance(by, str) or by not in REPLACEMENTS:
         raise BlueprintError(
             f"{path!r} is replaced by {by!r}, expected one of {sorted(REPLACEMENTS)}"

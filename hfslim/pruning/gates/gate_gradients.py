@@ -52,13 +52,13 @@ class Sums:
 
     def of(self, site: Site, send: OnGradient) -> OnGradient:
         """Return what takes one gradient after the other, and sends their sum."""
-        uses = site.uses * max(len(site.feeds), len(site.streams), 1)
+        uses = site.uses * max(len(site.feeds), len(site.layers.streams), 1)
         if uses == 1 and site.kind != "dimensions":
             return send
         # How many parts there are is known in advance, but for dimensions, which some modules take
         # several times.
         counted = site.kind != "dimensions"
-        two_streams = bool(site.streams) or (site.kind == "heads" and len(site.feeds) > 1)
+        two_streams = bool(site.layers.streams) or (site.kind == "heads" and len(site.feeds) > 1)
 
         def collect(site: Site, index: int, gradient: torch.Tensor) -> None:
             key = site.kind, site.path, index
@@ -82,9 +82,9 @@ def states_before(
     site: Site, module: nn.Module, args: tuple, kwargs: dict[str, Any]
 ) -> list[torch.Tensor]:
     """Return what a layer adds to: its first argument, or the streams that it is known by."""
-    if site.streams:
+    if site.layers.streams:
         given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-        return [given[name] for name in site.streams if given.get(name) is not None]
+        return [given[name] for name in site.layers.streams if given.get(name) is not None]
     return [args[0] if args else kwargs["hidden_states"]]
 
 

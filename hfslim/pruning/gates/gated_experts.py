@@ -58,7 +58,7 @@ def gate_experts(model: nn.Module, site: Site, hook: Hook, masks: Masks) -> Iter
         spread = weights.new_zeros(len(weights), site.size).scatter_add(1, chosen, weights)
         return hidden_states, chosen, gated(spread).gather(1, chosen)
 
-    yield GatedRouter(model.get_submodule(site.router), site, masks)
+    yield GatedRouter(model.get_submodule(site.experts.router), site, masks)
     yield module.register_forward_pre_hook(weigh)
 
 
@@ -70,14 +70,16 @@ class GatedRouter:
 
     def __init__(self, router: nn.Module, site: Site, masks: Masks) -> None:
         self.site, self.masks = site, masks
-        inside = site.router[len(site.path) + 1 :] + "."
+        inside = site.experts.router[len(site.path) + 1 :] + "."
         self.counts = [n.removeprefix(inside) for n, _ in site.attributes if n.startswith(inside)]
-        self.clipped = [n.removeprefix(inside) for n in site.clipped if n.startswith(inside)]
+        self.clipped = [
+            n.removeprefix(inside) for n in site.experts.clipped if n.startswith(inside)
+        ]
         own = [(f"{cut.module}.", cut.tensor) for cut in site.cuts]
         self.tensors = [
-            (router.get_submodule(module[len(site.router) + 1 : -1]), name)
+            (router.get_submodule(module[len(site.experts.router) + 1 : -1]), name)
             for module, name in own
-            if module.startswith(f"{site.router}.")
+            if module.startswith(f"{site.experts.router}.")
         ]
         self._stock: dict[str, Any] = {}
         self._kept: torch.Tensor | None = None

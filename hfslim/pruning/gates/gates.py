@@ -121,10 +121,10 @@ class Gates:
         self._handles += [count, self.model.register_forward_hook(self._show_output)]
         for site in self.units:
             module = self.model.get_submodule(site.path)
-            if site.replacement and type(module) is modeling_hfslim.stock_class(module):
+            if site.heads.replacement and type(module) is modeling_hfslim.stock_class(module):
                 self._stock.append((module, type(module)))
-                modeling_hfslim.replace_class(module, site.replacement)
-            if site.runs:
+                modeling_hfslim.replace_class(module, site.heads.replacement)
+            if site.layers.runs:
                 self._attach_runs(site)
             elif site.kind == "layers":
                 for index in range(site.size):
@@ -132,7 +132,7 @@ class Gates:
             for feed in site.feeds:
                 module = self.model.get_submodule(feed.module)
                 hook = self._unit_hook(site, feed)
-                if site.experts:
+                if site.experts.inside:
                     self._handles += gate_experts(self.model, site, hook, self._masks)
                 else:
                     self._handles.append(module.register_forward_pre_hook(hook))
@@ -296,7 +296,7 @@ class Gates:
                     site, index, by_layer((grad * x).movedim(site.batch, 0), examples)
                 ),
             )
-            if site.beside:
+            if site.layers.beside:
                 # XLM multiplies what its lists give by the mask, in place.
                 after = after.clone()
         if index in self._closed_layers.get(key, ()):
@@ -325,7 +325,7 @@ def closed_layers(model: nn.Module) -> set[nn.Module]:
         if isinstance(gates, Gates)
         for (_, path), indices in gates._closed_layers.items()
         for index in indices
-        if not gates.units.site("layers", path).runs
+        if not gates.units.site("layers", path).layers.runs
     }
     return {model.get_submodule(path) for path in closed}
 

@@ -37,7 +37,7 @@ class ExpectedCost:
         self, units: Units, target: Target, costs: Costs | LatencyTable | None = None
     ) -> None:
         self.units = units
-        runs = [site.path for site in units if site.runs]
+        runs = [site.path for site in units if site.layers.runs]
         if runs:
             raise ValueError(
                 f"l0 cannot weigh the runs of {runs[0]!r}, which share its heads and neurons: "

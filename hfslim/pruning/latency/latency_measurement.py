@@ -100,7 +100,7 @@ def measure_table(
         RuntimeError: The model does not run its layers as modules.
     """
     for one in units:
-        if one.runs or one.beside or one.ends:
+        if one.layers.runs or one.layers.beside or one.layers.ends:
             raise RuntimeError(
                 f"{type(model).__name__} does not run the layers at {one.path!r} as modules of "
                 "their own, so they cannot be timed; state the target in macs, or leave layers out "

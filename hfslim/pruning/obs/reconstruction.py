@@ -77,7 +77,7 @@ def layer_scores(units: Units, scores: Mapping[Key, torch.Tensor]) -> dict[Key, 
     """
     found: dict[Key, torch.Tensor] = {}
     for site in units:
-        if site.runs:
+        if site.layers.runs:
             raise ValueError(
                 f"obs scores layers by what is in them, and those at {site.path!r} are runs of the "
                 "same module: choose another criterion for layers, such as fisher"

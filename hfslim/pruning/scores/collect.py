@@ -179,7 +179,7 @@ class Collector:
             return
         before, after = (x.reshape(self.gates.examples, -1, x.shape[-1]) for x in (before, after))
         weight = self.gates.padding
-        if weight is not None and site.experts and after.shape[1] % weight.shape[1] == 0:
+        if weight is not None and site.experts.inside and after.shape[1] % weight.shape[1] == 0:
             # A position goes to several experts.
             weight = weight.repeat_interleave(after.shape[1] // weight.shape[1], dim=1)
         if weight is None or weight.shape != after.shape[:2]:

@@ -204,7 +204,7 @@ def usual_criterion(
     """
     obs = CRITERIA["obs"]
     fits = when in obs.when and set(kinds) <= set(obs.kinds)
-    return "obs" if fits and not any(site.experts for site in sites) else "fisher"
+    return "obs" if fits and not any(site.experts.inside for site in sites) else "fisher"
 
 
 def criteria_by_kind(

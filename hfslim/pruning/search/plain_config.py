@@ -103,7 +103,7 @@ def main_stream(units: Units) -> tuple[Site, ...]:
     wide = [site for site in units if site.kind == "dimensions"]
     if not wide:
         return ()
-    main = max(wide, key=lambda site: len(site.inputs))
+    main = max(wide, key=lambda site: len(site.feeds))
     return (main, *(s for s in wide if s is not main and _entries(s) == _entries(main)))
 
 
@@ -115,7 +115,7 @@ def stream_of(model: PreTrainedModel) -> Stream | None:
     """Find out how wide the config may say that the stream is; None if it can say nothing."""
     units = find_units(model, dimensions=True)
     wide = main_stream(units)
-    attentions = {(s.size, s.queries, s.width) for s in units if s.kind == "heads"}
+    attentions = {(s.size, s.heads.queries, s.width) for s in units if s.kind == "heads"}
     if not wide or len({site.size for site in wide}) > 1 or len(attentions) != 1:
         return None
     heads, queries, features = attentions.pop()

@@ -87,7 +87,7 @@ class Costs:
         left = {
             site.path: 1 - sum(f"{site.path}.{i}" in dropped for i in range(site.size)) / site.size
             for site in units
-            if site.runs and self.resource == "macs"
+            if site.layers.runs and self.resource == "macs"
         }
         if not left:
             return self
@@ -184,7 +184,7 @@ def _products(model: nn.Module, units: Units, macs: Mapping[str, int] | None) ->
             key = (site.kind, site.path)
             by_site[key] = by_site.get(key, 0) + sum(cut.widths)
         if macs is not None and site.kind == "experts":
-            chosen[site.gate, 0] = site.chosen
+            chosen[site.gate, 0] = site.experts.chosen
     for (path, name), by_dim in dims.items():
         tensor = getattr(model.get_submodule(path), name)
         if macs is None:
@@ -208,10 +208,10 @@ def _products(model: nn.Module, units: Units, macs: Mapping[str, int] | None) ->
 
 
 def _layer_macs(model: nn.Module, site: Site, index: int, macs: Mapping[str, int]) -> int:
-    if site.runs:
+    if site.layers.runs:
         return macs.get(f"{site.path}.0", 0) // site.size
     paths = site.parts(index)
-    if site.ends:
+    if site.layers.ends:
         paths = tuple(f"{p}.{name}" for p in paths for name in model.get_submodule(p)._modules)
     return sum(macs.get(path, 0) for path in paths)
 
@@ -246,9 +246,6 @@ def _between_heads(model: nn.Module, site: Site, macs: Mapping[str, int]) -> int
 
     Where it does not run its projections as modules, these are part of it.
     """
-    if site.partly == "queries":
-        # They are for something else, whose products are not told from those of attention.
-        return 0
     modules = (site.path, *site.twins)
     # What has weights is no product, whether it has heads or not, as what makes latents has none.
     inside = [
@@ -256,6 +253,6 @@ def _between_heads(model: nn.Module, site: Site, macs: Mapping[str, int]) -> int
         for path in modules
         for name, part in model.get_submodule(path).named_children()
         if name not in families.RUN_BY_HEAD
-        if site.partly or next(part.parameters(), None) is not None
+        if site.heads.norms or next(part.parameters(), None) is not None
     ]
     return sum(macs[path] for path in modules) - sum(macs.get(path, 0) for path in inside)

@@ -156,7 +156,7 @@ class _Surgery:
         # Last, because the paths of the sites count the layers as they were.
         for site in lists:
             kept = structure.kept("layers", site.path)
-            for path in () if site.runs else (site.path, *site.beside):
+            for path in () if site.layers.runs else (site.path, *site.layers.beside):
                 layers = cast(nn.ModuleList, self.model.get_submodule(path))
                 for module in layers.modules():
                     self._remember(vars(module), module._modules)
@@ -244,7 +244,7 @@ class _Surgery:
                 # LeViT keeps its position bias from one call in eval mode to the next.
                 vars(module)[name] = {}
         told = {name: by * len(kept) for name, by in site.attributes}
-        told |= dict.fromkeys(site.clipped, min(site.chosen, len(kept)))
+        told |= dict.fromkeys(site.experts.clipped, min(site.experts.chosen, len(kept)))
         around = self.model.get_submodule(site.path.rpartition(".")[0])
         for path, value in told.items():
             owner, _, name = path.rpartition(".")
@@ -253,24 +253,27 @@ class _Surgery:
             setattr(holder, name.removeprefix("^"), value)
 
     def _replace(self, site: Site, kept: tuple[int, ...], returns: Settings) -> None:
-        for path in site.norms if kept else ():
+        for path in site.heads.norms if kept else ():
             norm = self.model.get_submodule(path)
             had = getattr(norm, "kept_heads", None) or range(site.size)
             count = getattr(norm, "head_count", site.size)
             now = tuple(had[i] for i in kept)
             self._become(norm, "AcrossHeads", kept_heads=now, head_count=count)
         module = self.model.get_submodule(site.path)
-        by = site.replacement or ("" if kept else "Headless")
+        by = site.heads.replacement or ("" if kept else "Headless")
         if not by:
             return
         settings: dict[str, Any] = {}
         if not kept:
             inside = site.gate.removeprefix(f"{site.path}.")
             settings = {"output": inside if inside != site.gate else ""}
-            settings |= returns | dict(site.headless)
+            settings |= returns | dict(site.heads.headless)
         if by == "CountedHeads":
-            settings |= {"count_field": site.count_field, "head_count": site.queries * len(kept)}
-        elif site.replacement:
+            settings |= {
+                "count_field": site.heads.count_field,
+                "head_count": site.heads.queries * len(kept),
+            }
+        elif site.heads.replacement:
             had = getattr(module, "kept_heads", None) or range(site.size)
             settings["kept_heads"] = tuple(had[i] for i in kept)
         if issubclass(modeling_hfslim.REPLACEMENTS[by], modeling_hfslim.BiasedHeads):

@@ -14,9 +14,8 @@ from hfslim.pruning.gates.gates import Gates
 from hfslim.pruning.search.unit_costs import count
 
 CASES = [
-    *("text/albert", "text/bert", "text/convbert", "text/doge", "text/flaubert"),
-    *("text/lilt", "text/longformer"),
-    *("text/olmo2", "text/perceiver", "text/squeezebert", "text/xlnet"),
+    *("text/albert", "text/bert", "text/flaubert", "text/lilt", "text/olmo2"),
+    *("text/perceiver", "text/squeezebert", "text/xlnet"),
 ]
 COSTS = ("parameters", "macs")
 
@@ -67,7 +66,7 @@ def test_costs_are_foretold(case):
     model = zoo.tiny(case)
     inputs = example_inputs(model, 1, length=8)
     units, structure = find_units(model), uneven(model)
-    if case in ("text/doge", "text/olmo2"):
+    if case == "text/olmo2":
         # What stays of heads that go, goes with the last head, which no unit's cost tells.
         structure = units.complete(
             Structure.of({"heads": {s.path: ([0], s.size) for s in units if s.kind == "heads"}})
@@ -76,6 +75,5 @@ def test_costs_are_foretold(case):
     hfslim.shrink(model, structure)
     assert told["parameters"] == count_parameters(model)
     macs = macs_by_module(model, inputs)[""]
-    # Of ConvBERT's heads only the projections are told.
-    assert told["macs"] == pytest.approx(macs, rel=0.05 if case == "text/convbert" else 1e-3)
+    assert told["macs"] == pytest.approx(macs, rel=1e-3)
     assert told["macs"] > 0.999 * macs

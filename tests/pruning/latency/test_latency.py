@@ -64,8 +64,8 @@ def _units(layers=True):
     sites = [Site("layers", "l", LAYERS)] if layers else []
     for i in range(LAYERS):
         around = f"l.{i}" if layers else ""
-        sites.append(Site("heads", f"l.{i}.a", HEADS, "any", cuts=cut, layer=around))
-        sites.append(Site("neurons", f"l.{i}.f", NEURONS, "any", cuts=cut, layer=around))
+        sites.append(Site("heads", f"l.{i}.a", HEADS, cuts=cut, layer=around))
+        sites.append(Site("neurons", f"l.{i}.f", NEURONS, cuts=cut, layer=around))
     return Units(tuple(sites))
 
 

@@ -21,8 +21,8 @@ def _units(layers=False):
     sites = [Site("layers", "l", LAYERS)] if layers else []
     for i in range(LAYERS):
         around = f"l.{i}" if layers else ""
-        sites.append(Site("heads", f"l.{i}.a", HEADS, "any", cuts=cut, layer=around))
-        sites.append(Site("neurons", f"l.{i}.f", NEURONS, "any", cuts=cut, layer=around))
+        sites.append(Site("heads", f"l.{i}.a", HEADS, cuts=cut, layer=around))
+        sites.append(Site("neurons", f"l.{i}.f", NEURONS, cuts=cut, layer=around))
     return Units(tuple(sites))
 
 
@@ -108,9 +108,7 @@ def test_may_keep_no_head_at_all():
 
 
 def test_units_of_unequal_cost_compete_by_importance_per_cost():
-    units = Units(
-        tuple(Site("heads", path, 1, "any", cuts=(Cut("any", "weight", 0),)) for path in "ab")
-    )
+    units = Units(tuple(Site("heads", path, 1, cuts=(Cut("any", "weight", 0),)) for path in "ab"))
     costs = Costs("macs", 100, {("heads", "a"): 80, ("heads", "b"): 20}, {})
     scores = {("heads", "a"): torch.tensor([2.0]), ("heads", "b"): torch.tensor([1.0])}
     found = search(units, scores, _macs(0.5), costs)
@@ -147,7 +145,7 @@ def test_a_target_that_only_an_encoder_of_nothing_meets_is_refused():
 
 
 def test_a_budget_met_exactly_is_met_whatever_the_rounding():
-    units = Units((Site("heads", "a", 100, "any", cuts=(Cut("any", "weight", 0),)),))
+    units = Units((Site("heads", "a", 100, cuts=(Cut("any", "weight", 0),)),))
     costs = Costs("macs", 100, {("heads", "a"): 1}, {})
     scores = {("heads", "a"): torch.rand(100)}
     for percent in range(1, 101):
