@@ -1,4 +1,4 @@
-"""Features of tensors that can only go together: which axes are one, unit by unit."""
+"""Axes of features that are tied together: their units can only go at once."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class Segment:
 
 
 Label = tuple[Segment, ...] | None
-"""What lies along a dimension, run after run; None where nothing that could be cut does."""
+"""The runs of entries along a dimension; None where no entry can be cut."""
 
 
 class Axes:
     """Axes that are tied together, by union and find.
 
-    Each axis is a row of entries. Tied axes share units: unit `i` of one goes with unit `i` of
-    the other, and where one has more entries, each of its units has several in a row.
+    Each axis is a row of entries. Tied axes share units: unit `i` of one goes with unit `i` of the
+    other. Where one has more entries, each of its units has several in a row.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Axes:
         self._bound: dict[int, str] = {}
 
     def new(self, size: int, free: bool = False) -> tuple[Segment, ...]:
-        """Return the label of a new axis; a free one may yet turn out to be several in a row."""
+        """Return the label of a new axis; a free one may later be split into several in a row."""
         axis = len(self._size)
         self._size.append(size)
         if free:
@@ -42,7 +42,7 @@ class Axes:
         return (Segment(axis),)
 
     def units(self, axis: int) -> tuple[int, int]:
-        """Return the axis that stands for all that are tied to one, and the entries per unit."""
+        """Return the axis that represents all that are tied to one, and the entries per unit."""
         width = 1
         while axis in self._above:
             axis, entries = self._above[axis]
@@ -58,7 +58,7 @@ class Axes:
         return self._bound.get(self.units(axis)[0], "")
 
     def resolve(self, label: Label) -> Label:
-        """Spell out the parts of a label's axes."""
+        """Return a label with axes that were split replaced by their parts."""
         if label is None or not any(one.axis in self._parts for one in label):
             return label
         spelt = (self.resolve(self._parts.get(one.axis, (one,))) or () for one in label)
@@ -72,7 +72,7 @@ class Axes:
                 self._bound.setdefault(self.units(one.axis)[0], reason)
 
     def tie(self, one: Label, other: Label) -> None:
-        """Tie what lies along two dimensions of the same length."""
+        """Tie the axes along two dimensions of the same length."""
         one, other = self.resolve(one), self.resolve(other)
         if one is None or other is None:
             self.bind((one, other), "they meet features that are no channels")
@@ -87,7 +87,7 @@ class Axes:
             self.bind((one, other), "they are joined with others in another order")
 
     def group(self, label: Label, units: tuple[Segment, ...]) -> None:
-        """Make each of some units a run of entries of a label of one axis."""
+        """Tie each of some units to a run of entries of a label with one axis."""
         label = self.resolve(label)
         if label is None or len(label) > 1:
             self.bind((label, units), "they are convolved in groups together with others")
@@ -121,7 +121,7 @@ class Axes:
 
 
 def blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Pair runs of dimensions of a view and its base that hold as many entries, without ones."""
+    """Pair the dimensions of a base and its view that hold the same entries, except sizes of 1."""
     found: list[tuple[list[int], list[int]]] = []
     olds = [d for d, n in enumerate(old) if n != 1]
     news = [d for d, n in enumerate(new) if n != 1]

@@ -1,4 +1,4 @@
-"""Find the channels of a model's convolutions: which can go together, exactly."""
+"""Find the channels of a model's convolutions that can be removed exactly."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ from transformers import PreTrainedModel
 
 from hfslim.anatomy.axes import Axes
 from hfslim.anatomy.inputs import example_inputs
+from hfslim.anatomy.slices import Cut, Feed
 from hfslim.anatomy.tracing import Trace, once_per_shape, trace
-from hfslim.anatomy.units import Cut, Feed, Refusal, Site
+from hfslim.anatomy.units import Refusal, Site
 
 logger = logging.getLogger(__name__)
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 SENSES = ("pixel_values", "input_values", "input_features")
-"""Inputs that convolutions see channel by channel; of texts they see hidden states."""
+"""Main inputs that convolutions take channel by channel; in text models they take hidden states."""
 
 
 def find_channels(model: nn.Module, others: Sequence[Site]) -> list[Site | Refusal]:
-    """Find the channels that can go: those whose every maker and taker is known.
+    """Find the channels whose makers and takers are all known.
 
-    A unit is what can only go at once: output `i` of a convolution, with its norm, its depthwise
-    filter, output `i` of every convolution that is added to it, input `i` of all that take it. It
-    is gated where it is taken, so that biases and norms on the way add nothing.
+    A unit is the entries that can only go at once: output `i` of a convolution, with its norm, its
+    depthwise filter, output `i` of every convolution that is added to it, and input `i` of all that
+    take it. It is gated where it is taken, so that biases and norms on the way add nothing.
 
     Args:
         model: The model.
-        others: Its heads and neurons, which are not offered again.
+        others: Its heads and neurons, whose tensors are left out.
 
     Returns:
-        Sites and refusals in the order in which the model computes them.
+        Sites and refusals in the order of the forward pass.
     """
     if not isinstance(model, PreTrainedModel) or model.main_input_name not in SENSES:
         return []

@@ -1,11 +1,7 @@
 """Names of the config fields that set a model's size, over all families."""
 
 DEPTH_FIELDS = (
-    "num_hidden_layers",
-    "encoder_layers",
-    "n_layers",
-    "n_layer",
-    "num_layers",
+    *("num_hidden_layers", "encoder_layers", "n_layers", "n_layer", "num_layers"),
     "depths",
 )
 """Config fields that set the number of layers, or list it stage by stage."""
@@ -26,18 +22,14 @@ STREAM_FIELDS = (
     *("hidden_size", "embedding_size", "pooler_hidden_size", "output_hidden_size"),
     *("d_model", "dim", "n_embd", "embed_dim", "emb_dim", "classifier_proj_size", "conv_dim"),
 )
-"""Config fields that set the width of the residual stream, or of what is as wide."""
+"""Config fields that set the width of the residual stream, or an equal width."""
 
 GROUP_FIELDS = ("num_conv_pos_embedding_groups",)
 """Config fields with the number of groups that a convolution of the residual stream has."""
 
 PER_LAYER_FIELDS = (
-    "layer_types",
-    "mlp_layer_types",
-    "attention_layers",
-    "attention_window",
-    "no_rope_layers",
-    "layers_block_type",
+    *("layer_types", "mlp_layer_types", "attention_layers", "attention_window"),
+    *("no_rope_layers", "layers_block_type"),
 )
 """Config fields with one item a layer."""
 

@@ -1,4 +1,4 @@
-"""Find the dimensions of a model's residual stream: which can go everywhere at once, exactly."""
+"""Find the dimensions of a model's residual stream that can be removed exactly."""
 
 from __future__ import annotations
 
@@ -15,28 +15,26 @@ from hfslim.anatomy import families
 from hfslim.anatomy.axes import Segment
 from hfslim.anatomy.channels import CONVOLUTIONS
 from hfslim.anatomy.inputs import example_inputs
+from hfslim.anatomy.slices import Cut, Feed
 from hfslim.anatomy.tracing import Trace, once_per_shape, trace
-from hfslim.anatomy.units import Cut, Feed, Refusal, Site
+from hfslim.anatomy.units import Refusal, Site
 
 logger = logging.getLogger(__name__)
 
 LENGTH = {"input_ids": 16}
-"""Tokens to follow, where fewer than usual do."""
+"""Length of the inputs that are followed, where a short one does."""
 
 
 def find_dimensions(model: nn.Module, others: Sequence[Site]) -> list[Site | Refusal]:
     """Find the widths that norms run across, and those that a config sets equal to them.
 
     A unit is one feature of the residual stream: its entry in every embedding and norm, its column
-    in every projection that reads the stream, its row in every one that writes to it. Beside the
-    stream there may be others of that width, such as a pooler's output; each is a site.
+    in every projection that reads the stream, its row in every projection that writes to it. Other
+    features of that width, such as a pooler's output, are sites of their own.
 
     Args:
         model: The model.
-        others: Its heads and neurons, which are not offered again.
-
-    Returns:
-        Sites and refusals.
+        others: Its heads and neurons, whose tensors are left out.
     """
     if not isinstance(model, PreTrainedModel):
         return []
@@ -77,7 +75,7 @@ def _trace(model: PreTrainedModel, norms: Sequence[str]) -> Trace:
     try:
         return trace(model, unmasked, norms)
     except Exception as error:
-        # Some look whether there is padding, where no mask tells; some into the mask.
+        # Without a mask some models search for padding, in values that a trace lacks.
         logger.debug("not traced without a mask", exc_info=error)
         return trace(model, inputs, norms)
 
@@ -85,7 +83,7 @@ def _trace(model: PreTrainedModel, norms: Sequence[str]) -> Trace:
 def _dimensions(model: PreTrainedModel, seen: Trace) -> Iterator[Site | Refusal]:
     norms = _norms(seen)
     takers = dict.fromkeys(seen.takers)
-    # The stream is what most of the model reads.
+    # Most of the model reads the stream.
     reads = {group: len(list(_feeds(model, cuts, takers))) for group, cuts in seen.places().items()}
     stream = max(norms, key=lambda group: reads.get(group, 0), default=None)
     if stream is None:
@@ -95,7 +93,7 @@ def _dimensions(model: PreTrainedModel, seen: Trace) -> Iterator[Site | Refusal]
     if seen.axes.reason(stream):
         yield Refusal("dimensions", seen.places()[stream][0].module, seen.axes.reason(stream))
         return
-    # What is as wide as the stream goes in units of as many entries.
+    # Features of the same width have units with the same number of entries.
     for group, cuts in seen.places().items():
         if _entries(model, cuts[0]) == width and seen.axes.size(group) > seen.axes.size(stream):
             units = seen.axes.new(seen.axes.size(stream))
@@ -122,7 +120,7 @@ def _norms(seen: Trace) -> dict[int, list[Feed]]:
 
 
 def _in_steps(model: PreTrainedModel, seen: Trace, stream: int) -> int:
-    """Let several dimensions go at once where the family needs it; return the new group."""
+    """Join several dimensions to one unit where the family needs it; return the new group."""
     for path, module in model.named_modules():
         name, step = families.WIDTH_STEPS.get(type(module).__name__, ("", 1))
         if name and seen.axes.size(stream) % step == 0:
@@ -139,7 +137,7 @@ def _site(
     feeds: list[Feed],
     norms: list[Feed],
 ) -> Site | Refusal:
-    # Named by what writes them: one module may read one such run and write another.
+    # The name is the module that writes them: one may read one such run and write another.
     readers = {feed.module for feed in feeds}
     path = next((cut.module for cut in cuts if cut.module not in readers), cuts[0].module)
     modules = {cut.module: model.get_submodule(cut.module) for cut in cuts}
@@ -180,7 +178,7 @@ def _entries(model: nn.Module, cut: Cut) -> int:
 
 
 def _unseen(model: nn.Module, entries: int, width: int) -> Iterator[Cut]:
-    """Yield the tensors along the stream that only training touches."""
+    """Yield the tensors along the stream that only training uses."""
     for path, module in model.named_modules():
         for name in families.TRAINING_ONLY:
             tensor = module._parameters.get(name)

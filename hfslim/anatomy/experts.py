@@ -6,27 +6,24 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from hfslim.anatomy import mixtures
+from hfslim.anatomy.projections import own_tensors
+from hfslim.anatomy.slices import Cut, Feed
 from hfslim.anatomy.structure import Kind
-from hfslim.anatomy.units import Cut, ExpertPart, Feed, Refusal, Site
+from hfslim.anatomy.units import ExpertPart, Refusal, Site
 
 _OUTPUT = mixtures.EXPERTS_OUTPUT
 KINDS_INSIDE: tuple[Kind, ...] = ("neurons", "experts")
 
 
 def find_experts(path: str, modules: Mapping[str, nn.Module]) -> Iterator[Site | Refusal]:
-    """Yield the experts of a module and the neurons inside them, or why they are not offered.
+    """Yield the experts of a module and the neurons inside them, or why they cannot go.
 
-    All experts of a module lie in the same tensors, `[experts, …, …]`, so each has as many neurons
-    as the others, and the kernels for that take multiples of eight: eight neurons in a row, of all
-    experts, are one unit.
-
-    Args:
-        path: Where the module is that holds the tensors.
-        modules: All modules of the model, by path.
+    All experts of a module lie in the same tensors, `[experts, …, …]`, so that all have the same
+    number of neurons. The kernels take multiples of eight: one unit is eight neurons in a row of
+    every expert.
     """
     module: Any = modules[path]
     reason = mixtures.SORTED_EXPERTS.get(type(module).__name__)
@@ -39,11 +36,11 @@ def find_experts(path: str, modules: Mapping[str, nn.Module]) -> Iterator[Site |
         return
     first = mixtures.EXPERTS_INPUT[0 if module.has_gate else 1]
     blocks = 2 if module.has_gate else 1
-    tensors = _tensors(module)
+    tensors = own_tensors(module)
     if not all(name in tensors and tensors[name].ndim == 3 for name in (first, _OUTPUT)):
         return
     total, size = tensors[_OUTPUT].shape[0], tensors[_OUTPUT].shape[2 - module.is_transposed]
-    # Gate and up lie one after the other, or by turns.
+    # The rows of gate and up lie one after the other, or alternate.
     width = math.gcd(size, mixtures.NEURONS_AT_ONCE)
     widths = (width,) * blocks if module.is_concatenated else (blocks * width,)
     rows, columns = (2, 1) if module.is_transposed else (1, 2)
@@ -52,7 +49,7 @@ def find_experts(path: str, modules: Mapping[str, nn.Module]) -> Iterator[Site |
     if module.has_bias:
         cuts.append(Cut(path, bias, 1, widths))
     block = modules[path.rpartition(".")[0]]
-    told = [("", vars(module)), ("^", vars(block))]
+    holders = [("", vars(module)), ("^", vars(block))]
     yield Site(
         kind="neurons",
         path=path,
@@ -61,7 +58,7 @@ def find_experts(path: str, modules: Mapping[str, nn.Module]) -> Iterator[Site |
         cuts=tuple(cuts),
         attributes=tuple(
             (f"{where}{name}", width)
-            for where, settings in told
+            for where, settings in holders
             for name in mixtures.NEURON_COUNTS
             if settings.get(name) == size
         ),
@@ -71,9 +68,9 @@ def find_experts(path: str, modules: Mapping[str, nn.Module]) -> Iterator[Site |
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Tell whether a module holds experts in the way of transformers, one tensor for all."""
-    told = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
-    return hasattr(type(module), "_apply_gate") and all(name in vars(module) for name in told)
+    """Return whether a module holds all experts in one tensor, as transformers does."""
+    settings = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+    return hasattr(type(module), "_apply_gate") and all(name in vars(module) for name in settings)
 
 
 def _experts(path: str, modules: Mapping[str, nn.Module], total: int) -> Site | Refusal:
@@ -85,7 +82,7 @@ def _experts(path: str, modules: Mapping[str, nn.Module], total: int) -> Site | 
         and any(tensor.shape[:1] == (total,) for tensor in module.state_dict().values())
     ]
     if len(routers) != 1:
-        return Refusal("experts", block, f"found no module beside {path!r} that chooses of them")
+        return Refusal("experts", block, f"found no router beside {path!r}")
     router = modules[f"{block}.{routers[0]}"]
     if (_first(router, mixtures.EXPERT_GROUPS) or 1) > 1:
         return Refusal("experts", block, "its router chooses groups of experts first")
@@ -94,7 +91,7 @@ def _experts(path: str, modules: Mapping[str, nn.Module], total: int) -> Site | 
     cuts = [
         Cut(f"{block}.{part}", name, 0)
         for part in parts
-        for name, tensor in _tensors(modules[f"{block}.{part}"]).items()
+        for name, tensor in own_tensors(modules[f"{block}.{part}"]).items()
         if tensor.shape[:1] == (total,)
     ]
     around = {"": modules[block]} | {f"{part}.": modules[f"{block}.{part}"] for part in parts}
@@ -123,11 +120,6 @@ def _experts(path: str, modules: Mapping[str, nn.Module], total: int) -> Site | 
             ),
         ),
     )
-
-
-def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    found = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
-    return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def _first(module: nn.Module, names: tuple[str, ...]) -> int:

@@ -1,7 +1,7 @@
-"""The names that model families give to the same parts, and the families that are exceptions.
+"""The names of attention parts over all model families, and the classes that are exceptions.
 
-Discovery goes by these names and by shapes; to teach it a family, add a name here, or an entry to
-`ATTENTIONS`. `docs/add_a_family.md` shows how.
+Discovery finds units by these names and by shapes. To add a family, add a name here, or an entry to
+`ATTENTIONS`; `docs/add_a_family.md` shows how.
 """
 
 from __future__ import annotations
@@ -34,17 +34,8 @@ FUSED_QKV: dict[str, Layout] = {
 the heads (`blocks`), or head after head, each `[q; k; v]` (`heads`)."""
 
 ATTENTION_OUTPUT = (
-    "o_proj",
-    "out_proj",
-    "out_lin",
-    "o",
-    "Wo",
-    "linear_out",
-    "post_proj",
-    "c_proj",
-    "proj",
-    "dense",
-    "^output.dense",
+    *("o_proj", "out_proj", "out_lin", "o", "Wo", "linear_out", "post_proj", "c_proj", "proj"),
+    *("dense", "^output.dense"),
 )
 """Paths from the attention module; `^` starts at its parent."""
 
@@ -55,29 +46,18 @@ QUERIES_PER_KEY = ("num_key_value_groups",)
 ALL_HEADS_SIZE = ("all_head_size", "split_size", "inner_dim", "attn_dim")
 
 PER_HEAD_ROWS = (
-    "pos_key_proj",
-    "pos_query_proj",
-    "pos_proj",
-    "pos_q_proj",
-    "linear_pos",
+    *("pos_key_proj", "pos_query_proj", "pos_proj", "pos_q_proj", "linear_pos"),
     "continuous_position_bias_mlp.2",
-    "query_global",
-    "key_global",
-    "value_global",
 )
 """Further projections with rows by head (DeBERTa's and Conformer's positions)."""
 
 RUN_BY_HEAD = ("gru_rel_pos_linear",)
-"""Modules that all heads share, and that run once for each of them (WavLM)."""
+"""Modules that all heads share, and that run once per head (WavLM)."""
 
 PER_HEAD_TENSORS = (
     ("relative_position_bias.relative_position_bias_table", 1),
     ("relative_position_bias_table", 1),
-    ("logit_scale", 0),
-    ("q_bias", 0),
-    ("v_bias", 0),
-    ("pos_bias_u", 0),
-    ("pos_bias_v", 0),
+    *((name, 0) for name in ("logit_scale", "q_bias", "v_bias", "pos_bias_u", "pos_bias_v")),
     ("sinks", 0),
 )
 """Further tensors with a head axis: path from the attention, dimension (Swin, DeBERTa)."""
@@ -86,22 +66,22 @@ NORM = r"(Layer|RMS)_?Norm"
 """Class names of norms across the last dimension."""
 
 TRAINING_ONLY = ("masked_spec_embed",)
-"""Parameters along the residual stream that stand in for features that training hides."""
+"""Parameters along the residual stream that replace masked features in training."""
 
 WIDTH_STEPS = {"WhisperEncoder": ("embed_positions.weight", 4)}
-"""Modules that load at some widths only, with a tensor along the width: Whisper's position
-embedding is made of sines and cosines, two or more of each."""
+"""Modules whose width must be a multiple of a number, with a tensor along the width. Whisper's
+position embedding consists of sines and cosines, two or more of each."""
 
 ACROSS_HEADS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "q_ln", "k_ln")
-"""Norms that, where they span all heads, need the queries and keys of those that go (OLMo2)."""
+"""Norms that need the queries and keys of removed heads, where they span all heads (OLMo2)."""
 
 
 @dataclass(frozen=True)
 class Attention:
-    """What the usual names and shapes do not tell of one class of attention.
+    """The parts of one class of attention that the usual names and shapes do not give.
 
-    Names are paths from the attention module; `^` starts at its parent. What is left empty is
-    found by the usual names.
+    Names are paths from the attention module; `^` starts at its parent. Empty fields are found by
+    the usual names.
 
     Attributes:
         query: The query projection.
@@ -110,21 +90,21 @@ class Attention:
         fused: One projection to all three.
         layout: Order of the fused projection's rows.
         output: The projection whose input holds the heads side by side.
-        outputs: Further ones whose inputs do so too.
-        carrier: Where the projections are no modules: the module that gets something of each head,
-            in which dimension, and how many dimensions that input has.
+        outputs: Further projections whose inputs hold the heads.
+        carrier: A module whose input has a dimension of heads, that dimension, and the number of
+            dimensions of the input, where the projections are no modules.
         rows: Further projections with rows by head.
         tensors: Further tensors with a head axis, and the dimension.
         sizes: Attributes that hold the width of all heads.
-        counted: Whether heads are to be counted by attribute, because sizes differ.
-        paired: Whether a head of the first half goes with its like of the second.
+        counted: Whether an attribute gives the number of heads, because head sizes differ.
+        paired: Whether each head of the first half goes with one of the second.
         count_field: The config field in which the module reads its number of heads when it runs.
-        keeps_one: Whether the first head must stay, because the module cannot do without any.
-        replacement: The class of `modeling_hfslim` that must stand in for this one.
-        headless: Settings of the class that stands in once no head is left: the argument added to
-            its output (`residual`) and the norm after that (`norm`).
+        keeps_one: Whether the first head must stay, because the module needs one.
+        replacement: The class of `modeling_hfslim` that must replace this one.
+        headless: Settings of the replacement once no head is left: the argument added to its output
+            (`residual`) and the norm after that (`norm`).
         refused: Why no head can go.
-        refused_if: The config field and its value for which that holds; always if empty.
+        refused_if: The config field and its value for which heads are refused; always if empty.
     """
 
     query: str = ""
@@ -149,7 +129,7 @@ class Attention:
 
 
 def _norm(path: str) -> tuple[tuple[str, int], ...]:
-    """Return the tensors of a batch norm, which follow the outputs before it."""
+    """Return the tensors of a batch norm, which have an entry per output before it."""
     return tuple((f"{path}.{n}", 0) for n in ("weight", "bias", "running_mean", "running_var"))
 
 
@@ -282,11 +262,11 @@ ATTENTIONS = {
     **dict.fromkeys(("Wav2Vec2BertSelfAttention", "Wav2Vec2ConformerSelfAttention"), _ROTATED),
     "WavLMAttention": Attention(replacement="WavLMHeads"),
 }
-"""Attention by class name, where it differs."""
+"""The exceptions, by class name."""
 
 
 def attention(module: nn.Module) -> Attention:
-    """Return what is known of a module's class or of one it derives from."""
+    """Return the entry of a module's class, or of a class that it derives from."""
     names = (cls.__name__ for cls in type(module).__mro__)
     return next((ATTENTIONS[name] for name in names if name in ATTENTIONS), Attention())
 
@@ -294,15 +274,11 @@ def attention(module: nn.Module) -> Attention:
 def add_family(
     attentions: Mapping[str, Attention] | None = None, feed_forwards: Iterable[FeedForward] = ()
 ) -> None:
-    """Teach discovery a family, from now on, in this process.
+    """Add a family to discovery, in this process.
 
     Args:
-        attentions: What to know of classes of attention, by class name.
-        feed_forwards: Names around the neurons; they are looked for before the usual ones.
+        attentions: Entries of classes of attention, by class name.
+        feed_forwards: Names of projections around neurons, which precede the usual ones.
     """
     ATTENTIONS.update(attentions or {})
     FEED_FORWARDS[:0] = feed_forwards
-
-
-STAGE = r"Stage$|^PvtV2EncoderLayer$"
-"""Class names of modules that look like layers, but are stages of them."""

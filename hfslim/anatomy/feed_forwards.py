@@ -1,4 +1,4 @@
-"""The names that model families give to the projections around their neurons."""
+"""The names of the projections around neurons, over all model families."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class FeedForward:
-    """Names of what lies around the neurons.
+    """Names of the modules around the neurons.
 
     Attributes:
-        inputs: The projections that end in them.
-        output: The projection that starts from them.
+        inputs: The projections whose outputs are the neurons.
+        output: The projection whose input they are.
         blocks: Blocks of the rows of a fused input projection.
         between: A depthwise convolution in the middle, which needs one neuron or more.
         norm: A batch norm in the middle.
-        across: A norm in the middle that runs across all neurons, which therefore have to stay.
+        across: A norm across all neurons in the middle, so that none can go.
     """
 
     inputs: tuple[str, ...]
@@ -60,7 +60,7 @@ FEED_FORWARDS = [
 ]
 
 REFUSED_NEURONS = {"Zamba2MLP": "adapters, other ones in every layer, add to them"}
-"""Modules whose neurons cannot go, and why."""
+"""Modules whose neurons cannot go, with the reason."""
 
 NEURON_COUNTS = ("intermediate_size", "intermediate_dim")
-"""Attributes of the module around the neurons that count them."""
+"""Attributes of the feed-forward module that count its neurons."""

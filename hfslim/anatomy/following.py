@@ -2,84 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hfslim.anatomy.axes import Axes, Label, blocks
-
-Labels = list[Label]
-
-ACROSS = "a norm runs across them"
-RESHAPED = "they are taken apart and put together anew"
-TRANSPOSED = "a transposed convolution takes them"
-COMPUTED = "the weights that they meet are computed as the model runs"
-SAME = {
-    *("clone", "detach", "alias", "_to_copy", "contiguous", "lift_fresh", "native_dropout"),
-    *("fill_", "zero_", "hardswish", "hardswish_", "log_sigmoid_forward"),
-}
-"""Operations that leave every feature where it is, beside those that torch tags as pointwise."""
-BATCH_NORMS = {
-    *("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm"),
-    *("_native_batch_norm_legit", "_batch_norm_with_update", "batch_norm"),
-}
-SPATIAL = ("pool", "upsample", "constant_pad", "reflection_pad", "replication_pad")
-"""Parts of the names of operations that work on positions, channel by channel."""
-REDUCING = {"mean", "sum", "amax", "amin", "_softmax", "_log_softmax", "var", "std", "norm"}
-
-
-@dataclass
-class _Followed:
-    """A tensor, what lies along each dimension, and the parameter that it is a view of, if any."""
-
-    tensor: torch.Tensor
-    labels: Labels
-    name: str = ""
+from hfslim.anatomy.features import Features
 
 
 class Follower(TorchDispatchMode):
     """Labels every tensor that a forward pass makes.
 
     Attributes:
-        axes: Which features go together.
-        tensors: The model's parameters and buffers.
-        makers: Parameters that make features, in the order of the pass.
-        takers: Parameters that take some, and the dimension of the input that these lie in.
-        norms: The norms that were taken as a whole, in the order of the pass.
+        features: The labels.
+        norms: The norms that were followed as a whole, in the order of the pass.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.axes = Axes()
-        self._seen: dict[int, _Followed] = {}
-        self.makers: dict[str, None] = {}
-        self.takers: list[tuple[str, int]] = []
+        self.features = Features(model)
         self.norms: dict[str, None] = {}
         self._inside = 0
-        self.tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-        for name, tensor in self.tensors.items():
-            labels: Labels = [self.axes.new(n, free=True) for n in tensor.shape]
-            self._seen[id(tensor)] = _Followed(tensor, labels, name)
-        for where in (model.named_parameters, model.named_buffers):
-            for name, tensor in where(remove_duplicate=False):
-                if self._seen[id(tensor)].name != name:
-                    shared = f"they are shared with {self._seen[id(tensor)].name!r}"
-                    self.axes.bind(self._seen[id(tensor)].labels, shared)
-
-    def _of(self, tensor: torch.Tensor) -> _Followed:
-        return self._seen.get(id(tensor)) or _Followed(tensor, [None] * tensor.ndim)
-
-    def labels(self, tensor: torch.Tensor) -> Labels:
-        """Return what lies along each dimension of a tensor."""
-        return self._of(tensor).labels
-
-    def _keep(self, tensor: torch.Tensor, labels: Labels, name: str = "") -> None:
-        # Holding on to the tensor keeps its id from being used again.
-        self._seen[id(tensor)] = _Followed(tensor, labels, name)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -88,7 +32,7 @@ class Follower(TorchDispatchMode):
         if self._inside:
             return func(*args, **kwargs)
         name = func._schema.name.partition("::")[2]
-        rule = self._rule(name, func)
+        rule = self.features.rule(name, func)
         if rule is None:
             with self:
                 result = func.decompose(*args, **kwargs)
@@ -96,250 +40,20 @@ class Follower(TorchDispatchMode):
                 return result
         result = func(*args, **kwargs)
         if rule is None:
-            where = f"they pass through {name!r}"
-            self.axes.bind((one for t in _among((args, kwargs)) for one in self.labels(t)), where)
+            self.features.bind((args, kwargs), f"they pass through {name!r}")
         else:
             rule(result, *args, **kwargs)
         return result
 
     def enter_norm(self, _: nn.Module, __: tuple) -> None:
-        """Follow nothing inside a norm that is taken as a whole."""
+        """Follow nothing inside a norm that is followed as a whole."""
         self._inside += 1
 
     def leave_norm(self, path: str, norm: nn.Module, args: tuple, result: torch.Tensor) -> None:
-        """Note that a norm has left features where they were."""
+        """Note that a norm has left features in their places."""
         self._inside -= 1
         self.norms[path] = None
+        labels = self.features.labels(args[0])
         for vector in norm.parameters(recurse=False):
-            self.axes.tie(self.labels(args[0])[-1], self.labels(vector)[0])
-        self._keep(result, self.labels(args[0]))
-
-    def _rule(self, name: str, func: Any) -> Callable[..., None] | None:
-        if hasattr(self, f"_on_{name}"):
-            return getattr(self, f"_on_{name}")
-        if name in SAME or torch.Tag.pointwise in func.tags:
-            return self._entry_by_entry
-        if name in BATCH_NORMS:
-            return self._batch_norm
-        if name in REDUCING:
-            return self._reduce
-        if any(part in name for part in SPATIAL):
-            return self._spatial
-        return None
-
-    def _entry_by_entry(self, result: Any, *args: Any, **kwargs: Any) -> None:
-        result = result[0] if isinstance(result, tuple) else result
-        tensors = [t for t in _among((args, kwargs)) if t.ndim]
-        labels: Labels = []
-        for dim in range(-result.ndim, 0):
-            there = [t for t in tensors if t.ndim >= -dim and t.shape[dim] == result.shape[dim] > 1]
-            for other in there[1:]:
-                if self.labels(there[0])[dim] or self.labels(other)[dim]:
-                    self.axes.tie(self.labels(there[0])[dim], self.labels(other)[dim])
-            labels.append(self.labels(there[0])[dim] if there else None)
-        name = self._of(tensors[0]).name if len(tensors) == 1 else ""
-        self._keep(result, labels, name if tensors and result is tensors[0] else "")
-
-    def _batch_norm(self, result: Any, x: torch.Tensor, *vectors: Any, **_: Any) -> None:
-        for vector in vectors[:4]:
-            if isinstance(vector, torch.Tensor):
-                self.axes.tie(self.labels(x)[1], self.labels(vector)[0])
-        self._keep(result[0] if isinstance(result, tuple | list) else result, self.labels(x))
-
-    def _on_native_group_norm(
-        self, result: Any, x: torch.Tensor, weight: Any, bias: Any, *sizes: int
-    ) -> None:
-        _, channels, _, groups, _ = sizes
-        for vector in (weight, bias):
-            if vector is not None:
-                self.axes.tie(self.labels(x)[1], self.labels(vector)[0])
-        if groups != channels:
-            self.axes.bind(self.labels(x)[1:], ACROSS)
-        self._keep(result[0], self.labels(x))
-
-    def _on_native_layer_norm(
-        self, result: Any, x: torch.Tensor, shape: Sequence[int], *_: Any
-    ) -> None:
-        self.axes.bind(self.labels(x)[-len(shape) :], ACROSS)
-        self._keep(result[0], self.labels(x))
-
-    def _on_masked_fill_(self, result: Any, x: torch.Tensor, mask: torch.Tensor, *_: Any) -> None:
-        # The mask may be one of positions, spread over all features.
-        self.axes.bind(self.labels(mask), "some of them are masked")
-        self._keep(result, self.labels(x))
-
-    def _on__weight_norm_interface(
-        self, result: Any, direction: torch.Tensor, length: torch.Tensor, dim: int = 0
-    ) -> None:
-        self.axes.tie(self.labels(direction)[dim], self.labels(length)[dim])
-        self._keep(result[0], self.labels(direction), self._of(direction).name)
-
-    def _on_embedding(self, result: Any, weight: torch.Tensor, rows: torch.Tensor, *_: Any) -> None:
-        self.axes.bind(self.labels(weight)[:1], "they are chosen by number")
-        self._keep(result, [*[None] * rows.ndim, self.labels(weight)[1]])
-
-    def _on_convolution(
-        self,
-        result: torch.Tensor,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        *how: Any,
-    ) -> None:
-        transposed, groups = how[3], how[5]
-        makes, takes, *_ = self.labels(weight)
-        name = self._of(weight).name
-        if transposed or not name:
-            why = TRANSPOSED if transposed else COMPUTED
-            self.axes.bind([*self.labels(x), *self.labels(weight)], why)
-            return
-        if groups == 1:
-            self.axes.tie(self.labels(x)[1], takes)
-            self.takers.append((name, 1))
-        else:
-            units = self.axes.new(groups)
-            self.axes.group(self.labels(x)[1], units)
-            self.axes.group(makes, units)
-        if bias is not None:
-            self.axes.tie(makes, self.labels(bias)[0])
-        self.makers[name] = None
-        self._keep(result, [self.labels(x)[0], makes, *[None] * (result.ndim - 2)])
-
-    def _on_mm(self, result: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
-        name = self._of(weight).name
-        if not name or self._of(x).name:
-            self.axes.bind([*self.labels(x), *self.labels(weight)], "they are multiplied together")
-            return
-        self.axes.tie(self.labels(x)[1], self.labels(weight)[0])
-        self.takers.append((name, -1))
-        self.makers[name] = None
-        self._keep(result, [self.labels(x)[0], self.labels(weight)[1]])
-
-    def _on_addmm(self, result: Any, bias: Any, x: Any, weight: Any, **_: Any) -> None:
-        self._on_mm(result, x, weight)
-        self.axes.tie(self.labels(bias)[-1], self.labels(result)[1])
-
-    def _spatial(self, result: Any, x: torch.Tensor, *args: Any, **_: Any) -> None:
-        for one in result if isinstance(result, tuple) else (result,):
-            same = [a == b for a, b in zip(x.shape, one.shape, strict=True)]
-            # What was padded or pooled is no feature axis, unless it is labelled.
-            gone = [label for label, kept in zip(self.labels(x), same, strict=True) if not kept]
-            self.axes.bind(gone, "their number changes on the way")
-            labels = zip(self.labels(x), same, strict=True)
-            self._keep(one, [label if kept else None for label, kept in labels])
-
-    def _reduce(self, result: torch.Tensor, x: torch.Tensor, *args: Any, **_: Any) -> None:
-        dims = args[0] if args and args[0] is not None else range(x.ndim)
-        gone = {d % x.ndim for d in ([dims] if isinstance(dims, int) else dims)}
-        self.axes.bind((self.labels(x)[d] for d in gone), "they are added up or averaged")
-        keeps = result.ndim == x.ndim
-        labels = [None if d in gone else label for d, label in enumerate(self.labels(x))]
-        self._keep(result, [one for d, one in enumerate(labels) if keeps or d not in gone])
-
-    def _on_permute(self, result: torch.Tensor, x: torch.Tensor, dims: Sequence[int]) -> None:
-        self._keep(result, [self.labels(x)[d] for d in dims])
-
-    def _on_glu(self, result: torch.Tensor, x: torch.Tensor, dim: int = -1) -> None:
-        """Tie a feature to the one that is its gate, in the other half."""
-        labels, half = list(self.labels(x)), self.axes.new(result.shape[dim])
-        if labels[dim] is not None:
-            self.axes.tie(labels[dim], half + half)
-            labels[dim] = half
-        self._keep(result, labels)
-
-    def _on_transpose(self, result: torch.Tensor, x: torch.Tensor, a: int, b: int) -> None:
-        dims = list(range(x.ndim))
-        dims[a], dims[b] = dims[b], dims[a]
-        self._on_permute(result, x, dims)
-
-    def _on_t(self, result: torch.Tensor, x: torch.Tensor) -> None:
-        self._keep(result, self.labels(x)[::-1], self._of(x).name)
-
-    def _on_view(self, result: torch.Tensor, x: torch.Tensor, *_: Any, **__: Any) -> None:
-        self._keep(result, self._reshaped(x, result.shape))
-
-    _on__unsafe_view = _on_reshape = _on_unsqueeze = _on_squeeze = _on__reshape_alias = _on_view
-
-    def _on_expand(self, result: torch.Tensor, x: torch.Tensor, *_: Any, **__: Any) -> None:
-        added: Labels = [None] * (result.ndim - x.ndim)
-        sizes = zip(self.labels(x), x.shape, strict=True)
-        self._keep(result, added + [label if n > 1 else None for label, n in sizes])
-
-    def _on_slice(self, result: Any, x: torch.Tensor, dim: int = 0, *_: Any, **__: Any) -> None:
-        if result.shape[dim] != x.shape[dim]:
-            self._drop(result, x, dim, keepdim=True)
-        else:
-            self._keep(result, self.labels(x))
-
-    def _on_select(self, result: Any, x: torch.Tensor, dim: int, _: int) -> None:
-        self._drop(result, x, dim, keepdim=False)
-
-    def _on_roll(self, result: Any, x: torch.Tensor, _: Any, dims: Sequence[int] = ()) -> None:
-        self.axes.bind((self.labels(x)[d] for d in dims or range(x.ndim)), RESHAPED)
-        self._keep(result, self.labels(x))
-
-    def _drop(self, result: torch.Tensor, x: torch.Tensor, dim: int, keepdim: bool) -> None:
-        labels = list(self.labels(x))
-        # Of a sub-layer that has lost every unit, nothing is taken.
-        if result.numel():
-            self.axes.bind([labels[dim]], "only some of them are used at one place")
-        if keepdim:
-            labels[dim] = None
-        else:
-            del labels[dim % x.ndim]
-        self._keep(result, labels)
-
-    def _on_cat(self, result: torch.Tensor, parts: Sequence[torch.Tensor], dim: int = 0) -> None:
-        parts = [part for part in parts if part.numel() or part.ndim > 1]
-        labels = list(self.labels(parts[0]))
-        for other in parts[1:]:
-            for d, label in enumerate(self.labels(other)):
-                if d != dim % result.ndim and (label or labels[d]):
-                    self.axes.tie(labels[d], label)
-        along = [self.axes.resolve(self.labels(part)[dim]) for part in parts]
-        if any(along):
-            for i, label in enumerate(along):
-                if label is None:
-                    along[i] = label = self.axes.new(parts[i].shape[dim])
-                    self.axes.bind([label], "they lie beside features that are no channels")
-            labels[dim] = tuple(one for label in along for one in label or ())
-        else:
-            labels[dim] = None
-        self._keep(result, labels)
-
-    def _reshaped(self, x: torch.Tensor, shape: Sequence[int]) -> Labels:
-        """Label the dimensions that a view merges and splits."""
-        labels: Labels = [None] * len(shape)
-        for old, new in blocks(x.shape, shape):
-            there = [self.labels(x)[d] for d in old]
-            if not any(there) or not new:
-                continue
-            outer = self.axes.resolve(there[0])
-            inner = x.shape[old[0]]
-            if len(old) == len(new) == 1:
-                labels[new[0]] = there[0]
-            elif len(new) == 1 and outer and not any(there[1:]):
-                inner = shape[new[0]] // inner
-                labels[new[0]] = tuple(type(s)(s.axis, s.inner * inner) for s in outer)
-            elif (
-                len(old) == 1
-                and outer
-                and len(outer) == 1
-                and self.axes.size(outer[0].axis) == shape[new[0]]
-            ):
-                labels[new[0]] = self.axes.resolve((type(outer[0])(outer[0].axis),))
-            else:
-                self.axes.bind(there, RESHAPED)
-        return labels
-
-
-def _among(values: Any) -> list[torch.Tensor]:
-    if isinstance(values, torch.Tensor):
-        return [values]
-    if isinstance(values, dict):
-        values = values.values()
-    return [t for v in values for t in _among(v)] if _is_many(values) else []
-
-
-def _is_many(values: Any) -> bool:
-    return isinstance(values, list | tuple) or type(values).__name__ == "dict_values"
+            self.features.axes.tie(labels[-1], self.features.labels(vector)[0])
+        self.features.keep(result, labels)

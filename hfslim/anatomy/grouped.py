@@ -1,4 +1,4 @@
-"""Units between convolutions in groups: those of one unit lie in every group, which stay equal."""
+"""Units between grouped convolutions: each unit has channels in every group."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 
 from hfslim.anatomy.projections import Projection
-from hfslim.anatomy.units import Cut, Feed
+from hfslim.anatomy.slices import Cut, Feed
 
 
 def groups_of(projections: Sequence[Projection]) -> int:
-    """Return how many blocks of channels lose units alike; 0 where nothing is convolved."""
+    """Return the number of blocks of channels that lose the same units; 0 without convolutions."""
     convolved = any(one.groups for one in projections)
     return math.lcm(*(one.groups or 1 for one in projections)) if convolved else 0
 
@@ -18,12 +18,12 @@ def groups_of(projections: Sequence[Projection]) -> int:
 def cuts_of(
     makers: Sequence[Projection], taker: Projection, blocks: int, width: int
 ) -> tuple[Cut, ...]:
-    """Return what to cut.
+    """Return the cuts of the convolutions around the units.
 
     Args:
-        makers: The convolutions that the units come out of.
-        taker: The one that they go into; its weight has the inputs of a single group.
-        blocks: Blocks of channels.
+        makers: The convolutions whose outputs hold the units.
+        taker: The convolution that takes them; its weight has the inputs of a single group.
+        blocks: Number of blocks of channels.
         width: Channels of a unit in each block.
     """
     inside = blocks // max(taker.groups, 1)

@@ -1,4 +1,4 @@
-"""The layers of a model as modules, in the order in which they run."""
+"""The layers of a model as modules, in the order of the forward pass."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hfslim.anatomy.discovery import find_units
 
 
 def layer_modules(model: nn.Module) -> list[nn.Module]:
-    """Return a model's layers, in the order in which they run, stages and towers one by one."""
+    """Return a model's layers in the order of the forward pass, stage by stage."""
     modules = dict(model.named_modules())
     lists: dict[str, tuple[str, ...]] = {}
     for site in find_units(plain_twin(model)):

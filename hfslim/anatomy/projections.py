@@ -1,13 +1,15 @@
-"""Linear maps in their several classes: sizes, and the tensors that lie along each side."""
+"""Linear maps, whatever their class: sizes, and the tensors along inputs and outputs."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hfslim.anatomy.units import Cut
+from hfslim.anatomy.slices import Cut
 
 
 @dataclass(frozen=True)
@@ -15,12 +17,12 @@ class Projection:
     """One linear map inside a model.
 
     Attributes:
-        path: Where it is.
-        inputs: Features that go in.
-        outputs: Features that come out.
-        along_outputs: Tensors and their dimension that has an entry per output.
-        along_inputs: Tensors and their dimension that has an entry per input.
-        groups: Of a convolution over single positions, its groups; 0 of linear maps.
+        path: Path of the module.
+        inputs: Number of input features.
+        outputs: Number of output features.
+        along_outputs: Tensors with an entry per output, and the dimension.
+        along_inputs: Tensors with an entry per input, and the dimension.
+        groups: Groups of a convolution over single positions; 0 for linear maps.
     """
 
     path: str
@@ -47,17 +49,33 @@ class Projection:
         if not (hasattr(module, "in_features") and hasattr(module, "out_features")):
             return None
         outputs, inputs = weight.shape
-        tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers())}
-        rows = [name for name, t in tensors.items() if t.ndim and t.shape[0] == outputs]
-        columns = [name for name, t in tensors.items() if t.shape == weight.shape]
-        return cls(
-            path, inputs, outputs, tuple((n, 0) for n in rows), tuple((n, 1) for n in columns)
-        )
+        tensors = own_tensors(module)
+        rows = tuple((n, 0) for n, t in tensors.items() if t.ndim and t.shape[0] == outputs)
+        columns = tuple((n, 1) for n, t in tensors.items() if t.shape == weight.shape)
+        return cls(path, inputs, outputs, rows, columns)
 
     def rows(self, *widths: int) -> list[Cut]:
-        """Return the cuts of the outputs, in blocks of so many per unit each."""
+        """Return the cuts of the outputs, with one width per block."""
         return [Cut(self.path, name, dim, widths) for name, dim in self.along_outputs]
 
     def columns(self, *widths: int) -> list[Cut]:
-        """Return the cuts of the inputs, in blocks of so many per unit each."""
+        """Return the cuts of the inputs, with one width per block."""
         return [Cut(self.path, name, dim, widths) for name, dim in self.along_inputs]
+
+
+def own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the parameters and buffers of a module itself, by name."""
+    return dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+
+
+def find_projection(
+    modules: Mapping[str, nn.Module], path: str, names: Iterable[str]
+) -> Projection | None:
+    """Return the first of some names below a path, or beside it with `^`, that is a projection."""
+    for name in names:
+        base, name = (path.rpartition(".")[0], name[1:]) if name[0] == "^" else (path, name)
+        full = f"{base}.{name}" if base else name
+        found = Projection.at(full, modules.get(full))
+        if found is not None:
+            return found
+    return None

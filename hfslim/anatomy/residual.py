@@ -1,4 +1,4 @@
-"""Blocks of convolutional nets that add to their input, and so may go whole."""
+"""Blocks of convolutional nets that add to their input, and can therefore be removed whole."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ RESIDUAL_BLOCKS = {
     **dict.fromkeys(("ResNetBasicLayer", "ResNetBottleNeckLayer"), ""),
     **dict.fromkeys(("SwiftFormerConvEncoder", "SwiftFormerEncoderBlock"), ""),
     "TextNetRepConvLayer": "rbr_identity",
-    # Of timm.
+    # timm
     **dict.fromkeys(("BasicBlock", "Bottleneck"), ""),
     **dict.fromkeys(("DepthwiseSeparableConv", "InvertedResidual"), "has_skip"),
 }
-"""Convolutional blocks that may go where they add to their input, by class name: the path of the
-attribute that is there, and true, in those that do; of all of them if empty."""
+"""Convolutional blocks that can go where they add to their input, by class name. The value is the
+path of an attribute that is set and true in blocks that add; empty if all blocks do."""
 
 SHORTCUTS = ("shortcut", "downsample")
-"""Attributes of blocks that change the input before the addition, where they have weights."""
+"""Attributes of modules that change the input before the addition, if they have weights."""
 
 
 def are_residual(layers: Iterable[nn.Module]) -> bool:
-    """Tell whether all of some modules are blocks of `RESIDUAL_BLOCKS`."""
+    """Return whether all modules are blocks of `RESIDUAL_BLOCKS`."""
     return all(type(layer).__name__ in RESIDUAL_BLOCKS for layer in layers)
 
 
 def adds_to_input(block: nn.Module) -> bool:
-    """Tell whether a block of `RESIDUAL_BLOCKS` adds to its input as it is, and so may go."""
-    told: Any = block
+    """Return whether a block of `RESIDUAL_BLOCKS` adds to its unchanged input, and so can go."""
+    adds: Any = block
     for name in filter(None, RESIDUAL_BLOCKS[type(block).__name__].split(".")):
-        told = getattr(told, name)
+        adds = getattr(adds, name)
     shortcuts = (getattr(block, name, None) for name in SHORTCUTS)
     changes = any(s is not None and next(s.parameters(), None) is not None for s in shortcuts)
-    return told is not None and told is not False and not changes
+    return adds is not None and adds is not False and not changes

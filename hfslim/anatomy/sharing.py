@@ -1,4 +1,4 @@
-"""Weights that several modules share: what can go of them, goes from all of them at once."""
+"""Sites whose modules share weights: they lose the same units at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hfslim.anatomy.units import Refusal, Site
 
 
 def joined(sites: Iterable[Site], modules: Mapping[str, nn.Module]) -> Iterator[Site | Refusal]:
-    """Make one site of those that have the very same weights; refuse those that share only some.
+    """Join sites that share all weights into one; refuse those that share some.
 
     Args:
         sites: Sites of heads, neurons and experts.

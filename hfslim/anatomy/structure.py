@@ -1,4 +1,4 @@
-"""Which units of a model are kept: the value that scoring, gating, surgery and reports share."""
+"""The units of a model that are kept, as a value that all rooms share."""
 
 from __future__ import annotations
 
@@ -90,11 +90,11 @@ class Structure:
             raise KeyError(f"no {kind} at {path!r} in this structure") from None
 
     def has(self, kind: Kind) -> bool:
-        """Tell whether the structure names a site of a kind."""
+        """Return whether the structure names a site of a kind."""
         return any(entry.kind == kind for entry in self.entries)
 
     def within(self, other: Structure) -> bool:
-        """Tell whether every unit kept here is kept by `other` too."""
+        """Return whether `other` keeps every unit that is kept here."""
         return all(
             (mine := self._by_site.get(key)) is not None and set(mine.kept) <= set(theirs.kept)
             for key, theirs in other._by_site.items()

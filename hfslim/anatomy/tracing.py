@@ -1,4 +1,4 @@
-"""Run a model on tensors without contents, to see which of its features meet."""
+"""Run a model on tensors without contents, to find the features that go together."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hfslim.anatomy.axes import Axes
-from hfslim.anatomy.following import Follower, Labels
-from hfslim.anatomy.units import Cut
+from hfslim.anatomy.features import Labels
+from hfslim.anatomy.following import Follower
+from hfslim.anatomy.slices import Cut
 
 Found = TypeVar("Found")
 
@@ -25,15 +26,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trace:
-    """What a model's forward pass does with its features.
+    """The features that meet in a model's forward pass.
 
     Attributes:
-        axes: Which go together.
-        labels: What lies along each dimension of each parameter and buffer.
-        makers: Parameters in the order in which they make features along their first dimension.
-        takers: Parameters that take features along their second, and the dimension of the
-            module's input that these lie in.
-        norms: The norms that were taken as a whole, in the order in which they ran.
+        axes: The axes of features, tied where they can only go together.
+        labels: The features along each dimension of each parameter and buffer.
+        makers: Parameters that make features along their first dimension, in the order of the pass.
+        takers: Parameters that take features along their second dimension, with the dimension of
+            the module's input that holds these.
+        norms: The norms that were followed as a whole, in the order of the pass.
     """
 
     axes: Axes
@@ -43,7 +44,7 @@ class Trace:
     norms: Sequence[str] = ()
 
     def places(self) -> dict[int, list[Cut]]:
-        """Return where the units of each group of tied axes lie."""
+        """Return the places of the units of each group of tied axes."""
         places: dict[int, list[Cut]] = {}
         for name, labels in self.labels.items():
             module, _, tensor = name.rpartition(".")
@@ -58,7 +59,7 @@ class Trace:
 
 
 def once_per_shape(find: Callable[[Any], Found]) -> Callable[[Any], Found]:
-    """Keep what is found in a model by tracing, until its shapes change."""
+    """Cache what a function finds in a model by tracing, until the model's shapes change."""
     seen: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Found]] = weakref.WeakKeyDictionary()
 
     @functools.wraps(find)
@@ -76,16 +77,13 @@ def trace(
 ) -> Trace:
     """Run a model on tensors without contents, and note which features meet.
 
-    A model that looks into its tensors as it runs (SEW-D) runs on its weights and its inputs.
+    A model that reads values as it runs (SEW-D) runs on its weights and inputs instead.
 
     Args:
-        model: The model; neither it nor its weights are touched.
+        model: The model, which does not change.
         inputs: Arguments of its forward.
-        norms: Paths of norms across the last dimension that leave features where they are; the
-            features that any other norm runs across are bound together.
-
-    Returns:
-        What was seen.
+        norms: Paths of norms across the last dimension, which leave features in their places; any
+            other norm binds the features that it runs across.
 
     Raises:
         Exception: The model cannot run.
@@ -111,13 +109,13 @@ def _follow(
     inputs: Mapping[str, torch.Tensor],
     norms: Collection[str],
 ) -> Trace:
-    """Follow the features of a copy that has other tensors, by the ids of the model's own."""
+    """Follow the features of a copy of the model whose tensors are replaced, by their ids."""
     double = copy.deepcopy(model, dict[int, Any](tensors)).eval()
     for module in double.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             hooks.clear()
     if isinstance(double, PreTrainedModel) and double.config._attn_implementation == "sdpa":
-        # It looks into masks, which have no contents.
+        # sdpa reads the values of masks, which have no contents.
         double.set_attn_implementation("eager")
     follower = Follower(double)
     for path in norms:
@@ -128,7 +126,8 @@ def _follow(
         logits = getattr(double(**inputs), "logits", None)
     if logits is None:
         raise ValueError("its output has no logits, by which cuts are checked")
-    follower.axes.bind(follower.labels(logits), "they are the model's output")
-    named = {name: follower.labels(tensor) for name, tensor in follower.tensors.items()}
-    makers, ran = tuple(follower.makers), tuple(follower.norms)
-    return Trace(follower.axes, named, makers, follower.takers, ran)
+    features = follower.features
+    features.bind(logits, "they are the model's output")
+    named = {name: features.labels(tensor) for name, tensor in features.tensors.items()}
+    makers, ran = tuple(features.makers), tuple(follower.norms)
+    return Trace(features.axes, named, makers, features.takers, ran)

@@ -1,15 +1,15 @@
-"""What can be removed from a model, as data: sites, and the tensors that they cut."""
+"""The sites of a model, whose units can be removed, and the places where none can."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
+from hfslim.anatomy.slices import Cut, Feed
 from hfslim.anatomy.structure import KINDS, Entry, Kind, Structure
 
 SOUGHT: dict[Kind, str] = {
@@ -20,92 +20,7 @@ SOUGHT: dict[Kind, str] = {
     "layers": "ModuleList of layers that hold heads or neurons",
     "dimensions": "norm across the features that every layer reads and adds to",
 }
-"""What a model lacks where a kind of unit is not found."""
-
-
-@dataclass(frozen=True)
-class Cut:
-    """One dimension of one tensor along which the units of a site lie.
-
-    The dimension is a row of blocks, each of `units × width` entries: a fused `[q; k; v]`
-    projection has three blocks, a gated FFN's fused input two. What lies around the blocks stays.
-
-    Attributes:
-        module: Path of the module that owns the tensor.
-        tensor: Name of the parameter or buffer on that module.
-        dim: The dimension.
-        widths: Consecutive entries per unit, block by block.
-        start: Entries before the first block.
-    """
-
-    module: str
-    tensor: str
-    dim: int
-    widths: tuple[int, ...] = (1,)
-    start: int = 0
-
-    def indices(self, kept: Sequence[int], total: int, length: int) -> torch.Tensor:
-        """Return the entries to keep along the dimension.
-
-        Args:
-            kept: The units that stay.
-            total: The number of units there are.
-            length: Size of the dimension.
-        """
-        unit = torch.as_tensor(kept, dtype=torch.long)
-        parts, start = [torch.arange(self.start)], self.start
-        for width in self.widths:
-            parts.append(start + (unit[:, None] * width + torch.arange(width)).flatten())
-            start += total * width
-        return torch.cat([*parts, torch.arange(start, length)])
-
-    def by_unit(self, tensor: torch.Tensor, total: int) -> torch.Tensor:
-        """Return what each unit has of the tensor, `[total, entries]`."""
-        sizes = [total * width for width in self.widths]
-        rest = tensor.shape[self.dim] - self.start - sum(sizes)
-        blocks = tensor.movedim(self.dim, 0).split([self.start, *sizes, rest])
-        return torch.cat([block.reshape(total, -1) for block in blocks[1:-1]], dim=1)
-
-
-@dataclass(frozen=True)
-class Feed:
-    """An input in which the units of a site lie side by side, and where they are gated.
-
-    Attributes:
-        module: Path of the module that takes it.
-        dim: The dimension.
-        start: Entries before the first unit.
-        width: Consecutive entries per unit.
-        ndim: Number of dimensions of the inputs that count, where the module takes others too.
-        blocks: How many times over there are all units, block after block.
-    """
-
-    module: str
-    dim: int = -1
-    start: int = 0
-    width: int = 1
-    ndim: int = 0
-    blocks: int = 1
-
-    @property
-    def features(self) -> int:
-        """Entries per unit."""
-        return self.width * self.blocks
-
-    def of(self, value: torch.Tensor, units: int) -> torch.Tensor:
-        """Return what an input has of the units, `[..., units · features]`."""
-        part = value.movedim(self.dim, -1).narrow(-1, self.start, units * self.features)
-        if self.blocks == 1:
-            return part
-        by_block = part.unflatten(-1, (self.blocks, units, self.width))
-        return by_block.transpose(-3, -2).flatten(-3)
-
-    def spread(self, numbers: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Spread one number per unit, `[units]`, so that an input can be multiplied by it."""
-        numbers = numbers.to(value.device).repeat_interleave(self.width).repeat(self.blocks)
-        rest = value.shape[self.dim] - self.start - len(numbers)
-        whole = torch.cat([numbers.new_ones(self.start), numbers, numbers.new_ones(rest)])
-        return whole.reshape(-1, *[1] * (value.ndim - 1 - self.dim % value.ndim))
+"""The part of a model that discovery looks for, by kind of unit."""
 
 
 @dataclass(frozen=True)
@@ -238,14 +153,14 @@ class Site:
 
     @property
     def gated_at(self) -> list[str]:
-        """What tells whether the gates are reached: the site; of dimensions each module."""
+        """Paths whose gates must all be reached: the site's; for dimensions each module's."""
         if self.kind != "dimensions":
             return [self.path]
         return [feed.module for feed in (*self.feeds, *self.masked_norms)]
 
     @property
     def modules(self) -> tuple[Site, ...]:
-        """The site as it is in each of the modules that have its weights."""
+        """The site in each of the modules that share its weights."""
         inside = self.gate[len(self.path) :]
         return self, *(
             replace(self, path=path, feeds=(replace(self.feeds[0], module=f"{path}{inside}"),))
@@ -259,18 +174,18 @@ class Site:
 
     @property
     def coupled(self) -> bool:
-        """Whether what a unit costs depends on how many of other sites are left."""
+        """Whether the cost of a unit depends on the number of units kept at other sites."""
         return self.kind in ("channels", "dimensions") or self.experts.inside
 
     @property
     def removable(self) -> tuple[int, ...]:
-        """Units that may be removed, one by one; where one must stay, not all at once."""
+        """Units that can be removed, though not all at once where `needs_one` holds."""
         return tuple(i for i in range(self.size) if i not in self.fixed)
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A place that looks prunable and is not offered, with the reason."""
+    """A place whose units cannot be removed, with the reason."""
 
     kind: Kind
     path: str
@@ -279,11 +194,11 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Units:
-    """Everything that can be removed from a model, by kind, layer by layer.
+    """All units that can be removed from a model.
 
     Attributes:
         sites: The sites, in the order of the model's modules.
-        refusals: What is not offered, and why.
+        refusals: The places whose units cannot be removed.
     """
 
     sites: tuple[Site, ...]
@@ -326,11 +241,9 @@ class Units:
             if kind not in KINDS:
                 raise ValueError(f"unknown kind of unit {kind!r}: expected some of {list(KINDS)}")
             if not any(site.kind == kind for site in self.sites):
-                reasons = [f"{r.path}: {r.reason}" for r in self.refusals if r.kind == kind]
-                if not reasons:
-                    reasons = [
-                        f"found no {SOUGHT[kind]}; docs/add_a_family.md tells how to name them"
-                    ]
+                reasons = [f"{r.path}: {r.reason}" for r in self.refusals if r.kind == kind] or [
+                    f"found no {SOUGHT[kind]}; docs/add_a_family.md shows how to name them"
+                ]
                 raise ValueError(
                     f"this model has no {kind} that can be removed ({'; '.join(reasons[:3])}); "
                     f"it has {sorted({site.kind for site in self.sites}) or 'nothing to prune'}"
@@ -342,16 +255,14 @@ class Units:
 
     def full(self) -> Structure:
         """Return the structure that keeps everything."""
-        return Structure(
-            tuple(Entry(s.kind, s.path, tuple(range(s.size)), s.size) for s in self.sites)
-        )
+        return self.complete(Structure(()))
 
     def complete(self, structure: Structure) -> Structure:
-        """Check a structure against the model and fill in the sites it leaves out as kept whole.
+        """Check a structure against the model; sites that it leaves out are kept whole.
 
         Raises:
             KeyError: The structure names a site that the model does not have.
-            ValueError: A count differs, or a unit is removed that cannot be.
+            ValueError: A count differs, or a fixed unit is removed.
         """
         given = {(e.kind, e.path): e for e in structure}
         for (kind, path), entry in given.items():

@@ -14,8 +14,8 @@ from transformers import (
 import hfslim
 from hfslim.anatomy.discovery import find_units
 from hfslim.anatomy.inputs import example_inputs
+from hfslim.anatomy.slices import Cut
 from hfslim.anatomy.structure import Structure
-from hfslim.anatomy.units import Cut
 
 # Units of one layer: heads (key-value groups where these are fewer), neurons.
 WIDTHS = {**dict.fromkeys(FAMILIES, (4, 48)), "dinov2": (4, 64)}

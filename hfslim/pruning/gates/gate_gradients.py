@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from hfslim.anatomy.slices import Feed
 from hfslim.anatomy.structure import Kind
-from hfslim.anatomy.units import Feed, Site
+from hfslim.anatomy.units import Site
 
 OnGradient = Callable[[Site, int, torch.Tensor], None]
 """Called with a site, the index of a layer (0 for other kinds) and `[examples, units]`."""

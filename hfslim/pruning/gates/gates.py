@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 from hfslim.anatomy.discovery import find_units
+from hfslim.anatomy.slices import Feed
 from hfslim.anatomy.structure import Kind, Structure
-from hfslim.anatomy.units import Feed, Site, Units
+from hfslim.anatomy.units import Site, Units
 from hfslim.hub.format import modeling_hfslim
 from hfslim.pruning.gates.gate_gradients import (
     OnGradient,

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from hfslim.anatomy.slices import Feed
 from hfslim.anatomy.structure import Kind
-from hfslim.anatomy.units import Feed, Site
+from hfslim.anatomy.units import Site
 
 
 class Masks:

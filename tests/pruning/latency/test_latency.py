@@ -13,7 +13,8 @@ from transformers import ResNetForImageClassification
 import hfslim
 from hfslim.anatomy.discovery import find_units
 from hfslim.anatomy.inputs import example_inputs
-from hfslim.anatomy.units import Cut, Site, Units
+from hfslim.anatomy.slices import Cut
+from hfslim.anatomy.units import Site, Units
 from hfslim.measuring.timing import evaluating
 from hfslim.pruning import UnreachableTargetError
 from hfslim.pruning.latency import latency_measurement, latency_search, latency_table

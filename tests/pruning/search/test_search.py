@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from hfslim.anatomy.slices import Cut
 from hfslim.anatomy.structure import Structure
-from hfslim.anatomy.units import Cut, Site, Units
+from hfslim.anatomy.units import Site, Units
 from hfslim.pruning.search.search import UnreachableTargetError, search
 from hfslim.pruning.search.unit_costs import Costs
 from hfslim.pruning.target import Target

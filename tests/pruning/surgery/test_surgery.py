@@ -9,8 +9,9 @@ from structures import Unchanged, uneven
 import hfslim
 from hfslim.anatomy.discovery import find_units
 from hfslim.anatomy.inputs import example_inputs
+from hfslim.anatomy.slices import Cut
 from hfslim.anatomy.structure import Structure
-from hfslim.anatomy.units import Cut, Units
+from hfslim.anatomy.units import Units
 from hfslim.pruning.surgery import surgery
 
 ATTENTION = "bert.encoder.layer.1.attention.self"
