@@ -1,9 +1,8 @@
-"""Write down how a pruned model differs from the stock model that its config describes."""
+"""Describe the differences between a pruned model and the stock model of its config."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -13,21 +12,12 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from hfslim.anatomy import families
-from hfslim.anatomy.config_fields import (
-    CHOSEN_EXPERTS_FIELD,
-    EXPERT_COUNT_FIELDS,
-    EXPERT_WIDTH_FIELDS,
-    HEAD_SIZE_FIELDS,
-    WIDTH_FIELDS,
-)
-from hfslim.anatomy.discovery import find_units
 from hfslim.anatomy.structure import Structure
-from hfslim.anatomy.units import Site, Units
+from hfslim.anatomy.units import Units
 from hfslim.hub.format import modeling_hfslim
 from hfslim.hub.format.depth import Depth, set_depth
 from hfslim.hub.format.modeling_hfslim import stock_class
-from hfslim.hub.format.width import new_widths, tell_widths, with_widths
+from hfslim.hub.format.width import new_widths, proposals, set_widths
 
 logger = logging.getLogger(__name__)
 
@@ -36,15 +26,13 @@ MARKS = ("hfslim", "quantization_config", "auto_map")
 
 
 def check_built(model: PreTrainedModel) -> None:
-    """Check that a model's class builds all of its tensors, or no cut of it could be loaded.
+    """Check that a model's class builds all of its tensors; else no cut of it could be loaded.
 
     Raises:
-        ValueError: It does not.
+        ValueError: The class does not build all of them.
     """
-    stock = stock_model(model, model.config)
-    # Of layers that an earlier cut left, the places in the list count.
-    for path, kept in (getattr(model.config, "hfslim", None) or {}).get("layers", {}).items():
-        modeling_hfslim.keep_layers(cast(nn.ModuleList, stock.get_submodule(path)), kept)
+    # Names count the layers that an earlier cut left.
+    stock = _cut_stock(model, model.config, _earlier_layers(model))
     unknown = sorted(set(_tensors(model)) - set(_tensors(stock)))
     if unknown:
         raise ValueError(
@@ -62,44 +50,43 @@ def describe(
 ) -> bool:
     """Bring `model.config` up to date after surgery.
 
-    What the family's own config can say (depth, uniform widths) is said there; only the rest goes
-    into `config.hfslim`. If nothing is left, the config is a plain one, and the model loads with
-    nothing of hfslim's.
+    The family's own fields describe depth and uniform widths where they can; only the rest goes
+    into `config.hfslim`. If nothing is left, the config is a plain one, and the model loads without
+    hfslim.
 
     Args:
         model: The model, already cut.
         before: The units that it had before the cut.
         structure: The structure it was cut to.
-        depth: What `set_depth` did, if it was called.
+        depth: The result of `set_depth`, if it was called.
 
     Returns:
-        Whether the model may compute otherwise now than it was cut to: because the depth was put
-        back, of which no stock model is built, or because modules were told another width.
+        Whether the model may compute something else now: because no stock model of the new depth
+        can be built and the old depth is back in the config, or because modules got a new width.
     """
-    earlier = (getattr(model.config, "hfslim", None) or {}).get("layers", {})
+    earlier = _earlier_layers(model)
     depth = set_depth(model, before, structure) if depth is None else depth
     for field in MARKS:
         vars(model.config).pop(field, None)
-    told = {change.path for change in depth}
-    kept = _kept_layers(before, structure, earlier, told)
-    put_back = bool(told) and not _is_built(model, kept)
+    kept = _kept_layers(before, structure, earlier, {change.path for change in depth})
+    put_back = bool(depth) and not _is_built(model, kept)
     if put_back:
-        logger.info("%s builds no model of this depth: telling it apart", type(model).__name__)
+        logger.info("%s builds no model of this depth: listing the layers", type(model).__name__)
         for change in depth:
             vars(change.config).update(change.old)
         kept = _kept_layers(before, structure, earlier, set())
     widths = new_widths(before, structure)
-    for fields in with_widths(_uniform_widths(model), model.config, before, structure):
+    for fields in proposals(model, before, structure):
         config = copy.deepcopy(model.config)
         if fields and not _takes(model, config, fields):
             continue
         left = difference(model, config, kept)
-        told_widths = tell_widths(model, left.get("attributes", {}), widths)
+        changed = set_widths(model, left.get("attributes", {}), widths)
         if not left or not difference(model, config, kept):
             model.config.update(fields)
             logger.info("the pruned model is described by its plain config: %s", fields or "depth")
             return put_back or bool(widths)
-        for settings, old in told_widths:
+        for settings, old in changed:
             settings.update(old)
     blueprint = difference(model, model.config, kept)
     if blueprint:
@@ -108,7 +95,7 @@ def describe(
 
 
 def mark(model: PreTrainedModel, blueprint: dict[str, Any]) -> None:
-    """Put a blueprint into the config, with what the two ways of loading it need."""
+    """Put a blueprint into the config, with the fields for loading with hfslim and without."""
     name = f"Slim{stock_class(model).__name__}"
     model.config.hfslim = {"version": modeling_hfslim.VERSION, **blueprint}
     model.config.quantization_config = {"quant_method": "hfslim"}
@@ -119,19 +106,14 @@ def mark(model: PreTrainedModel, blueprint: dict[str, Any]) -> None:
 def difference(
     model: PreTrainedModel, config: PreTrainedConfig, layers: dict[str, list[int]]
 ) -> dict[str, Any]:
-    """Compare a model with the stock model of a config; empty if that describes it fully.
+    """Return the blueprint of a model against a config; empty if the config describes it fully.
 
     Args:
         model: The pruned model.
         config: A config of its family.
         layers: Positions kept in the lists whose length the config cannot express.
-
-    Returns:
-        The parts of a blueprint that are not empty.
     """
-    stock = stock_model(model, config)
-    for path, kept in layers.items():
-        modeling_hfslim.keep_layers(cast(nn.ModuleList, stock.get_submodule(path)), kept)
+    stock = _cut_stock(model, config, layers)
     tensors = _tensors(stock)
     shapes = {
         name: list(tensor.shape)
@@ -145,17 +127,12 @@ def difference(
         if settings:
             replaced[path] = settings
         if path not in modules:
-            # BigBird's full attention, in the place of its sparse one, has a module of its own.
+            # BigBird's full attention has another module than its sparse one.
             continue
         changed = dict(_changed(module, modules[path], set(settings)))
         if changed:
             attributes[path] = changed
-    parts = {
-        "layers": layers,
-        "replaced": replaced,
-        "attributes": attributes,
-        "shapes": shapes,
-    }
+    parts = {"layers": layers, "replaced": replaced, "attributes": attributes, "shapes": shapes}
     return {name: part for name, part in parts.items() if part}
 
 
@@ -181,19 +158,32 @@ def stock_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedM
         return stock_class(model)(config)
 
 
+def _cut_stock(
+    model: PreTrainedModel, config: PreTrainedConfig, layers: dict[str, list[int]]
+) -> PreTrainedModel:
+    """Build the stock model of a config with only some layers in some lists."""
+    stock = stock_model(model, config)
+    for path, kept in layers.items():
+        modeling_hfslim.keep_layers(cast(nn.ModuleList, stock.get_submodule(path)), kept)
+    return stock
+
+
+def _earlier_layers(model: PreTrainedModel) -> dict[str, list[int]]:
+    """Return the layers that the blueprint of an earlier cut keeps."""
+    return (getattr(model.config, "hfslim", None) or {}).get("layers", {})
+
+
 def _is_built(model: PreTrainedModel, layers: dict[str, list[int]]) -> bool:
-    """Tell whether the config, written and read, builds a stock model that can be cut to this."""
+    """Return whether the config, written and read, builds a stock model to cut to this one."""
     try:
         config = type(model.config).from_dict(model.config.to_dict())
-        stock = stock_model(model, config)
-        for path, kept in layers.items():
-            modeling_hfslim.keep_layers(cast(nn.ModuleList, stock.get_submodule(path)), kept)
+        stock = _cut_stock(model, config, layers)
     except Exception as error:
         logger.debug("no stock model: %s", error)
         return False
     tensors, own = _tensors(stock), _tensors(model)
     modules = dict(stock.named_modules(remove_duplicate=False))
-    # A config may hold a depth that its model is not built by.
+    # The class may ignore the depth that its config holds.
     if tensors.keys() != own.keys():
         return False
     return all(
@@ -209,12 +199,12 @@ def _is_built(model: PreTrainedModel, layers: dict[str, list[int]]) -> bool:
 
 
 def _kept_layers(
-    before: Units, structure: Structure, earlier: dict[str, list[int]], told: set[str]
+    before: Units, structure: Structure, earlier: dict[str, list[int]], in_config: set[str]
 ) -> dict[str, list[int]]:
-    """Return the layers kept of lists whose length no config field tells."""
+    """Return the layers kept in the lists whose length no config field holds."""
     kept = dict(earlier)
     for site in before:
-        if site.kind == "layers" and site.path not in told:
+        if site.kind == "layers" and site.path not in in_config:
             now = structure.kept("layers", site.path)
             if len(now) < site.size or site.path in earlier:
                 had = earlier.get(site.path, range(site.size))
@@ -222,66 +212,8 @@ def _kept_layers(
     return kept
 
 
-def _uniform_widths(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
-    """Propose config changes that may express every width, the smallest change first."""
-    sites = find_units(model).sites
-    parts = [
-        _neurons(
-            model, [s for s in sites if s.kind == "neurons" and not s.experts.inside], WIDTH_FIELDS
-        ),
-        _heads(model, [s for s in sites if s.kind == "heads"]),
-        _neurons(
-            model,
-            [s for s in sites if s.kind == "neurons" and s.experts.inside],
-            EXPERT_WIDTH_FIELDS,
-        ),
-        _experts(model, [s for s in sites if s.kind == "experts"]),
-    ]
-    config = model.config
-    new = [p for p in parts if any(getattr(config, name, None) != p[name] for name in p)]
-    for number in range(len(new) + 1):
-        for some in itertools.combinations(new, number):
-            yield {name: value for part in some for name, value in part.items()}
-
-
-def _neurons(model: PreTrainedModel, sites: list[Site], fields: Sequence[str]) -> dict[str, Any]:
-    """Return the config field that may tell how many neurons each of some sites has."""
-    sizes = {site.size * site.width for site in sites}
-    names = [name for name in fields if hasattr(model.config, name)]
-    return {names[0]: sizes.pop()} if len(sizes) == 1 and names else {}
-
-
-def _heads(model: PreTrainedModel, sites: list[Site]) -> dict[str, Any]:
-    """Return the config fields that may tell how many heads each of some sites has."""
-    # Many families read a head size that their config does not declare.
-    field = next((n for n in HEAD_SIZE_FIELDS if hasattr(model.config, n)), "head_dim")
-    heads = {(s.size, s.width, s.heads.shared) for s in sites}
-    if len(heads) != 1:
-        return {}
-    size, features, shared = heads.pop()
-    module = model.get_submodule(sites[0].path)
-    declared = (vars(module).get(name) for name in families.HEAD_DIM)
-    head_dim = next((value for value in declared if value), None)
-    if not head_dim:
-        return {}
-    counts = {"num_attention_heads": size * features // head_dim, field: head_dim}
-    if hasattr(model.config, "num_key_value_heads"):
-        counts["num_key_value_heads"] = 1 if shared else size
-    return counts
-
-
-def _experts(model: PreTrainedModel, sites: list[Site]) -> dict[str, Any]:
-    """Return the config fields that may tell how many experts each of some sites has."""
-    numbers = {(site.size, site.experts.chosen) for site in sites}
-    names = [name for name in EXPERT_COUNT_FIELDS if hasattr(model.config, name)]
-    if len(numbers) != 1 or not names:
-        return {}
-    size, chosen = numbers.pop()
-    return {names[0]: size, CHOSEN_EXPERTS_FIELD: chosen}
-
-
 def _takes(model: PreTrainedModel, config: PreTrainedConfig, fields: dict[str, Any]) -> bool:
-    """Write fields into a config, and tell whether a stock model with the same parts is built."""
+    """Write fields into a config; return whether it builds a stock model with the same parts."""
     try:
         config.update(fields)
         # Jamba builds no mixture of one expert.
@@ -296,16 +228,13 @@ def _replacement(module: nn.Module) -> dict[str, Any]:
     by = type(module).__name__.partition("__")[0]
     if by not in modeling_hfslim.REPLACEMENTS:
         return {}
-    names = (
-        *("output", "returns", "residual", "norm", "kept_heads", "bias_heads"),
-        *("listed", "count_field", "head_count"),
-    )
-    present = {name: vars(module)[name] for name in names if name in vars(module)}
+    own = vars(module)
+    present = {name: own[name] for name in modeling_hfslim.SETTINGS if name in own}
     return {"by": by} | {k: list(v) if isinstance(v, tuple) else v for k, v in present.items()}
 
 
 def _changed(module: nn.Module, stock: nn.Module, skip: set[str]) -> Iterator[tuple[str, Any]]:
-    """Yield the settings of a module that differ from those of the stock one."""
+    """Yield the attributes of a module that differ from those of the stock module."""
     if stock_class(module).__name__ != stock_class(stock).__name__:
         # Regularisation may depend on depth (drop path), attention on the length of the input.
         if dict(module.named_parameters()).keys() != dict(stock.named_parameters()).keys():

@@ -1,8 +1,8 @@
 """Rebuild a model pruned with hfslim, before its weights load.
 
-This one file is all that a pruned checkpoint needs: it travels beside the weights and is used by
-`from_pretrained(..., trust_remote_code=True)` where hfslim is not installed, and by hfslim itself
-where it is. `config.hfslim`, the blueprint, says how the pruned model differs from the stock model
+A pruned checkpoint needs this one file. It lies beside the weights, and `from_pretrained` with
+`trust_remote_code=True` uses it where hfslim is not installed; hfslim uses its own copy.
+`config.hfslim`, the blueprint, lists the differences between the pruned model and the stock model
 that the rest of the config describes:
 
     {"version": 1,
@@ -11,7 +11,7 @@ that the rest of the config describes:
      "attributes": {module path: {name: value}},
      "shapes": {parameter path: [sizes]}}
 
-A blueprint is data from outside: every path, name and size is checked, and only sizes go down.
+A blueprint is data from outside: every path, name and size is checked, and sizes can only fall.
 """
 
 import copy
@@ -22,7 +22,6 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 VERSION = 1
 ONLY = "the weights of a pruned model are read from safetensors only"
 MAX_COUNT = 1 << 16
-"""Bound on heads, neurons and whatever else is counted by a setting."""
+"""Bound on every number among the settings of a replacement."""
 
 
 class BlueprintError(ValueError):
@@ -41,11 +40,11 @@ class BlueprintError(ValueError):
 
 
 class Headless(nn.Module):
-    """An attention module that has lost every head: only its output projection's bias is left.
+    """An attention module without heads: it returns the bias of its output projection.
 
     Attributes:
-        output: Name of the output projection inside the module; empty if it lies outside, or, where
-            there is a residual, if it is no module and has no bias.
+        output: Name of the output projection inside the module; empty if it lies outside, or, with
+            a residual, if it is no module and has no bias.
         returns: Length of the tuple that the stock class returns; 0 for a bare tensor.
         residual: Name of the argument that the stock class adds to its output, if any.
         norm: Name of the norm after that, if any.
@@ -59,34 +58,37 @@ class Headless(nn.Module):
     listed = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the stock class would, without any head."""
-        hidden = (
-            kwargs["hidden_states"] if "hidden_states" in kwargs else (*args, *kwargs.values())[0]
-        )
-        # MPNet's tuple is longer by the weights where they are asked for.
+        """Return the output of the stock class without any head."""
+        hidden = kwargs.get("hidden_states", (*args, *kwargs.values())[0])
+        # MPNet's tuple holds the weights too where they are asked for.
         weights = [None] if self.returns and kwargs.get("output_attentions") else []
         if self.residual:
             result, *others = self.without_heads(hidden, *weights)
-            result = result + self._bound(*args, **kwargs)[self.residual]
+            result = result + self.by_name(*args, **kwargs)[self.residual]
             return (getattr(self, self.norm)(result) if self.norm else result, *others)
         return self.without_heads(hidden, *weights)
 
-    def _bound(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def stock_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward of the stock class."""
+        return super().forward(*args, **kwargs)
+
+    def by_name(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return the arguments of the stock class's forward by name."""
         stock: Any = stock_class(self)
-        call = inspect.signature(stock.forward).bind(self, *args, **kwargs)
-        rest = call.arguments.pop("kwargs", {})
-        return {**call.arguments, **rest}
+        named = inspect.signature(stock.forward).bind(self, *args, **kwargs).arguments
+        del named["self"]
+        rest = named.pop("kwargs", {})
+        return {**named, **rest}
 
     def without_heads(self, hidden: torch.Tensor, *others: Any) -> Any:
-        """Return the output of no heads, and the rest of the stock class's tuple."""
+        """Return the output without heads, and the rest of the stock class's tuple."""
         result = hidden[..., :0]
         if self.output:
             result = getattr(self, self.output)(result)
         elif self.residual:
             result = torch.zeros_like(hidden)
         if torch.is_grad_enabled():
-            # Every parameter takes part, or DistributedDataParallel would wait for its gradient.
+            # Every parameter takes part: DistributedDataParallel waits for its gradient.
             result = result + 0 * sum(p.sum() for p in self.parameters())
         if not self.returns:
             return result
@@ -95,14 +97,14 @@ class Headless(nn.Module):
 
 
 BIASES = {"alibi", "attention_mask", "position_bias", "rel_pos", "rel_2d_pos"}
-"""Arguments that may hold a bias for all heads."""
+"""Arguments that can hold a bias for all heads."""
 
 
 class BiasedHeads(Headless):
-    """Attention whose caller adds a bias for all heads: takes the rows of those that are left.
+    """Attention whose caller adds a bias for all heads: it selects the rows of the kept ones.
 
     Attributes:
-        kept_heads: Positions of the present heads among the bias's; None where none is missing.
+        kept_heads: Positions of the kept heads in the bias; None if no head is missing.
         bias_heads: Number of heads of the bias.
     """
 
@@ -112,17 +114,16 @@ class BiasedHeads(Headless):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the stock forward on the bias of the kept heads."""
         if self.kept_heads is None:
-            return super(Headless, self).forward(*args, **kwargs)
+            return self.stock_forward(*args, **kwargs)
         if not self.kept_heads:
             return super().forward(*args, **kwargs)
-        arguments = self._bound(*args, **kwargs)
+        arguments = self.by_name(*args, **kwargs)
         for name in BIASES & set(arguments):
             arguments[name] = self._select(arguments[name])
-        del arguments["self"]
-        return super(Headless, self).forward(**arguments)
+        return self.stock_forward(**arguments)
 
     def _select(self, bias: torch.Tensor | None) -> torch.Tensor | None:
-        """Take the kept heads of `[batch, heads, ...]` or `[batch · heads, ...]`."""
+        """Select the kept heads of `[batch, heads, ...]` or `[batch · heads, ...]`."""
         kept = list(self.kept_heads or ())
         if bias is not None and bias.ndim == 4 and bias.shape[1] == self.bias_heads > 1:
             return bias[:, kept]
@@ -132,25 +133,23 @@ class BiasedHeads(Headless):
 
 
 class SharedBiasHeads(BiasedHeads):
-    """T5's attention: the first layer's position bias, of all heads, goes on to the others."""
+    """T5's attention: the first layer hands the position bias of all heads to the others."""
 
     layer_idx: int
     has_relative_attention_bias: bool
     compute_bias: Callable[..., torch.Tensor]
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Run the stock forward on the bias of the kept heads, and pass on that of all."""
+        """Run the stock forward on the bias of the kept heads, and return that of all heads."""
         if self.kept_heads is None:
-            return super(Headless, self).forward(hidden_states, *args, **kwargs)
-        arguments = self._bound(hidden_states, *args, **kwargs)
+            return self.stock_forward(hidden_states, *args, **kwargs)
+        arguments = self.by_name(hidden_states, *args, **kwargs)
         bias = arguments.get("position_bias")
         if bias is None:
             bias = self._bias(arguments)
         if not self.kept_heads:
             return self.without_heads(hidden_states, bias)
-        del arguments["self"]
-        arguments["position_bias"] = self._select(bias)
-        result, _, *rest = super(Headless, self).forward(**arguments)
+        result, _, *rest = self.stock_forward(**arguments | {"position_bias": self._select(bias)})
         return (result, bias, *rest)
 
     def _bias(self, arguments: dict[str, Any]) -> torch.Tensor:
@@ -166,11 +165,11 @@ class SharedBiasHeads(BiasedHeads):
 
 
 class CountedHeads(Headless):
-    """Attention that reads the number of its heads in the model's config, where all have as many.
+    """Attention that reads its number of heads in the model's config, one number for all layers.
 
     Attributes:
-        count_field: Name of the field.
-        head_count: What this module is to read there; None where none is missing.
+        count_field: Name of the config field.
+        head_count: Number of heads of this module; None if no head is missing.
     """
 
     count_field = ""
@@ -182,20 +181,18 @@ class CountedHeads(Headless):
         config = vars(self)["config"]
         if self.head_count is not None:
             config = copy.copy(config)
-            vars(config)[config.attribute_map.get(self.count_field, self.count_field)] = (
-                self.head_count
-            )
+            name = config.attribute_map.get(self.count_field, self.count_field)
+            vars(config)[name] = self.head_count
         return config
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the stock forward, unless no head is left."""
-        if self.head_count == 0:
-            return super().forward(*args, **kwargs)
-        return super(Headless, self).forward(*args, **kwargs)
+        forward = super().forward if self.head_count == 0 else self.stock_forward
+        return forward(*args, **kwargs)
 
 
 class Inputless(nn.Module):
-    """A `Conv1D` that has lost every input: only its bias is left."""
+    """A `Conv1D` without inputs: it returns its bias."""
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return the bias at every position."""
@@ -209,22 +206,13 @@ class WavLMHeads(Headless):
 
     The stock class hands raw weights to torch's multi-head attention. The gate of the relative
     position bias reads slice `h` of the hidden states for head `h` (arXiv 2110.13900, section
-    3.1), so the heads keep their original numbers.
+    3.1), so that heads keep their original numbers.
 
     Attributes:
-        kept_heads: Original numbers of the present heads; None where none is missing.
+        kept_heads: Original numbers of the kept heads; None if no head is missing.
     """
 
     kept_heads: tuple[int, ...] | None = None
-    q_proj: nn.Linear
-    k_proj: nn.Linear
-    v_proj: nn.Linear
-    out_proj: nn.Linear
-    head_dim: int
-    dropout: float
-    gru_rel_pos_linear: nn.Linear
-    gru_rel_pos_const: torch.Tensor
-    compute_bias: Callable[[int, int], torch.Tensor]
 
     def forward(
         self,
@@ -234,47 +222,47 @@ class WavLMHeads(Headless):
         **kwargs: Any,
     ) -> Any:
         """Return the output, no attention weights, and the position bias of all heads."""
+        stock: Any = self
         batch, length, _ = hidden_states.shape
-        all_heads = self.gru_rel_pos_const.shape[1]
+        all_heads = stock.gru_rel_pos_const.shape[1]
         if position_bias is None:
-            position_bias = self.compute_bias(length, length)
-            position_bias = position_bias.repeat(batch, 1, 1)
+            position_bias = stock.compute_bias(length, length).repeat(batch, 1, 1)
         numbers = tuple(range(all_heads)) if self.kept_heads is None else self.kept_heads
         if not numbers:
             return self.without_heads(hidden_states, None, position_bias)
         kept = torch.as_tensor(numbers, device=hidden_states.device)
         by_head = hidden_states.view(batch, length, all_heads, -1).transpose(1, 2)[:, kept]
-        gates = self.gru_rel_pos_linear(by_head).view(*by_head.shape[:-1], 2, 4).sum(-1)
+        gates = stock.gru_rel_pos_linear(by_head).view(*by_head.shape[:-1], 2, 4).sum(-1)
         gate_a, gate_b = torch.sigmoid(gates).chunk(2, dim=-1)
-        gate = gate_a * (gate_b * self.gru_rel_pos_const[:, kept] - 1.0) + 2.0
+        gate = gate_a * (gate_b * stock.gru_rel_pos_const[:, kept] - 1.0) + 2.0
         bias = gate * position_bias.view(batch, all_heads, length, length)[:, kept]
         if attention_mask is not None:
             hidden = attention_mask.ne(1)[:, None, None, :]
             bias = bias.masked_fill(hidden, torch.finfo(bias.dtype).min)
         query, key, value = (
-            project(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
+            project(hidden_states).view(batch, length, -1, stock.head_dim).transpose(1, 2)
+            for project in (stock.q_proj, stock.k_proj, stock.v_proj)
         )
         result = nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=bias, dropout_p=self.dropout if self.training else 0.0
+            query, key, value, attn_mask=bias, dropout_p=stock.dropout if self.training else 0.0
         )
-        result = self.out_proj(result.transpose(1, 2).reshape(batch, length, -1))
+        result = stock.out_proj(result.transpose(1, 2).reshape(batch, length, -1))
         return result, None, position_bias
 
 
 class AcrossHeads(nn.Module):
-    """A norm of queries or keys that runs across all heads, of which only some go on.
+    """A norm across the queries or keys of all heads, which returns those of the kept heads.
 
     Attributes:
-        kept_heads: Positions of those that go on, or of their groups.
-        head_count: How many there are.
+        kept_heads: Positions of the kept heads, or groups of heads.
+        head_count: Number of heads, or groups, that the norm takes.
     """
 
     kept_heads: tuple[int, ...] = ()
     head_count = 1
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Normalise all, and return what is left, `[..., features]`."""
+        """Normalise all heads, and return the kept ones, `[..., features]`."""
         by_head = super().forward(hidden_states).unflatten(-1, (self.head_count, -1))
         return by_head[..., list(self.kept_heads), :].flatten(-2)
 
@@ -289,24 +277,33 @@ FORMER_REPLACEMENTS = ("ConvBertHeads", "DogeHeads", "LongformerHeads", "PvtV2He
 """Classes that only hfslim 0.1.0 had; the file saved beside such a checkpoint has them."""
 
 
+SETTINGS = {
+    **dict.fromkeys(("output", "residual", "norm", "count_field"), str),
+    **dict.fromkeys(("returns", "bias_heads", "head_count"), int),
+    **{"kept_heads": list, "listed": bool},
+}
+"""Attributes of replacements, with their types in a blueprint."""
+
+
 def stock_class(module: nn.Module) -> type:
-    """Return a module's own class, where one of this file or of torch's has taken its place."""
+    """Return the model family's class of a module, also where a replacement is its class."""
     own = [c for c in type(module).__mro__ if not c.__module__.endswith("modeling_hfslim")]
     return next((c for c in own if not c.__module__.startswith("torch.")), own[0])
 
 
 def replace_class(module: nn.Module, by: str, **settings: Any) -> None:
-    """Make a stock module an instance of one of the classes above, in place."""
+    """Make a stock module an instance of a replacement, in place."""
     stock = stock_class(module)
     # Pickle takes dots in a class's name for nested classes.
     path = stock.__module__.replace(".", ":")
-    module.__class__ = getattr(_this_module(), f"{by}__{path}__{stock.__name__}")
+    this = importlib.import_module(__name__)
+    module.__class__ = getattr(this, f"{by}__{path}__{stock.__name__}")
     for name, value in settings.items():
         setattr(module, name, tuple(value) if isinstance(value, list) else value)
 
 
 def apply_blueprint(model: nn.Module, blueprint: Any) -> None:
-    """Give a stock model, on any device, the shapes of the pruned one; contents are not set.
+    """Give a stock model, on any device, the shapes of the pruned one, without its weights.
 
     Raises:
         BlueprintError: The blueprint does not fit the model. The model may be half changed.
@@ -344,11 +341,11 @@ def apply_blueprint(model: nn.Module, blueprint: Any) -> None:
 
 
 LAYER_NUMBERS = ("layer_idx", "layer_id", "seed")
-"""Attributes in which modules keep the number of their layer."""
+"""Attributes of modules with the position of their layer."""
 
 
 def keep_layers(layers: nn.ModuleList | nn.Sequential, kept: Sequence[int]) -> None:
-    """Drop all but some layers, and renumber those that know their number."""
+    """Keep some layers of a list, and renumber the modules that hold their layer's position."""
     chosen = [layers[i] for i in kept]
     del layers[:]
     layers.extend(chosen)
@@ -360,10 +357,10 @@ def keep_layers(layers: nn.ModuleList | nn.Sequential, kept: Sequence[int]) -> N
 
 
 def tell_sizes(module: nn.Module, groups_stay: bool = False) -> None:
-    """Bring the sizes that a linear map tells of itself up to date with its weight.
+    """Set the size attributes of a module from the shape of its weight.
 
     Args:
-        module: The map.
+        module: The module.
         groups_stay: Whether a convolution has lost channels of each group, not groups.
     """
     weight = getattr(module, "weight", None)
@@ -378,7 +375,7 @@ def tell_sizes(module: nn.Module, groups_stay: bool = False) -> None:
     elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
         module.num_features = module.weight.shape[0]
     elif isinstance(module, nn.GroupNorm):
-        # Of the groups that channels may leave each has one.
+        # Channels can only go where each is a group of its own.
         module.num_channels = module.num_groups = module.weight.shape[0]
     elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         per_group = module.out_channels // module.groups
@@ -416,14 +413,9 @@ def _find(model: nn.Module, path: str) -> nn.Module:
 
 def _replace(module: nn.Module, path: str, settings: dict) -> None:
     by = settings.pop("by", None)
-    allowed = {
-        **dict.fromkeys(("output", "residual", "norm", "count_field"), str),
-        **dict.fromkeys(("returns", "bias_heads", "head_count"), int),
-        **{"kept_heads": list, "listed": bool},
-    }
     for name, value in settings.items():
         # An exact type, because True is an int; a bound, because results get this long.
-        fits = type(value) is allowed.get(name)
+        fits = type(value) is SETTINGS.get(name)
         if not fits or (isinstance(value, int) and not 0 <= value <= MAX_COUNT):
             raise BlueprintError(f"{path!r} cannot be replaced with {name}={value!r}")
     if by in FORMER_REPLACEMENTS:
@@ -456,7 +448,7 @@ def _set_attribute(module: nn.Module, path: str, name: str, value: object) -> No
 
 
 def no_larger(new: Any, old: Any) -> bool:
-    """Tell whether a setting, or each of a tuple, is a count that did not grow, or a number."""
+    """Return whether a setting, or each of a tuple, did not grow; a float must be finite."""
     if isinstance(old, tuple):
         return len(new) == len(old) and all(
             type(a) is type(b) and isinstance(a, int) and no_larger(a, b)
@@ -480,13 +472,13 @@ def check_weights(source: str | Path, files: Sequence[str] = ()) -> None:
     """Refuse pickled weights, and weight files outside the folder, before any is read.
 
     Args:
-        source: Folder of the checkpoint, or a Hub id, whose files are the Hub client's to find.
+        source: Folder of the checkpoint, or a Hub id, whose files the Hub client finds.
         files: The weight files that were found.
 
     Raises:
-        BlueprintError: A file is none of safetensors, or lies outside the folder.
+        BlueprintError: A file is not in the format safetensors, or lies outside the folder.
     """
-    # Links are not followed: the Hub client's cache consists of them.
+    # Links are not followed: the Hub client's cache consists of links.
     folder, named = Path(os.path.normpath(Path(source).absolute())), [Path(file) for file in files]
     for index in folder.glob("*.safetensors.index.json"):
         shards = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
@@ -500,7 +492,7 @@ def check_weights(source: str | Path, files: Sequence[str] = ()) -> None:
 
 
 class Slim:
-    """Mixed into a stock model class: builds the pruned model from the config alone."""
+    """A mixin for stock model classes: builds the pruned model from the config alone."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
@@ -509,7 +501,7 @@ class Slim:
 
     @classmethod
     def from_pretrained(cls, *args: Any, config: Any = None, **kwargs: Any) -> Any:
-        """Load as the stock class does; the call of hfslim's own loader is not needed here."""
+        """Load as the stock class does, without hfslim's own loader."""
         call = None
         if kwargs.setdefault("use_safetensors", True) is not True:
             raise BlueprintError(f"use_safetensors={kwargs['use_safetensors']}: {ONLY}")
@@ -526,33 +518,23 @@ class Slim:
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """Let the checkpoint's keys be read like those of the stock class."""
+        """Return False, so that the checkpoint's keys are read like those of the stock class."""
         return False
 
 
-def _module(path: str) -> ModuleType:
-    return importlib.import_module(path.replace(":", "."))
-
-
-def _this_module() -> ModuleType:
-    return importlib.import_module(__name__)
-
-
-def _is_model(stock: Any) -> bool:
-    return isinstance(stock, type) and issubclass(stock, transformers.PreTrainedModel)
-
-
 def __getattr__(name: str) -> type:
-    """Build `Slim<StockModel>` and `<Replacement>__<module>__<StockAttention>` when asked for."""
+    """Build `Slim<StockModel>` or `<Replacement>__<module>__<StockAttention>` on first use."""
     by, _, rest = name.partition("__")
     bases: tuple[type, type]
     if by in REPLACEMENTS and "__" in rest:
         module, _, stock_name = rest.rpartition("__")
-        bases = (REPLACEMENTS[by], getattr(_module(module), stock_name))
-    elif name.startswith("Slim") and _is_model(getattr(transformers, name[4:], None)):
-        bases = (Slim, getattr(transformers, name[4:]))
+        family = importlib.import_module(module.replace(":", "."))
+        bases = (REPLACEMENTS[by], getattr(family, stock_name))
     else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        stock = getattr(transformers, name[4:], None) if name.startswith("Slim") else None
+        if not (isinstance(stock, type) and issubclass(stock, transformers.PreTrainedModel)):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        bases = (Slim, stock)
     cls = type(name, bases, {"__module__": __name__, "__doc__": bases[0].__doc__})
     globals()[name] = cls
     return cls
