@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from hfslim.anatomy.axes import Axes
 from hfslim.anatomy.inputs import example_inputs
 from hfslim.anatomy.slices import Cut, Feed
-from hfslim.anatomy.tracing import Trace, once_per_shape, trace
+from hfslim.anatomy.tracing import CONVOLUTIONS, Trace, by_tracing, trace, why_not
 from hfslim.anatomy.units import Refusal, Site
 
-logger = logging.getLogger(__name__)
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 SENSES = ("pixel_values", "input_values", "input_features")
 """Main inputs that convolutions take channel by channel; in text models they take hidden states."""
 
@@ -42,7 +37,7 @@ def find_channels(model: nn.Module, others: Sequence[Site]) -> list[Site | Refus
     known = {(cut.module, cut.tensor, cut.dim) for site in others for cut in site.cuts}
     weights = {(module, tensor) for module, tensor, _ in known}
     result: list[Site | Refusal] = []
-    for found in _all_channels(model):
+    for found in _channels(model):
         cuts = found.cuts if isinstance(found, Site) else ()
         if not any((cut.module, cut.tensor) in weights for cut in cuts):
             result.append(found)
@@ -52,19 +47,9 @@ def find_channels(model: nn.Module, others: Sequence[Site]) -> list[Site | Refus
     return result
 
 
-@once_per_shape
-def _all_channels(model: PreTrainedModel) -> list[Site | Refusal]:
-    return list(_channels(model))
-
-
+@by_tracing("channels")
 def _channels(model: PreTrainedModel) -> Iterator[Site | Refusal]:
-    try:
-        seen = trace(model, example_inputs(model, 2))
-    except Exception as error:
-        logger.debug("no channels", exc_info=error)
-        reason = f"the model cannot be traced: {type(error).__name__}: {error}"
-        yield Refusal("channels", "", reason[:200])
-        return
+    seen = trace(model, example_inputs(model, 2))
     places = seen.places()
     done = set()
     convolutions = [f"{p}.weight" for p, m in model.named_modules() if isinstance(m, CONVOLUTIONS)]
@@ -73,41 +58,27 @@ def _channels(model: PreTrainedModel) -> Iterator[Site | Refusal]:
             group, _ = seen.axes.units(maker.axis)
             if group not in done:
                 done.add(group)
-                found = _site(model, seen, name, group, places[group])
+                found = _site(model, seen, name.rpartition(".")[0], group, places[group])
                 if found is not None:
                     yield found
 
 
 def _site(
-    model: PreTrainedModel, seen: Trace, name: str, group: int, cuts: list[Cut]
+    model: PreTrainedModel, seen: Trace, path: str, group: int, cuts: list[Cut]
 ) -> Site | Refusal | None:
-    axes: Axes = seen.axes
-    feeds = [
+    feeds = tuple(
         Feed(cut.module, dim, cut.start, cut.widths[0])
         for taker, dim in seen.takers
         for cut in cuts
         if f"{cut.module}.{cut.tensor}" == taker and cut.dim == 1
-    ]
-    modules = {cut.module: model.get_submodule(cut.module) for cut in cuts}
-    reason = axes.reason(group)
-    convolved = any(isinstance(module, CONVOLUTIONS) for module in modules.values())
+    )
+    size, reason = seen.axes.size(group), seen.axes.reason(group)
+    convolved = any(isinstance(model.get_submodule(cut.module), CONVOLUTIONS) for cut in cuts)
     if not convolved or not (feeds or reason):
         return None
-    path = name.rpartition(".")[0]
-    if axes.size(group) < 2:
+    if size < 2:
         reason = reason or "all of them are bound together"
-    for cut in cuts:
-        if cut.tensor in modules[cut.module]._non_persistent_buffers_set:
-            reason = reason or f"{cut.module}.{cut.tensor} depends on them and is not saved"
-    for feed in feeds:
-        if not isinstance(modules[feed.module], (*CONVOLUTIONS, nn.Linear)):
-            reason = reason or f"{feed.module!r} takes them and is no known module"
+    reason = reason or why_not(model, cuts, feeds)
     if reason:
         return Refusal("channels", path, reason)
-    return Site(
-        kind="channels",
-        path=path,
-        size=axes.size(group),
-        feeds=tuple(feeds),
-        cuts=tuple(cuts),
-    )
+    return Site(kind="channels", path=path, size=size, feeds=feeds, cuts=tuple(cuts))

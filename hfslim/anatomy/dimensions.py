@@ -13,10 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from hfslim.anatomy import families
 from hfslim.anatomy.axes import Segment
-from hfslim.anatomy.channels import CONVOLUTIONS
 from hfslim.anatomy.inputs import example_inputs
 from hfslim.anatomy.slices import Cut, Feed
-from hfslim.anatomy.tracing import Trace, once_per_shape, trace
+from hfslim.anatomy.tracing import Trace, by_tracing, trace, why_not
 from hfslim.anatomy.units import Refusal, Site
 
 logger = logging.getLogger(__name__)
@@ -41,21 +40,10 @@ def find_dimensions(model: nn.Module, others: Sequence[Site]) -> list[Site | Ref
     known = {(cut.module, cut.tensor, cut.dim) for site in others for cut in site.cuts}
     return [
         found
-        for found in _all_dimensions(model)
+        for found in _dimensions(model)
         if isinstance(found, Refusal)
         or not any((cut.module, cut.tensor, cut.dim) in known for cut in found.cuts)
     ]
-
-
-@once_per_shape
-def _all_dimensions(model: PreTrainedModel) -> list[Site | Refusal]:
-    norms = [path for path, module in model.named_modules() if _is_norm(module)]
-    try:
-        return list(_dimensions(model, _trace(model, norms)))
-    except Exception as error:
-        logger.debug("no dimensions", exc_info=error)
-        reason = f"the model cannot be traced: {type(error).__name__}: {error}"
-        return [Refusal("dimensions", "", reason[:200])]
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -69,7 +57,8 @@ def _is_norm(module: nn.Module) -> bool:
     )
 
 
-def _trace(model: PreTrainedModel, norms: Sequence[str]) -> Trace:
+def _trace(model: PreTrainedModel) -> Trace:
+    norms = [path for path, module in model.named_modules() if _is_norm(module)]
     inputs = example_inputs(model, 2, length=LENGTH.get(model.main_input_name))
     unmasked = {name: value for name, value in inputs.items() if name != "attention_mask"}
     try:
@@ -80,7 +69,9 @@ def _trace(model: PreTrainedModel, norms: Sequence[str]) -> Trace:
         return trace(model, inputs, norms)
 
 
-def _dimensions(model: PreTrainedModel, seen: Trace) -> Iterator[Site | Refusal]:
+@by_tracing("dimensions")
+def _dimensions(model: PreTrainedModel) -> Iterator[Site | Refusal]:
+    seen = _trace(model)
     norms = _norms(seen)
     takers = dict.fromkeys(seen.takers)
     # Most of the model reads the stream.
@@ -140,13 +131,7 @@ def _site(
     # The name is the module that writes them: one may read one such run and write another.
     readers = {feed.module for feed in feeds}
     path = next((cut.module for cut in cuts if cut.module not in readers), cuts[0].module)
-    modules = {cut.module: model.get_submodule(cut.module) for cut in cuts}
-    for cut in cuts:
-        if cut.tensor in modules[cut.module]._non_persistent_buffers_set:
-            reason = reason or f"{cut.module}.{cut.tensor} depends on them and is not saved"
-    for feed in feeds:
-        if not isinstance(modules[feed.module], (*CONVOLUTIONS, nn.Linear, Conv1D)):
-            reason = reason or f"{feed.module!r} takes them and is no known module"
+    reason = reason or why_not(model, cuts, feeds)
     if reason:
         return Refusal("dimensions", path, reason)
     width = cuts[0].widths[0]

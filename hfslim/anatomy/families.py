@@ -142,11 +142,15 @@ _ROTATED = Attention(
     refused_if=("position_embeddings_type", "rotary"),
 )
 _LINEAR = Attention(refused="heads of linear attention are not known here")
-_BIASED = Attention(replacement="BiasedHeads")
+_WHOLE = Attention(refused="its class shapes the outputs of all heads to the hidden size")
 
 ATTENTIONS = {
     "AlbertAttention": Attention(headless=(("residual", "hidden_states"), ("norm", "LayerNorm"))),
-    "BeitAttention": _BIASED,
+    **dict.fromkeys(
+        ("BeitAttention", "FalconAttention", "LayoutLMv3SelfAttention", "MPNetSelfAttention"),
+        Attention(replacement="BiasedHeads"),
+    ),
+    "MptAttention": Attention(replacement="BiasedHeads"),
     **dict.fromkeys(("BigBirdSelfAttention", "BigBirdBlockSparseAttention"), _RANDOM_BLOCKS),
     **dict.fromkeys(
         ("BigBirdPegasusSelfAttention", "BigBirdPegasusBlockSparseAttention"), _RANDOM_BLOCKS
@@ -174,22 +178,18 @@ ATTENTIONS = {
         refused_if=("talking_head", True),
     ),
     "DogeAttention": Attention(refused="its mask is computed from the values of all heads"),
-    "FalconAttention": Attention(replacement="BiasedHeads"),
     "FunnelRelMultiheadAttention": Attention(
         headless=(("residual", "query"), ("norm", "layer_norm")),
         counted=True,
         count_field="n_head",
         tensors=(
-            ("r_w_bias", 0),
-            ("r_r_bias", 0),
-            ("r_s_bias", 0),
-            ("r_kernel", 1),
-            ("seg_embed", 1),
+            *((name, 0) for name in ("r_w_bias", "r_r_bias", "r_s_bias")),
+            *((name, 1) for name in ("r_kernel", "seg_embed")),
         ),
     ),
     "GPTBigCodeAttention": Attention(fused="c_attn", layout="heads", sizes=("embed_dim",)),
     "HieraMaskUnitAttention": Attention(sizes=("hidden_size_output",), keeps_one=True),
-    "IBertSelfAttention": Attention(keeps_one=True),
+    **dict.fromkeys(("IBertSelfAttention", "LocalSelfAttention"), Attention(keeps_one=True)),
     "LiltSelfAttention": Attention(
         rows=("layout_query", "layout_key", "layout_value"),
         outputs=("^layout_output.dense",),
@@ -197,7 +197,6 @@ ATTENTIONS = {
     ),
     "JetMoeAttention": Attention(refused="each token chooses its own query projections"),
     "LSHSelfAttention": Attention(refused="its hashes are drawn for all heads at once"),
-    "LocalSelfAttention": Attention(keeps_one=True),
     "LevitAttention": Attention(
         fused="queries_keys_values.linear",
         layout="heads",
@@ -221,21 +220,15 @@ ATTENTIONS = {
         counted=True,
         keeps_one=True,
     ),
-    "LongformerSelfAttention": Attention(
-        refused="its class shapes the outputs of all heads to the hidden size"
-    ),
+    **dict.fromkeys(("LongformerSelfAttention", "PvtV2SelfAttention"), _WHOLE),
     "LukeSelfAttention": Attention(rows=("w2e_query", "e2w_query", "e2e_query"), keeps_one=True),
-    "PvtV2SelfAttention": Attention(
-        refused="its class shapes the outputs of all heads to the hidden size"
-    ),
     "MiniMaxLightningAttention": Attention(refused="a norm runs across all heads"),
     "MraSelfAttention": Attention(refused="its attention runs in a CUDA kernel only"),
     "NystromformerSelfAttention": Attention(tensors=(("conv.weight", 0),)),
-    "Qwen3_5GatedDeltaNet": _LINEAR,
-    "Qwen3NextGatedDeltaNet": _LINEAR,
+    **dict.fromkeys(("Qwen3_5GatedDeltaNet", "Qwen3NextGatedDeltaNet"), _LINEAR),
     "SqueezeBertSelfAttention": Attention(output="^post_attention.conv1d", keeps_one=True),
     "XLNetRelativeAttention": Attention(
-        # What it drops out, too, are the attention weights and, of three dimensions, its output.
+        # The dropout takes the attention weights (4 dimensions) and the output (3).
         carrier=(("dropout", 1, 4),),
         headless=(("output", ""), ("residual", "h"), ("norm", "layer_norm")),
         tensors=(
@@ -243,17 +236,13 @@ ATTENTIONS = {
             *((name, 0) for name in ("r_r_bias", "r_s_bias", "r_w_bias")),
         ),
     ),
-    "MPNetSelfAttention": _BIASED,
-    "MptAttention": _BIASED,
-    "LayoutLMv3SelfAttention": _BIASED,
     "MvpAttention": Attention(
         sizes=("embed_dim",),
         refused="its prompts have keys and values of all heads (use_prompt)",
         refused_if=("use_prompt", True),
     ),
-    "MT5Attention": Attention(replacement="SharedBiasHeads"),
+    **dict.fromkeys(("MT5Attention", "T5Attention"), Attention(replacement="SharedBiasHeads")),
     "Phi3Attention": Attention(count_field="num_attention_heads"),
-    "T5Attention": Attention(replacement="SharedBiasHeads"),
     "UMT5Attention": Attention(tensors=(("relative_attention_bias.weight", 1),)),
     "Zamba2Attention": Attention(
         refused="adapters, other ones in every layer, add to its projections",

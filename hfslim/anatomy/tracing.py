@@ -6,20 +6,25 @@ import copy
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from hfslim.anatomy.axes import Axes
 from hfslim.anatomy.features import Labels
 from hfslim.anatomy.following import Follower
-from hfslim.anatomy.slices import Cut
+from hfslim.anatomy.slices import Cut, Feed
+from hfslim.anatomy.structure import Kind
+from hfslim.anatomy.units import Refusal, Site
 
-Found = TypeVar("Found")
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TAKERS = (*CONVOLUTIONS, nn.Linear, Conv1D)
+"""Modules whose inputs are known to be weighed feature by feature."""
 
 logger = logging.getLogger(__name__)
 
@@ -58,18 +63,45 @@ class Trace:
         return places
 
 
-def once_per_shape(find: Callable[[Any], Found]) -> Callable[[Any], Found]:
-    """Cache what a function finds in a model by tracing, until the model's shapes change."""
-    seen: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Found]] = weakref.WeakKeyDictionary()
+Find = Callable[[PreTrainedModel], Iterable[Site | Refusal]]
 
-    @functools.wraps(find)
-    def found(model: nn.Module) -> Found:
-        shapes = tuple((name, tuple(tensor.shape)) for name, tensor in model.state_dict().items())
-        if model not in seen or seen[model][0] != shapes:
-            seen[model] = shapes, find(model)
-        return seen[model][1]
 
-    return found
+def by_tracing(kind: Kind) -> Callable[[Find], Find]:
+    """Let a function that traces a model refuse its units where the trace fails.
+
+    Its result is kept until the shapes of the model change.
+    """
+
+    def wrapped(find: Find) -> Find:
+        seen: weakref.WeakKeyDictionary[nn.Module, tuple[Any, list[Site | Refusal]]]
+        seen = weakref.WeakKeyDictionary()
+
+        @functools.wraps(find)
+        def found(model: PreTrainedModel) -> list[Site | Refusal]:
+            shapes = tuple((name, tuple(t.shape)) for name, t in model.state_dict().items())
+            if model not in seen or seen[model][0] != shapes:
+                try:
+                    seen[model] = shapes, list(find(model))
+                except Exception as error:
+                    logger.debug("no %s", kind, exc_info=error)
+                    reason = f"the model cannot be traced: {type(error).__name__}: {error}"
+                    seen[model] = shapes, [Refusal(kind, "", reason[:200])]
+            return seen[model][1]
+
+        return found
+
+    return wrapped
+
+
+def why_not(model: nn.Module, cuts: Iterable[Cut], feeds: Iterable[Feed]) -> str:
+    """Return why units with these places cannot go; empty if they can."""
+    for cut in cuts:
+        if cut.tensor in model.get_submodule(cut.module)._non_persistent_buffers_set:
+            return f"{cut.module}.{cut.tensor} depends on them and is not saved"
+    for feed in feeds:
+        if not isinstance(model.get_submodule(feed.module), TAKERS):
+            return f"{feed.module!r} takes them and is no known module"
+    return ""
 
 
 def trace(

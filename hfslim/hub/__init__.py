@@ -1,4 +1,4 @@
-"""Save and reload pruned models through the stock `save_pretrained` and `from_pretrained`."""
+"""Save and load pruned models through the stock `save_pretrained` and `from_pretrained`."""
 
 import importlib
 import importlib.abc
@@ -14,7 +14,7 @@ _TRIGGER = "transformers.modeling_utils"
 class _AfterModelingUtils(importlib.abc.MetaPathFinder):
     """Registers the loader once transformers has imported its modeling code.
 
-    `import transformers` alone does not import torch; nor must `import hfslim`.
+    `import transformers` alone does not import torch; `import hfslim` must not do so either.
     """
 
     def find_spec(

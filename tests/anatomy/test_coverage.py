@@ -5,7 +5,7 @@ import sweep
 import zoo
 from places import ROOT
 
-from hfslim.anatomy.coverage import SIGNS, coverage, markdown, page, shares
+from hfslim.anatomy.coverage import SIGNS, coverage
 from hfslim.anatomy.structure import KINDS
 
 ROWS = {f"{row.task}/{row.model_type}": row for row in coverage()}
@@ -29,14 +29,14 @@ def test_rows_are_of_types_that_transformers_knows():
 
 
 def test_the_table_shows_each_type_once():
-    lines = markdown(coverage(["text"])).splitlines()
+    lines = sweep.markdown(coverage(["text"])).splitlines()
     assert len(lines) == 2 + sum(row.task == "text" for row in ROWS.values())
     assert any(line.startswith("| `bert` | yes | yes |") for line in lines)
 
 
 def test_the_page_is_what_the_code_writes():
     written = (ROOT / "docs" / "families.md").read_text()
-    assert written == page(), "python tests/support/sweep.py --page"
+    assert written == sweep.page(), "python tests/support/sweep.py --page"
 
 
 @pytest.mark.parametrize("case", ["text/bert", "text/llama"])
@@ -81,7 +81,7 @@ def test_a_row_stays_where_a_package_of_the_type_is_missing(tmp_path, monkeypatc
 
 def test_nearly_all_types_are_cut_exactly():
     least = {"heads or channels": 0.93, "neurons": 0.95, "layers": 0.95}
-    for part, (exact, types) in shares(ROWS.values()).items():
+    for part, (exact, types) in sweep.shares(ROWS.values()).items():
         assert exact >= least[part] * types > 100, part
 
 
@@ -94,7 +94,7 @@ def test_heads_that_would_need_an_attention_of_their_own_are_refused():
 
 
 def test_the_readme_tells_the_shares_of_the_table():
-    found = shares(ROWS.values())
+    found = sweep.shares(ROWS.values())
     (parts, types), (layers, deep) = found["heads or channels"], found["layers"]
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert f"all {len(ROWS)} types of transformers' classifiers" in readme

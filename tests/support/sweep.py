@@ -38,7 +38,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import hfslim
-from hfslim.anatomy.coverage import measured, page
+from hfslim.anatomy.coverage import COLUMNS, SIGNS, Coverage, coverage, measured
 from hfslim.anatomy.discovery import find_units
 from hfslim.anatomy.inputs import example_inputs
 from hfslim.anatomy.structure import KINDS, Kind, Structure
@@ -50,6 +50,26 @@ from hfslim.pruning.surgery.surgery import shrink
 TOLERANCE = 1e-5
 EFFECT = 1e-6
 LENGTHS = {"input_ids": 16, "inputs": 16, "input_values": 4000, "input_features": 64}
+
+
+INTRODUCTION = """# Model families
+
+What can be removed from which type of classifier, as the sweep over all types of the three auto
+classes of transformers {version} found it: each type is built tiny and cut kind by kind, under
+eager and sdpa attention. `yes`: gated, cut and reloaded outputs are equal, after a second cut too.
+`refused`: not offered, or taken back, with the reason; `no`: it fails with an error. `–`: the type
+has no such part. Empty: not tried. Nothing is cut wrongly without an error: a cut that does not
+equal its gates is taken back, and a warning tells where it changes too little for that to be seen.
+
+"Plain reload" names the kinds of unit whose uniform cut (the same number everywhere) the type's own
+config describes, so that the result loads with nothing of hfslim's; all other results load after
+`import hfslim`, or with `trust_remote_code=True`.
+
+Of the types that could be built and have such parts, there can be cut: {shares}.
+
+A type that is not here, or a model of your own: [how to add a family](add_a_family.md). This page
+is written by `python tests/support/sweep.py --write`.
+"""
 
 
 @dataclass(frozen=True)
@@ -329,6 +349,57 @@ def record(rows: list[Row]) -> None:
     table = {"transformers": transformers.__version__, "types": types}
     path.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n")
     write_page()
+
+
+def shares(rows: Sequence[Coverage]) -> dict[str, tuple[int, int]]:
+    """Count the types that are cut exactly, of those with such units that could be built.
+
+    Heads and channels make one count, neurons and experts another: each is a way of narrowing the
+    same part of a layer. A type that has no such part counts in neither number.
+
+    Args:
+        rows: The types.
+
+    Returns:
+        Number cut exactly and number of types, for `heads or channels`, `neurons` and `layers`.
+    """
+    built = [row for row in rows if {"exact", "refused"} & set(row.outcomes.values())]
+    counts = {}
+    for name, kinds in (
+        ("heads or channels", ("heads", "channels")),
+        ("neurons", ("neurons", "experts")),
+        ("layers", ("layers",)),
+    ):
+        found = [{row.outcomes[kind] for kind in kinds} for row in built]
+        present = [outcomes for outcomes in found if outcomes - {"absent", "untried"}]
+        counts[name] = sum("exact" in outcomes for outcomes in present), len(present)
+    return counts
+
+
+def markdown(rows: Sequence[Coverage]) -> str:
+    """Return a Markdown table of the rows."""
+    head = ("type", *COLUMNS, "plain reload")
+    lines = [" | ".join(head), " | ".join("---" for _ in head)]
+    for row in rows:
+        signs = (SIGNS[row.outcomes[kind]] for kind in COLUMNS)
+        lines.append(" | ".join((f"`{row.model_type}`", *signs, ", ".join(row.plain))))
+    return "\n".join(f"| {line} |" for line in lines) + "\n"
+
+
+def page() -> str:
+    """Return the page of the documentation that tells the coverage."""
+    titles = {"text": "Text", "image": "Images", "audio": "Speech and audio"}
+    counts = [f"{name} of {exact} of {all_}" for name, (exact, all_) in shares(coverage()).items()]
+    parts = [INTRODUCTION.format(version=measured()["transformers"], shares=", ".join(counts))]
+    for task, title in titles.items():
+        rows = coverage([task])
+        parts.append(f"## {title}\n\n{markdown(rows)}")
+    reasons = [
+        f"- `{row.model_type}`, {kind}: {reason}"
+        for row in coverage()
+        for kind, reason in row.reasons.items()
+    ]
+    return "\n".join([*parts, "## Why not\n", *reasons]) + "\n"
 
 
 def write_page() -> None:

@@ -1,4 +1,4 @@
-"""Tell a stock config how many layers are left of a model."""
+"""Write the depth of a pruned model into its config."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["Depth", "check_layer_types", "configs", "layer_types", "set_depth"]
 
 Fields = dict[str, Any]
 Types = Mapping[str, Sequence[str]]
-"""By list of layers, the kind of attention of each, where the config tells it by position."""
+"""The kind of attention of each layer, by list of layers, where the config lists it."""
 
 
 @dataclass(frozen=True)
 class Depth:
-    """A change of depth: the list of layers, the config that tells it, and what it said before."""
+    """A change of depth: the list of layers, the config that holds the depth, its old fields."""
 
     path: str
     config: PreTrainedConfig
@@ -29,21 +29,18 @@ class Depth:
 
 
 def configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """Return a model's config and those inside."""
+    """Return a model's config and the configs inside it."""
     inside = (getattr(model.config, name, None) for name in model.config.sub_configs)
     return [model.config, *(c for c in inside if isinstance(c, PreTrainedConfig))]
 
 
 def set_depth(model: PreTrainedModel, before: Units, structure: Structure) -> list[Depth]:
-    """Write the new number of layers into the config fields that held the old one.
+    """Write the new number of layers into the config fields that hold the old one.
 
     Args:
-        model: The model, already cut, or about to be.
+        model: The model, before the cut or after it.
         before: The units before the cut.
-        structure: The structure it is cut to.
-
-    Returns:
-        What was changed.
+        structure: The structure that the model is cut to.
     """
     earlier = (getattr(model.config, "hfslim", None) or {}).get("layers", {})
     lists = [s for s in before if s.kind == "layers" and s.path not in earlier]
@@ -59,21 +56,20 @@ def set_depth(model: PreTrainedModel, before: Units, structure: Structure) -> li
         change = _change(model.config, fields)
         return [Depth(site.path, *change) for site in lists]
     inside = configs(model)
-    told = []
+    changes = []
     for site in lists:
         config = _config_around(model, site.path)
         others = [s for s in lists if s is not site]
         alone = all(_config_around(model, s.path) is not config for s in others) and site.uses == 1
         if _is_cut(structure, site.path) and alone and any(config is c for c in inside):
-            kept = structure.kept("layers", site.path)
-            fields = _depth_fields(config, site.size, kept)
+            fields = _depth_fields(config, site.size, structure.kept("layers", site.path))
             if fields:
-                told.append(Depth(site.path, *_change(config, fields)))
-    return told
+                changes.append(Depth(site.path, *_change(config, fields)))
+    return changes
 
 
 def layer_types(model: PreTrainedModel, units: Units) -> Types:
-    """Return what each layer finds in `layer_types` of its config, by list of layers."""
+    """Return the entries of `layer_types` in the config, by list of layers."""
     found = {}
     for site in units:
         types = _types(_config_around(model, site.path))
@@ -83,42 +79,39 @@ def layer_types(model: PreTrainedModel, units: Units) -> Types:
 
 
 def check_layer_types(model: PreTrainedModel, before: Types, structure: Structure) -> None:
-    """Check that the layers that stay go on finding their own type in the config.
+    """Check that each kept layer still finds its own type of attention in the config.
 
-    When they run, they look up by their position which kind of attention they get. Where that
-    differs in its window alone, no short input shows a wrong one.
+    Layers look up their type by position when they run. Types that differ only in their window
+    give equal outputs on a short input, so that a comparison of outputs can miss a wrong type.
 
     Args:
-        model: The model, cut, its config brought up to date.
-        before: What `layer_types` told of it before.
-        structure: The structure it was cut to.
+        model: The cut model, with its config up to date.
+        before: The result of `layer_types` before the cut.
+        structure: The structure that the model was cut to.
 
     Raises:
-        RuntimeError: Some would find that of another.
+        RuntimeError: A layer would find another layer's type.
     """
     for path, types in before.items():
         kept = structure.kept("layers", path)
         now = _types(_config_around(model, path))[: len(kept)]
         if now != [types[i] for i in kept]:
             raise RuntimeError(
-                f"with the layers {list(kept)} of {path!r} alone, its config would tell some the "
-                f"attention of others (layer_types {now}, where they had "
+                f"with the layers {list(kept)} of {path!r} alone, its config would give some "
+                f"of them the attention of others (layer_types {now}, where they had "
                 f"{[types[i] for i in kept]}); nothing was changed. Leave layers out of `units`, "
-                "or let the last ones go"
+                "or remove the last ones"
             )
 
 
 def _types(config: PreTrainedConfig) -> list[str]:
-    """Return a config's type of each layer; what its class lists are the types that there are."""
+    """Return the type of each layer; a list on the config's class names the known types instead."""
     listed = isinstance(getattr(type(config), "layer_types", None), list | tuple)
     return [] if listed else list(getattr(config, "layer_types", None) or ())
 
 
 def _depth_fields(config: PreTrainedConfig, size: int, kept: tuple[int, ...]) -> Fields:
-    fields: Fields = {}
-    for name in DEPTH_FIELDS:
-        if getattr(config, name, None) == size:
-            fields[name] = len(kept)
+    fields: Fields = {n: len(kept) for n in DEPTH_FIELDS if getattr(config, n, None) == size}
     if not fields:
         return {}
     for name in PER_LAYER_FIELDS:

@@ -1,8 +1,8 @@
-"""Teach the stock `from_pretrained` and `save_pretrained` about pruned models.
+"""Let the stock `from_pretrained` and `save_pretrained` handle pruned models.
 
 Importing this module registers a loader for checkpoints whose config names the method `hfslim`.
-transformers calls it, as it calls quantizers, on the meta model before the weights load; the
-loaded model is of the stock class and is not left marked as quantized.
+transformers calls it like a quantizer, on the meta model before the weights load. The loaded model
+is of the stock class and is not marked as quantized.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class BlueprintConfig(QuantizationConfigMixin):
         self.quant_method = quant_method  # type: ignore[assignment]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what `config.json` holds."""
+        """Return the entry of `config.json`."""
         return {"quant_method": "hfslim"}
 
     to_diff_dict = to_dict
@@ -44,7 +44,7 @@ class BlueprintLoader(HfQuantizer):
     """Cuts the meta model to the shapes of the checkpoint; nothing is quantized."""
 
     def validate_environment(self, *_: Any, weights_only: bool = True, **__: Any) -> None:
-        """Refuse to unpickle whatever a file holds."""
+        """Refuse to unpickle files."""
         if not weights_only:
             raise modeling_hfslim.BlueprintError(f"weights_only=False: {modeling_hfslim.ONLY}")
 
@@ -66,18 +66,18 @@ class BlueprintLoader(HfQuantizer):
         carry_file(model)
 
     def is_serializable(self) -> bool:
-        """Tell that a loaded model can be saved."""
+        """Return True: a loaded model can be saved."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Tell that a loaded model can be trained."""
+        """Whether a loaded model can be trained."""
         return True
 
 
 def carry_file(model: PreTrainedModel) -> None:
-    """Make a model's own saving and pushing put `modeling_hfslim.py` beside the weights."""
-    # Not bound methods, which pickle would look up by name on the model's class.
+    """Make a model's `save_pretrained` and `push_to_hub` add `modeling_hfslim.py`."""
+    # Partials, because pickle looks up bound methods by name on the model's class.
     vars(model)["save_pretrained"] = functools.partial(_save_pretrained, model)
     vars(model)["push_to_hub"] = functools.partial(_push_to_hub, model)
 
@@ -96,8 +96,8 @@ def _save_pretrained(
     if is_main_process and getattr(model.config, "hfslim", None):
         shutil.copyfile(modeling_hfslim.__file__, folder / FILE)
         if re.fullmatch(r"checkpoint-\d+", folder.name):
-            # The stock Trainer pushes a checkpoint from the folder above, into which it copies
-            # the weights and the config alone.
+            # The stock Trainer pushes a checkpoint from the folder above, and copies only the
+            # weights and the config there.
             shutil.copyfile(modeling_hfslim.__file__, folder.parent / FILE)
     if push_to_hub:
         names = ("commit_message", "private", "token", "create_pr", "revision", "max_shard_size")
@@ -118,8 +118,8 @@ def _push_to_hub(
     max_shard_size: int | str = "50GB",
     tags: list[str] | str | None = None,
 ) -> Any:
-    """Push as the class does, in one commit, with hfslim's card."""
-    # Neither is needed to load or save a model.
+    """Push as the class does, in one commit, with the card of hfslim."""
+    # Loading and saving need neither.
     from hfslim.hub.card import write_card
     from hfslim.hub.push import push
 
