@@ -1,4 +1,4 @@
-"""Models with PEFT adapters: the model inside, and the plain model that computes the same."""
+"""Models with PEFT adapters: the model inside, and an equal plain model."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def merge_adapters(model: Any) -> Any:
     """Fold a model's adapters into its weights, so that it can be pruned and exported.
 
     Args:
-        model: A `peft.PeftModel`, which is used up; a model without adapters is returned as it is.
+        model: A `peft.PeftModel`, which changes; a model without adapters is returned unchanged.
 
     Returns:
-        The transformers model inside, without adapters, all of its parameters trainable. In float32
-        its logits are those of the adapted model but for rounding.
+        The transformers model inside, without adapters, with all parameters trainable. In float32
+        its logits equal those of the adapted model up to rounding.
 
     Raises:
-        ValueError: The adapters cannot be folded in: prompts and prefixes, quantized weights, or
-            adapters that transformers itself has put into the model.
+        ValueError: The adapters cannot be folded in: prompts and prefixes, adapters on quantized
+            weights, or adapters that transformers itself has added.
     """
     layers = _adapted_layers(model)
     kinds = getattr(model, "peft_config", {}) if hasattr(model, "get_base_model") else {}
@@ -62,11 +62,7 @@ def merge_adapters(model: Any) -> Any:
 
 
 def check_merged(model: nn.Module) -> None:
-    """Refuse a model whose adapters would be cut apart from its weights.
-
-    Raises:
-        ValueError: It has adapters.
-    """
+    """Raise ValueError if a model has adapters, which a cut would separate from its weights."""
     layers = _adapted_layers(model)
     if layers:
         raise ValueError(
@@ -76,13 +72,10 @@ def check_merged(model: nn.Module) -> None:
 
 
 def plain_twin(model: Any) -> Any:
-    """Return a model with the same modules less the adapters, without weights, to look at.
+    """Return a copy of a model without adapters and without values, for inspection.
 
-    What was cut out of the model is not in its twin either. Linear maps whose weights are computed
-    from others, as 8-bit ones are, have weights of their own.
-
-    Args:
-        model: A transformers model with either inside; without any it is returned itself.
+    The copy has the shapes of the model, pruned or not. Linear maps with computed weights, such as
+    8-bit ones, get weights of their own. A model without either is returned itself.
     """
     computed = [
         path
@@ -92,10 +85,9 @@ def plain_twin(model: Any) -> Any:
     adapted = _adapted_layers(model)
     if not adapted and not computed:
         return model
-    empty: dict[int, Any] = {}
-    for parameter in model.parameters():
-        empty[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-    empty.update({id(buffer): buffer.to("meta") for buffer in model.buffers()})
+    empty: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()
+    } | {id(buffer): buffer.to("meta") for buffer in model.buffers()}
     twin = copy.deepcopy(model, empty)
     for path in computed:
         old: Any = twin.get_submodule(path)

@@ -9,8 +9,7 @@ from typing import Any
 from torch import nn
 
 from hfslim.anatomy import families
-from hfslim.anatomy.grouped import cuts_of, feed_of, groups_of
-from hfslim.anatomy.projections import Projection
+from hfslim.anatomy.projections import Projection, cuts_of, feed_of, groups_of
 from hfslim.anatomy.slices import Cut, Feed
 from hfslim.anatomy.units import HeadPart, Refusal, Site
 
@@ -36,15 +35,7 @@ def find_heads(path: str, module: nn.Module, config: Any, find: Find) -> Site | 
 
 @dataclass(frozen=True)
 class _Heads:
-    """The order of the heads of one module.
-
-    Attributes:
-        units: Number of units: heads, or groups of heads that share keys and values.
-        queries: Number of query heads.
-        cuts: Cuts of the query, key and value projections.
-        shared: Whether all heads share the one key and value, which then stay.
-        projections: These projections, where they are separate.
-    """
+    """The heads of one module, with the cuts of their query, key and value projections."""
 
     units: int
     queries: int

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hfslim.anatomy.inputs import example_inputs
-from hfslim.anatomy.slices import Cut, Feed
+from hfslim.anatomy.slices import Cut
 from hfslim.anatomy.tracing import CONVOLUTIONS, Trace, by_tracing, trace, why_not
 from hfslim.anatomy.units import Refusal, Site
 
@@ -66,12 +66,7 @@ def _channels(model: PreTrainedModel) -> Iterator[Site | Refusal]:
 def _site(
     model: PreTrainedModel, seen: Trace, path: str, group: int, cuts: list[Cut]
 ) -> Site | Refusal | None:
-    feeds = tuple(
-        Feed(cut.module, dim, cut.start, cut.widths[0])
-        for taker, dim in seen.takers
-        for cut in cuts
-        if f"{cut.module}.{cut.tensor}" == taker and cut.dim == 1
-    )
+    feeds = seen.feeds(cuts)
     size, reason = seen.axes.size(group), seen.axes.reason(group)
     convolved = any(isinstance(model.get_submodule(cut.module), CONVOLUTIONS) for cut in cuts)
     if not convolved or not (feeds or reason):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from hfslim.anatomy import families
 from hfslim.anatomy.axes import Segment
@@ -73,9 +72,8 @@ def _trace(model: PreTrainedModel) -> Trace:
 def _dimensions(model: PreTrainedModel) -> Iterator[Site | Refusal]:
     seen = _trace(model)
     norms = _norms(seen)
-    takers = dict.fromkeys(seen.takers)
     # Most of the model reads the stream.
-    reads = {group: len(list(_feeds(model, cuts, takers))) for group, cuts in seen.places().items()}
+    reads = {group: len(seen.feeds(cuts)) for group, cuts in seen.places().items()}
     stream = max(norms, key=lambda group: reads.get(group, 0), default=None)
     if stream is None:
         return
@@ -91,7 +89,7 @@ def _dimensions(model: PreTrainedModel) -> Iterator[Site | Refusal]:
             seen.axes.group((Segment(group),), units)
     norms, places = _norms(seen), seen.places()
     for group, cuts in places.items():
-        feeds, reason = list(_feeds(model, cuts, takers)), seen.axes.reason(group)
+        feeds, reason = seen.feeds(cuts), seen.axes.reason(group)
         as_wide = not reason and _entries(model, cuts[0]) == width
         if feeds and seen.axes.size(group) > 1 and (group in norms or as_wide):
             yield _site(model, seen.axes.size(group), reason, cuts, feeds, norms.get(group, []))
@@ -125,7 +123,7 @@ def _site(
     size: int,
     reason: str,
     cuts: list[Cut],
-    feeds: list[Feed],
+    feeds: tuple[Feed, ...],
     norms: list[Feed],
 ) -> Site | Refusal:
     # The name is the module that writes them: one may read one such run and write another.
@@ -139,22 +137,10 @@ def _site(
         kind="dimensions",
         path=path,
         size=size,
-        feeds=tuple(feeds),
+        feeds=feeds,
         cuts=(*cuts, *_unseen(model, size * width, width)),
         masked_norms=tuple(norms),
     )
-
-
-def _feeds(
-    model: PreTrainedModel, cuts: Sequence[Cut], takers: Mapping[tuple[str, int], None]
-) -> Iterator[Feed]:
-    by_tensor: dict[tuple[str, int], list[Cut]] = {}
-    for cut in cuts:
-        by_tensor.setdefault((f"{cut.module}.{cut.tensor}", cut.dim), []).append(cut)
-    for taker, dim in takers:
-        transposed = isinstance(model.get_submodule(taker.rpartition(".")[0]), Conv1D)
-        for cut in by_tensor.get((taker, 0 if transposed else 1), []):
-            yield Feed(cut.module, dim, cut.start, cut.widths[0])
 
 
 def _entries(model: nn.Module, cut: Cut) -> int:

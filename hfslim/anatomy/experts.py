@@ -95,7 +95,7 @@ def _experts(path: str, modules: Mapping[str, nn.Module], total: int) -> Site | 
         if tensor.shape[:1] == (total,)
     ]
     around = {"": modules[block]} | {f"{part}.": modules[f"{block}.{part}"] for part in parts}
-    told = [(f"{p}{name}", m, name) for p, m in around.items() for name in vars(m)]
+    settings = [(f"{p}{name}", name, v) for p, m in around.items() for name, v in vars(m).items()]
     chosen = _first(router, mixtures.CHOSEN_EXPERTS)
     return Site(
         kind="experts",
@@ -105,8 +105,8 @@ def _experts(path: str, modules: Mapping[str, nn.Module], total: int) -> Site | 
         cuts=tuple(cuts),
         attributes=tuple(
             (where, 1)
-            for where, module, name in told
-            if name in mixtures.EXPERT_COUNTS and vars(module)[name] == total
+            for where, name, value in settings
+            if name in mixtures.EXPERT_COUNTS and value == total
         ),
         fixed=(0, 1) if type(router).__name__ in mixtures.TWO_EXPERTS_STAY else (),
         experts=ExpertPart(
@@ -115,8 +115,8 @@ def _experts(path: str, modules: Mapping[str, nn.Module], total: int) -> Site | 
             chosen=chosen,
             clipped=tuple(
                 where
-                for where, module, name in told
-                if name in mixtures.CHOSEN_EXPERTS and vars(module)[name] == chosen
+                for where, name, value in settings
+                if name in mixtures.CHOSEN_EXPERTS and value == chosen
             ),
         ),
     )

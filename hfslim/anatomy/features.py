@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hfslim.anatomy.axes import Axes, Label, blocks
+from hfslim.anatomy.axes import Axes, Label, Segment, blocks
 
 Labels = list[Label]
 
@@ -47,13 +47,14 @@ class Features:
         axes: The axes of features, tied where they can only go together.
         tensors: The model's parameters and buffers.
         makers: Parameters that make features, in the order of the pass.
-        takers: Parameters that take features, with the dimension of the input that holds these.
+        takers: Parameters that take features, with the dimensions of the input and of the
+            parameter that these lie along.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.axes = Axes()
         self.makers: dict[str, None] = {}
-        self.takers: list[tuple[str, int]] = []
+        self.takers: dict[tuple[str, int, int], None] = {}
         self.tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         self._seen: dict[int, _Followed] = {}
         for name, tensor in self.tensors.items():
@@ -115,20 +116,13 @@ class Features:
                 self.axes.tie(self.labels(x)[1], self.labels(vector)[0])
         self.keep(result[0] if isinstance(result, tuple | list) else result, self.labels(x))
 
-    def _on_native_group_norm(
-        self, result: Any, x: torch.Tensor, weight: Any, bias: Any, *sizes: int
-    ) -> None:
-        _, channels, _, groups, _ = sizes
-        for vector in (weight, bias):
-            if vector is not None:
-                self.axes.tie(self.labels(x)[1], self.labels(vector)[0])
+    def _on_native_group_norm(self, result: Any, x: torch.Tensor, *rest: Any) -> None:
+        _, _, _, channels, _, groups, _ = rest
+        self._batch_norm(result, x, *rest[:2])
         if groups != channels:
             self.axes.bind(self.labels(x)[1:], ACROSS)
-        self.keep(result[0], self.labels(x))
 
-    def _on_native_layer_norm(
-        self, result: Any, x: torch.Tensor, shape: Sequence[int], *_: Any
-    ) -> None:
+    def _on_native_layer_norm(self, result: Any, x: Any, shape: Sequence[int], *_: Any) -> None:
         self.axes.bind(self.labels(x)[-len(shape) :], ACROSS)
         self.keep(result[0], self.labels(x))
 
@@ -138,7 +132,7 @@ class Features:
         self.keep(result, self.labels(x))
 
     def _on__weight_norm_interface(
-        self, result: Any, direction: torch.Tensor, length: torch.Tensor, dim: int = 0
+        self, result: Any, direction: Any, length: Any, dim: int = 0
     ) -> None:
         self.axes.tie(self.labels(direction)[dim], self.labels(length)[dim])
         self.keep(result[0], self.labels(direction), self._name(direction))
@@ -147,24 +141,16 @@ class Features:
         self.axes.bind(self.labels(weight)[:1], "they are chosen by number")
         self.keep(result, [*[None] * rows.ndim, self.labels(weight)[1]])
 
-    def _on_convolution(
-        self,
-        result: torch.Tensor,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        *how: Any,
-    ) -> None:
+    def _on_convolution(self, result: Any, x: Any, weight: Any, bias: Any, *how: Any) -> None:
         transposed, groups = how[3], how[5]
         makes, takes, *_ = self.labels(weight)
         name = self._name(weight)
         if transposed or not name:
-            why = TRANSPOSED if transposed else COMPUTED
-            self.bind((x, weight), why)
+            self.bind((x, weight), TRANSPOSED if transposed else COMPUTED)
             return
         if groups == 1:
             self.axes.tie(self.labels(x)[1], takes)
-            self.takers.append((name, 1))
+            self.takers[name, 1, 1] = None
         else:
             units = self.axes.new(groups)
             self.axes.group(self.labels(x)[1], units)
@@ -180,7 +166,7 @@ class Features:
             self.bind((x, weight), "they are multiplied together")
             return
         self.axes.tie(self.labels(x)[1], self.labels(weight)[0])
-        self.takers.append((name, -1))
+        self.takers[name, -1, 0 if self.tensors[name] is weight else 1] = None
         self.makers[name] = None
         self.keep(result, [self.labels(x)[0], self.labels(weight)[1]])
 
@@ -235,28 +221,25 @@ class Features:
         self.keep(result, added + [label if n > 1 else None for label, n in sizes])
 
     def _on_slice(self, result: Any, x: torch.Tensor, dim: int = 0, *_: Any, **__: Any) -> None:
+        labels = list(self.labels(x))
         if result.shape[dim] != x.shape[dim]:
-            self._drop(result, x, dim, keepdim=True)
-        else:
-            self.keep(result, self.labels(x))
+            self._drop(result, labels[dim])
+            labels[dim] = None
+        self.keep(result, labels)
 
     def _on_select(self, result: Any, x: torch.Tensor, dim: int, _: int) -> None:
-        self._drop(result, x, dim, keepdim=False)
+        labels = list(self.labels(x))
+        self._drop(result, labels.pop(dim))
+        self.keep(result, labels)
 
     def _on_roll(self, result: Any, x: torch.Tensor, _: Any, dims: Sequence[int] = ()) -> None:
         self.axes.bind((self.labels(x)[d] for d in dims or range(x.ndim)), RESHAPED)
         self.keep(result, self.labels(x))
 
-    def _drop(self, result: torch.Tensor, x: torch.Tensor, dim: int, keepdim: bool) -> None:
-        labels = list(self.labels(x))
+    def _drop(self, result: torch.Tensor, label: Label) -> None:
         # A sub-layer that has lost every unit takes nothing.
         if result.numel():
-            self.axes.bind([labels[dim]], "only some of them are used at one place")
-        if keepdim:
-            labels[dim] = None
-        else:
-            del labels[dim % x.ndim]
-        self.keep(result, labels)
+            self.axes.bind([label], "only some of them are used at one place")
 
     def _on_cat(self, result: torch.Tensor, parts: Sequence[torch.Tensor], dim: int = 0) -> None:
         parts = [part for part in parts if part.numel() or part.ndim > 1]
@@ -266,14 +249,11 @@ class Features:
                 if d != dim % result.ndim and (label or labels[d]):
                     self.axes.tie(labels[d], label)
         along = [self.axes.resolve(self.labels(part)[dim]) for part in parts]
-        if any(along):
-            for i, label in enumerate(along):
-                if label is None:
-                    along[i] = label = self.axes.new(parts[i].shape[dim])
-                    self.axes.bind([label], "they lie beside features that are no channels")
-            labels[dim] = tuple(one for label in along for one in label or ())
-        else:
-            labels[dim] = None
+        for i, label in enumerate(along) if any(along) else ():
+            if label is None:
+                along[i] = label = self.axes.new(parts[i].shape[dim])
+                self.axes.bind([label], "they lie beside features that are no channels")
+        labels[dim] = tuple(one for label in along for one in label or ()) or None
         self.keep(result, labels)
 
     def _reshaped(self, x: torch.Tensor, shape: Sequence[int]) -> Labels:
@@ -283,20 +263,15 @@ class Features:
             there = [self.labels(x)[d] for d in old]
             if not any(there) or not new:
                 continue
-            outer = self.axes.resolve(there[0])
-            inner = x.shape[old[0]]
+            outer = self.axes.resolve(there[0]) or ()
+            alone = outer[0].axis if len(old) == len(outer) == 1 else None
             if len(old) == len(new) == 1:
                 labels[new[0]] = there[0]
             elif len(new) == 1 and outer and not any(there[1:]):
-                inner = shape[new[0]] // inner
-                labels[new[0]] = tuple(type(s)(s.axis, s.inner * inner) for s in outer)
-            elif (
-                len(old) == 1
-                and outer
-                and len(outer) == 1
-                and self.axes.size(outer[0].axis) == shape[new[0]]
-            ):
-                labels[new[0]] = self.axes.resolve((type(outer[0])(outer[0].axis),))
+                inner = shape[new[0]] // x.shape[old[0]]
+                labels[new[0]] = tuple(Segment(s.axis, s.inner * inner) for s in outer)
+            elif alone is not None and self.axes.size(alone) == shape[new[0]]:
+                labels[new[0]] = self.axes.resolve((Segment(alone),))
             else:
                 self.axes.bind(there, RESHAPED)
         return labels
@@ -306,6 +281,6 @@ def _among(values: Any) -> list[torch.Tensor]:
     if isinstance(values, torch.Tensor):
         return [values]
     if isinstance(values, dict):
-        values = values.values()
-    many = isinstance(values, list | tuple) or type(values).__name__ == "dict_values"
+        values = list(values.values())
+    many = isinstance(values, list | tuple)
     return [tensor for value in values for tensor in _among(value)] if many else []

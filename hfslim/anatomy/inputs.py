@@ -1,4 +1,4 @@
-"""Inputs to run a model with when none are given: probing, counting, timing."""
+"""Example inputs for probing, counting and timing a model."""
 
 from __future__ import annotations
 
@@ -12,36 +12,30 @@ TEXT_LENGTH = 128
 IMAGE_SIZE = 224
 AUDIO_SAMPLES = 16_000
 CHARACTERS = 256
-"""Code points for models that read characters."""
+"""Number of code points for models that read characters."""
 _FLOATING = ("pixel_values", "input_values", "input_features", "inputs_embeds")
 
-
 Stated = Mapping[str, torch.Tensor | Sequence[int]]
-"""An input at which to count: tensors, or just their shapes."""
+"""An input: tensors, or their shapes."""
 
 
 def stated_inputs(model: PreTrainedModel, inputs: Stated | None) -> dict[str, torch.Tensor]:
-    """Return the input at which a model's cost is counted.
+    """Return the arguments of a model's forward for counting its cost, on the model's device.
 
     Args:
         model: The classifier.
         inputs: Tensors, or shapes such as `{"input_ids": [1, 128]}`; one example of
             `example_inputs` if not given.
-
-    Returns:
-        The arguments of the model's forward, on the model's device.
     """
     if inputs is None:
         return example_inputs(model)
-    device = next(model.parameters()).device
-    return {
-        name: value.to(device)
-        if isinstance(value, torch.Tensor)
-        else torch.ones(
-            tuple(value), device=device, dtype=model.dtype if name in _FLOATING else torch.long
-        )
-        for name, value in inputs.items()
-    }
+    result = {}
+    for name, value in inputs.items():
+        if not isinstance(value, torch.Tensor):
+            dtype = model.dtype if name in _FLOATING else torch.long
+            value = torch.ones(tuple(value), dtype=dtype)
+        result[name] = value.to(next(model.parameters()).device)
+    return result
 
 
 def example_inputs(
@@ -50,17 +44,17 @@ def example_inputs(
     """Build random inputs of the right kind and size for a classifier.
 
     Args:
-        model: The classifier; its config tells sizes, its `main_input_name` the modality.
+        model: The classifier; its config gives sizes, its `main_input_name` the modality.
         batch_size: Number of examples.
         seed: Seed of the contents.
-        length: Tokens, samples, frames or pixels each way, where the model leaves that open. 128
+        length: Tokens, samples, frames or pixels each way, where the model takes any number. 128
             tokens, one second at 16 kHz, 128 frames or 224 pixels if not given.
 
     Returns:
         The arguments of the model's forward, on the model's device.
 
     Raises:
-        ValueError: The model's main input is of a kind that is not known here.
+        ValueError: The model's main input is of an unknown kind.
     """
     config, name = model.config, model.main_input_name
     generator = torch.Generator().manual_seed(seed)
@@ -69,7 +63,7 @@ def example_inputs(
         text = config.get_text_config()
         ids = _text(text, batch_size, length, generator)
         if config.is_encoder_decoder:
-            # BART and T5 classify from the position of the one end of the text.
+            # BART and T5 classify from the position of the only end token.
             ids[:, -1] = text.eos_token_id
         inputs = {name: ids, "attention_mask": torch.ones_like(ids)}
     elif kind == "pixel_values":
@@ -113,10 +107,9 @@ def _text(
 
 def _image_shape(config: PreTrainedConfig, length: int | None) -> tuple[int, int, int]:
     config = getattr(config, "vision_config", config)
-    # What timm tells of its weights.
-    told = getattr(config, "pretrained_cfg", None) or {}
-    if "input_size" in told:
-        channels, height, width = told["input_size"]
+    timm = getattr(config, "pretrained_cfg", None) or {}
+    if "input_size" in timm:
+        channels, height, width = timm["input_size"]
         return channels, height, width
     size = getattr(config, "image_size", length or IMAGE_SIZE)
     height, width = (size, size) if isinstance(size, int) else size
@@ -126,7 +119,7 @@ def _image_shape(config: PreTrainedConfig, length: int | None) -> tuple[int, int
 def _patches(
     config: PreTrainedConfig, batch_size: int, generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
-    """Return an image as SigLIP 2 takes it: flat patches, and how many there are each way."""
+    """Return an image for SigLIP 2: flat patches, and their number each way."""
     side = math.isqrt(config.num_patches)
     pixels = config.num_channels * config.patch_size**2
     return {
@@ -137,16 +130,14 @@ def _patches(
 
 
 def _perceived(model: PreTrainedModel) -> str:
-    """Tell what a Perceiver's preprocessor embeds."""
+    """Return the kind of input that a Perceiver's preprocessor embeds."""
     embeds = getattr(model.get_submodule("perceiver.input_preprocessor"), "embeddings", None)
     return "pixel_values" if embeds is None else "input_ids"
 
 
 def _speech_shape(config: object, length: int | None) -> tuple[int, ...]:
-    mel, positions = (
-        getattr(config, "num_mel_bins", None),
-        getattr(config, "max_source_positions", None),
-    )
+    mel = getattr(config, "num_mel_bins", None)
+    positions = getattr(config, "max_source_positions", None)
     if mel and positions:
         return mel, 2 * positions
     if mel:

@@ -8,8 +8,7 @@ from torch import nn
 
 from hfslim.anatomy import feed_forwards
 from hfslim.anatomy.attention import Find
-from hfslim.anatomy.grouped import cuts_of, feed_of, groups_of
-from hfslim.anatomy.projections import own_tensors
+from hfslim.anatomy.projections import cuts_of, feed_of, groups_of, own_tensors
 from hfslim.anatomy.slices import Cut, Feed
 from hfslim.anatomy.units import Refusal, Site
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hfslim.anatomy.slices import Cut
+from hfslim.anatomy.slices import Cut, Feed
 
 
 @dataclass(frozen=True)
 class Projection:
-    """One linear map inside a model.
+    """One linear map inside a model, or a convolution over single positions.
 
     Attributes:
         path: Path of the module.
@@ -22,7 +23,7 @@ class Projection:
         outputs: Number of output features.
         along_outputs: Tensors with an entry per output, and the dimension.
         along_inputs: Tensors with an entry per input, and the dimension.
-        groups: Groups of a convolution over single positions; 0 for linear maps.
+        groups: Groups of the convolution; 0 for linear maps.
     """
 
     path: str
@@ -79,3 +80,32 @@ def find_projection(
         if found is not None:
             return found
     return None
+
+
+def groups_of(projections: Sequence[Projection]) -> int:
+    """Return the number of blocks of channels that lose the same units; 0 without convolutions."""
+    convolved = any(one.groups for one in projections)
+    return math.lcm(*(one.groups or 1 for one in projections)) if convolved else 0
+
+
+def cuts_of(
+    makers: Sequence[Projection], taker: Projection, blocks: int, width: int
+) -> tuple[Cut, ...]:
+    """Return the cuts of units with `width` channels in each of some blocks.
+
+    Args:
+        makers: The convolutions whose outputs hold the units.
+        taker: The convolution that takes them; its weight has the inputs of a single group.
+        blocks: Number of blocks of channels.
+        width: Channels of a unit in each block.
+    """
+    inside = blocks // max(taker.groups, 1)
+    return (
+        *(cut for one in makers for cut in one.rows(*[width] * blocks)),
+        *taker.columns(*[width] * inside),
+    )
+
+
+def feed_of(taker: Projection, blocks: int, width: int) -> Feed:
+    """Return the input `[examples, channels, positions]` that carries the units."""
+    return Feed(taker.path, dim=1, width=width, blocks=blocks)

@@ -42,10 +42,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Structure:
-    """The kept units of a model, site by site; frozen, hashable, comparable, serialisable.
+    """The kept units of a model, site by site: hashable, comparable and serialisable.
 
-    Indices count the units of the model that the structure was made for. After `shrink`, the
-    kept units are renumbered from zero.
+    Indices count the units of the model that the structure was made for. `shrink` renumbers the
+    kept units from zero.
 
     Examples:
         >>> s = Structure.of({"heads": {"encoder.0.attention": ((0, 2), 4)}})

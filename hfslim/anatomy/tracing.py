@@ -37,15 +37,15 @@ class Trace:
         axes: The axes of features, tied where they can only go together.
         labels: The features along each dimension of each parameter and buffer.
         makers: Parameters that make features along their first dimension, in the order of the pass.
-        takers: Parameters that take features along their second dimension, with the dimension of
-            the module's input that holds these.
+        takers: Parameters that take features, with the dimensions of the module's input and of the
+            parameter that these lie along.
         norms: The norms that were followed as a whole, in the order of the pass.
     """
 
     axes: Axes
     labels: Mapping[str, Labels]
     makers: Sequence[str]
-    takers: Sequence[tuple[str, int]]
+    takers: Sequence[tuple[str, int, int]]
     norms: Sequence[str] = ()
 
     def places(self) -> dict[int, list[Cut]]:
@@ -61,6 +61,17 @@ class Trace:
                     places.setdefault(group, []).append(cut)
                     start += self.axes.size(one.axis) * one.inner
         return places
+
+    def feeds(self, cuts: Iterable[Cut]) -> tuple[Feed, ...]:
+        """Return the inputs that carry the units of some cuts."""
+        found: dict[tuple[str, int], list[Cut]] = {}
+        for cut in cuts:
+            found.setdefault((f"{cut.module}.{cut.tensor}", cut.dim), []).append(cut)
+        return tuple(
+            Feed(cut.module, dim, cut.start, cut.widths[0])
+            for name, dim, along in self.takers
+            for cut in found.get((name, along), ())
+        )
 
 
 Find = Callable[[PreTrainedModel], Iterable[Site | Refusal]]
@@ -122,7 +133,7 @@ def trace(
     """
     tensors = (*model.parameters(), *model.buffers())
     try:
-        empty = {id(tensor): _emptied(tensor) for tensor in tensors}
+        empty = {id(t): _emptied(t) for t in tensors}
         hollow = {name: value.to("meta") for name, value in inputs.items()}
         return _follow(model, empty, hollow, norms)
     except Exception as error:
@@ -162,4 +173,4 @@ def _follow(
     features.bind(logits, "they are the model's output")
     named = {name: features.labels(tensor) for name, tensor in features.tensors.items()}
     makers, ran = tuple(features.makers), tuple(follower.norms)
-    return Trace(features.axes, named, makers, features.takers, ran)
+    return Trace(features.axes, named, makers, tuple(features.takers), ran)

@@ -1,4 +1,4 @@
-"""The single weights of a model that may go, and what is left of them."""
+"""The modules whose single weights can be removed, and the sparsity of their weights."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Names = str | Sequence[str] | None
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
 GROUP_SIZES = (2, 4, 8, 16)
 SPARSE = 0.1
-"""Fraction of zeros from which on a weight is taken for a sparse one; dense ones have none."""
+"""Fraction of zeros from which on a weight counts as sparse; dense weights have none."""
 
 
 def find_weights(
     model: PreTrainedModel, target_modules: Names = None, exclude_modules: Names = None
 ) -> dict[str, nn.Module]:
-    """Find the modules whose weights may go: linear layers and convolutions.
+    """Find the modules whose weights can be removed: linear layers and convolutions.
 
     Names work as in PEFT: a list holds whole paths or their last parts, a string is a regular
     expression that the whole path must match.
@@ -35,14 +35,14 @@ def find_weights(
     Args:
         model: The model, not a wrapper.
         target_modules: The modules; if not given, those of the encoder, without the classification
-            head and whatever is called an embedding. Norms and biases never lose weights.
+            head and modules named embedding. Norms and biases never lose weights.
         exclude_modules: Modules to leave out of these.
 
     Returns:
         Modules by path, in the model's order.
 
     Raises:
-        ValueError: There are none, or nothing is found for a name.
+        ValueError: There are none, or a name matches no module.
     """
     known = {
         path: module
@@ -75,30 +75,29 @@ def find_weights(
 
 
 def weight_of(module: nn.Module) -> nn.Parameter:
-    """Return a found module's weight, as it is now."""
+    """Return the present weight of a module of `find_weights`."""
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
     return weight
 
 
 def outputs_first(module: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
-    """Turn a tensor in the shape of a module's weight to `[out, in, …]`, or back.
+    """Transpose a tensor in the shape of a module's weight to `[out, in, …]`, or back.
 
-    The `Conv1D` of GPT-2 is a linear layer whose weight is `[in, out]`.
+    Only `Conv1D`, the linear layer of GPT-2, has a weight `[in, out]`.
     """
     return tensor.T if isinstance(module, Conv1D) else tensor
 
 
 @dataclass(frozen=True)
 class WeightSparsity:
-    """Zeros of one kind of module, or of all.
+    """Sparsity of one kind of module, or of all.
 
     Attributes:
         kind: `attention`, `feed-forward`, `convolution`, `other linear` or `all`.
         weights: Number of weights.
-        nonzero: Those that are not zero.
-        pattern: The N:M pattern that all of them have and that accounts for the zeros, such as
-            `2:4`; empty where there is none.
+        nonzero: Number of weights that are not zero.
+        pattern: The N:M pattern of all modules that accounts for the zeros, or empty.
     """
 
     kind: str
@@ -112,22 +111,22 @@ class WeightSparsity:
         return 1 - self.nonzero / self.weights if self.weights else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures as plain values."""
+        """Return the figures as plain values."""
         return {**vars(self), "sparsity": self.sparsity}
 
 
 def weight_sparsity(
     model: PreTrainedModel, target_modules: Names = None, exclude_modules: Names = None
 ) -> list[WeightSparsity]:
-    """Read the sparsity off a model's weights: zeros are simply there.
+    """Measure the sparsity of a model's weights, by kind of module.
 
     Args:
         model: The model, pruned or not, loaded or in training.
-        target_modules: The modules to look at, as for `find_weights`.
+        target_modules: The modules, as for `find_weights`.
         exclude_modules: Modules to leave out.
 
     Returns:
-        One row for each kind of module, and the last for all of them.
+        One row for each kind of module, and a last row for all modules.
 
     Raises:
         ValueError: There are no such modules.
@@ -149,19 +148,19 @@ def weight_sparsity(
 
 
 def most_kept(zeros: torch.Tensor, size: int) -> int:
-    """Return the most weights that are left in any group of `size` inputs."""
+    """Return the largest number of nonzero weights in any group of `size` inputs."""
     return int(input_groups((~zeros).to(torch.uint8), size, 0).sum(-1).max())
 
 
 def input_groups(values: torch.Tensor, size: int, filling: float) -> torch.Tensor:
-    """Fold the inputs into groups, `[out, *kernel, groups, size]`, the last one filled up."""
+    """Fold the inputs into groups, `[out, *kernel, groups, size]`, with the last one padded."""
     values = values.movedim(1, -1)
     short = -values.shape[-1] % size
     return torch.nn.functional.pad(values, (0, short), value=filling).unflatten(-1, (-1, size))
 
 
 def sparse_modules(model: PreTrainedModel) -> list[str]:
-    """Return the paths of all modules whose weights are sparse, but not empty."""
+    """Return the paths of all modules whose weights are sparse and not all zero."""
     try:
         weights = find_weights(model, ".*")
     except ValueError:
@@ -171,12 +170,12 @@ def sparse_modules(model: PreTrainedModel) -> list[str]:
 
 
 def zeros_of(model: PreTrainedModel) -> list[dict[str, Any]]:
-    """Return the rows of `weight_sparsity` for a report; none where no weight is sparse."""
+    """Return the rows of `weight_sparsity` for a report; empty if no weight is sparse."""
     return [row.to_dict() for row in weight_sparsity(model)] if sparse_modules(model) else []
 
 
 def _common_pattern(zeros: Sequence[torch.Tensor], sparsity: float) -> str:
-    """Return the N:M pattern that accounts for the zeros; any has some by chance."""
+    """Return the N:M pattern that accounts for nearly all zeros; some fit a pattern by chance."""
     for size in GROUP_SIZES if sparsity else ():
         kept = max(most_kept(one, size) for one in zeros)
         if 1 - kept / size >= 0.9 * sparsity:
@@ -199,7 +198,7 @@ def _kinds(model: PreTrainedModel, weights: Mapping[str, nn.Module]) -> dict[str
 
 
 def _encoders(model: PreTrainedModel) -> list[str]:
-    """Return the paths, with a dot, of the model without its head."""
+    """Return the paths of the model without its classification head, each with a dot."""
     base = model.base_model
     if base is not model:
         return [f"{path}." for path, module in model.named_children() if module is base]

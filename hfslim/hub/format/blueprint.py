@@ -187,8 +187,7 @@ def _is_built(model: PreTrainedModel, layers: dict[str, list[int]]) -> bool:
     if tensors.keys() != own.keys():
         return False
     return all(
-        tensor.ndim == tensors[name].ndim
-        and all(new <= old for new, old in zip(tensor.shape, tensors[name].shape, strict=True))
+        modeling_hfslim.no_larger(tuple(tensor.shape), tuple(tensors[name].shape))
         for name, tensor in own.items()
     ) and all(
         modeling_hfslim.no_larger(value, vars(modules[path])[name])
@@ -249,16 +248,12 @@ def _changed(module: nn.Module, stock: nn.Module, skip: set[str]) -> Iterator[tu
 
 
 def _auto_classes(name: str) -> list[str]:
-    tables = {
-        "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
-        "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
-        "AutoModelForAudioClassification": "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
-    }
-    return [
-        auto
-        for auto, table in tables.items()
+    """Return the auto classes that build a model class."""
+    found = []
+    for task in ("SEQUENCE", "IMAGE", "AUDIO"):
+        table = getattr(modeling_auto, f"MODEL_FOR_{task}_CLASSIFICATION_MAPPING_NAMES")
         if any(
-            name == known or (isinstance(known, tuple) and name in known)
-            for known in getattr(modeling_auto, table).values()
-        )
-    ]
+            name in (known if isinstance(known, tuple) else (known,)) for known in table.values()
+        ):
+            found.append(f"AutoModelFor{task.capitalize()}Classification")
+    return found

@@ -267,15 +267,18 @@ class AcrossHeads(nn.Module):
         return by_head[..., list(self.kept_heads), :].flatten(-2)
 
 
-REPLACEMENTS = {
-    cls.__name__: cls
-    for cls in (
-        *(Headless, BiasedHeads, SharedBiasHeads, CountedHeads, WavLMHeads, AcrossHeads, Inputless),
-    )
-}
+_CLASSES = (
+    Headless,
+    BiasedHeads,
+    SharedBiasHeads,
+    CountedHeads,
+    WavLMHeads,
+    AcrossHeads,
+    Inputless,
+)
+REPLACEMENTS = {cls.__name__: cls for cls in _CLASSES}
 FORMER_REPLACEMENTS = ("ConvBertHeads", "DogeHeads", "LongformerHeads", "PvtV2Heads")
 """Classes that only hfslim 0.1.0 had; the file saved beside such a checkpoint has them."""
-
 
 SETTINGS = {
     **dict.fromkeys(("output", "residual", "norm", "count_field"), str),
@@ -310,12 +313,9 @@ def apply_blueprint(model: nn.Module, blueprint: Any) -> None:
     """
     _check_form(blueprint)
     for path, kept in blueprint.get("layers", {}).items():
-        layers = _find(model, path)
-        if (
-            not isinstance(layers, nn.ModuleList | nn.Sequential)
-            or not _ascending(kept, len(layers))
-            or not kept
-        ):
+        layers: Any = _find(model, path)
+        is_list = isinstance(layers, nn.ModuleList | nn.Sequential)
+        if not is_list or not kept or not _ascending(kept, len(layers)):
             raise BlueprintError(f"layers {kept} are not among those of {path!r}")
         keep_layers(layers, kept)
     for path, settings in blueprint.get("replaced", {}).items():
@@ -328,7 +328,7 @@ def apply_blueprint(model: nn.Module, blueprint: Any) -> None:
         owner, _, name = path.rpartition(".")
         module = _find(model, owner)
         stock = module._parameters.get(name, module._buffers.get(name))
-        if stock is None or not _smaller(shape, stock.shape):
+        if stock is None or not no_larger(tuple(shape), tuple(stock.shape)):
             had = None if stock is None else list(stock.shape)
             raise BlueprintError(
                 f"{path!r} cannot get the shape {shape}: the stock model has {had}"
@@ -460,12 +460,6 @@ def no_larger(new: Any, old: Any) -> bool:
 def _ascending(kept: list, total: int) -> bool:
     whole = all(type(i) is int and 0 <= i < total for i in kept)
     return whole and list(kept) == sorted(set(kept))
-
-
-def _smaller(shape: list, stock: torch.Size) -> bool:
-    return len(shape) == len(stock) and all(
-        type(new) is int and 0 <= new <= old for new, old in zip(shape, stock, strict=True)
-    )
 
 
 def check_weights(source: str | Path, files: Sequence[str] = ()) -> None:

@@ -110,13 +110,10 @@ def _push_to_hub(
     repo_id: str,
     *,
     commit_message: str | None = None,
-    commit_description: str | None = None,
-    private: bool | None = None,
     token: bool | str | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
     max_shard_size: int | str = "50GB",
     tags: list[str] | str | None = None,
+    **where: Any,
 ) -> Any:
     """Push as the class does, in one commit, with the card of hfslim."""
     # Loading and saving need neither.
@@ -131,10 +128,7 @@ def _push_to_hub(
         return push(
             folder,
             repo_id,
-            private=private,
             token=token if isinstance(token, str) else None,
-            revision=revision,
-            create_pr=create_pr,
             commit_message=commit_message or "Upload model",
-            commit_description=commit_description,
+            **where,
         )
