@@ -26,11 +26,10 @@ def find_heads(path: str, module: nn.Module, config: Any, find: Find) -> Site | 
         config: The model's config.
         find: Finds projections by name.
     """
-    known = families.attention(module)
-    field, value = known.refused_if or ("", None)
-    if known.refused and (not field or getattr(config, field, None) == value):
-        return Refusal("heads", path, known.refused)
-    return _Finder(path, module, known, find).site()
+    reason = families.refused_heads(module, config)
+    if reason:
+        return Refusal("heads", path, reason)
+    return _Finder(path, module, families.attention(module), find).site()
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,7 @@ class _Finder:
 
     def _fused(self, output: Projection) -> _Heads | None:
         known = self.known
-        names = {known.fused: known.layout} if known.fused else families.FUSED_QKV
+        names = dict([known.fused]) if known.fused else families.FUSED_QKV
         fused = self.find(self.path, names)
         if fused is None:
             return None
@@ -221,7 +220,7 @@ class _Finder:
     def _further(self, units: int) -> list[Cut]:
         """Return the cuts of further projections and tensors by head."""
         cuts: list[Cut] = []
-        for name in (*families.PER_HEAD_ROWS, *self.known.rows):
+        for name in families.PER_HEAD_ROWS:
             extra = self.find(self.path, (name,))
             if extra is not None:
                 cuts += extra.rows(extra.outputs // units)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
@@ -21,6 +21,7 @@ QUERY = (
 KEY = ("key", "k_proj", "k_lin", "key_proj", "k", "Wk", "k_head", "linear_k", "kv_b_proj")
 VALUE = ("value", "v_proj", "v_lin", "value_proj", "v", "Wv", "v_head", "linear_v", "kv_b_proj")
 
+_Row = TypeVar("_Row")
 Layout = Literal["blocks", "heads"]
 FUSED_QKV: dict[str, Layout] = {
     "Wqkv": "blocks",
@@ -47,9 +48,10 @@ ALL_HEADS_SIZE = ("all_head_size", "split_size", "inner_dim", "attn_dim")
 
 PER_HEAD_ROWS = (
     *("pos_key_proj", "pos_query_proj", "pos_proj", "pos_q_proj", "linear_pos"),
-    "continuous_position_bias_mlp.2",
+    *("continuous_position_bias_mlp.2", "layout_query", "layout_key", "layout_value"),
+    *("w2e_query", "e2w_query", "e2e_query"),
 )
-"""Further projections with rows by head (DeBERTa's and Conformer's positions)."""
+"""Further projections with rows by head (DeBERTa's and Conformer's positions, LiLT, LUKE)."""
 
 RUN_BY_HEAD = ("gru_rel_pos_linear",)
 """Modules that all heads share, and that run once per head (WavLM)."""
@@ -87,13 +89,11 @@ class Attention:
         query: The query projection.
         key: The key projection.
         value: The value projection.
-        fused: One projection to all three.
-        layout: Order of the fused projection's rows.
+        fused: One projection to all three, with the order of its rows as in `FUSED_QKV`.
         output: The projection whose input holds the heads side by side.
         outputs: Further projections whose inputs hold the heads.
         carrier: A module whose input has a dimension of heads, that dimension, and the number of
             dimensions of the input, where the projections are no modules.
-        rows: Further projections with rows by head.
         tensors: Further tensors with a head axis, and the dimension.
         sizes: Attributes that hold the width of all heads.
         counted: Whether an attribute gives the number of heads, because head sizes differ.
@@ -103,19 +103,15 @@ class Attention:
         replacement: The class of `modeling_hfslim` that must replace this one.
         headless: Settings of the replacement once no head is left: the argument added to its output
             (`residual`) and the norm after that (`norm`).
-        refused: Why no head can go.
-        refused_if: The config field and its value for which heads are refused; always if empty.
     """
 
     query: str = ""
     key: str = ""
     value: str = ""
-    fused: str = ""
-    layout: Layout = "blocks"
+    fused: tuple[str, Layout] | None = None
     output: str = ""
     outputs: tuple[str, ...] = ()
     carrier: tuple[tuple[str, int, int], ...] = ()
-    rows: tuple[str, ...] = ()
     tensors: tuple[tuple[str, int], ...] = ()
     sizes: tuple[str, ...] = ()
     counted: bool = False
@@ -124,8 +120,6 @@ class Attention:
     keeps_one: bool = False
     replacement: str = ""
     headless: tuple[tuple[str, str], ...] = ()
-    refused: str = ""
-    refused_if: tuple[str, str | bool] | None = None
 
 
 def _norm(path: str) -> tuple[tuple[str, int], ...]:
@@ -133,16 +127,51 @@ def _norm(path: str) -> tuple[tuple[str, int], ...]:
     return tuple((f"{path}.{n}", 0) for n in ("weight", "bias", "running_mean", "running_var"))
 
 
-_RANDOM_BLOCKS = Attention(
-    refused="its random blocks are drawn head after head (attention_type='block_sparse')",
-    refused_if=("attention_type", "block_sparse"),
-)
-_ROTATED = Attention(
-    refused="its hidden states are turned head by head before any projection (rotary positions)",
-    refused_if=("position_embeddings_type", "rotary"),
-)
-_LINEAR = Attention(refused="heads of linear attention are not known here")
-_WHOLE = Attention(refused="its class shapes the outputs of all heads to the hidden size")
+REFUSED_HEADS = {
+    "ConvBertSelfAttention": "the convolution beside its heads reads the queries of all heads",
+    "DogeAttention": "its mask is computed from the values of all heads",
+    "JetMoeAttention": "each token chooses its own query projections",
+    "LSHSelfAttention": "its hashes are drawn for all heads at once",
+    **dict.fromkeys(
+        ("LongformerSelfAttention", "PvtV2SelfAttention"),
+        "its class shapes the outputs of all heads to the hidden size",
+    ),
+    "MiniMaxLightningAttention": "a norm runs across all heads",
+    "MraSelfAttention": "its attention runs in a CUDA kernel only",
+    **dict.fromkeys(
+        ("Qwen3_5GatedDeltaNet", "Qwen3NextGatedDeltaNet"),
+        "heads of linear attention are not known here",
+    ),
+}
+"""Classes of attention whose heads cannot go, with the reason."""
+
+REFUSED_HEADS_IF: dict[str, tuple[str, str | bool, str]] = {
+    **dict.fromkeys(
+        (
+            *("BigBirdSelfAttention", "BigBirdBlockSparseAttention"),
+            *("BigBirdPegasusSelfAttention", "BigBirdPegasusBlockSparseAttention"),
+        ),
+        ("attention_type", "block_sparse", "its random blocks are drawn head after head"),
+    ),
+    "Data2VecVisionSelfAttention": (
+        *("use_shared_relative_position_bias", True),
+        "a bias of all heads comes from outside",
+    ),
+    "DisentangledSelfAttention": ("talking_head", True, "its heads are mixed with each other"),
+    "MvpAttention": ("use_prompt", True, "its prompts have keys and values of all heads"),
+    **dict.fromkeys(
+        ("Wav2Vec2BertSelfAttention", "Wav2Vec2ConformerSelfAttention"),
+        (
+            *("position_embeddings_type", "rotary"),
+            "its hidden states are turned head by head before any projection",
+        ),
+    ),
+    "Zamba2Attention": (
+        *("use_shared_attention_adapter", True),
+        "adapters, other ones in every layer, add to its projections",
+    ),
+}
+"""Classes of attention whose heads cannot go at one value of a config field, with the reason."""
 
 ATTENTIONS = {
     "AlbertAttention": Attention(headless=(("residual", "hidden_states"), ("norm", "LayerNorm"))),
@@ -151,15 +180,8 @@ ATTENTIONS = {
         Attention(replacement="BiasedHeads"),
     ),
     "MptAttention": Attention(replacement="BiasedHeads"),
-    **dict.fromkeys(("BigBirdSelfAttention", "BigBirdBlockSparseAttention"), _RANDOM_BLOCKS),
-    **dict.fromkeys(
-        ("BigBirdPegasusSelfAttention", "BigBirdPegasusBlockSparseAttention"), _RANDOM_BLOCKS
-    ),
     "BloomAttention": Attention(
         replacement="BiasedHeads", headless=(("residual", "residual"),), sizes=("hidden_size",)
-    ),
-    "ConvBertSelfAttention": Attention(
-        refused="the convolution beside its heads reads the queries of all heads"
     ),
     "CvtSelfAttention": Attention(
         query="projection_query",
@@ -168,16 +190,7 @@ ATTENTIONS = {
         counted=True,
         sizes=("embed_dim",),
     ),
-    "Data2VecVisionSelfAttention": Attention(
-        refused="a bias of all heads comes from outside (use_shared_relative_position_bias)",
-        refused_if=("use_shared_relative_position_bias", True),
-    ),
     "DiffLlamaAttention": Attention(paired=True),
-    "DisentangledSelfAttention": Attention(
-        refused="its heads are mixed with each other (talking_head)",
-        refused_if=("talking_head", True),
-    ),
-    "DogeAttention": Attention(refused="its mask is computed from the values of all heads"),
     "FunnelRelMultiheadAttention": Attention(
         headless=(("residual", "query"), ("norm", "layer_norm")),
         counted=True,
@@ -187,19 +200,18 @@ ATTENTIONS = {
             *((name, 1) for name in ("r_kernel", "seg_embed")),
         ),
     ),
-    "GPTBigCodeAttention": Attention(fused="c_attn", layout="heads", sizes=("embed_dim",)),
+    "GPTBigCodeAttention": Attention(fused=("c_attn", "heads"), sizes=("embed_dim",)),
     "HieraMaskUnitAttention": Attention(sizes=("hidden_size_output",), keeps_one=True),
-    **dict.fromkeys(("IBertSelfAttention", "LocalSelfAttention"), Attention(keeps_one=True)),
+    **dict.fromkeys(
+        ("IBertSelfAttention", "LocalSelfAttention", "LukeSelfAttention"),
+        Attention(keeps_one=True),
+    ),
     "LiltSelfAttention": Attention(
-        rows=("layout_query", "layout_key", "layout_value"),
         outputs=("^layout_output.dense",),
         keeps_one=True,
     ),
-    "JetMoeAttention": Attention(refused="each token chooses its own query projections"),
-    "LSHSelfAttention": Attention(refused="its hashes are drawn for all heads at once"),
     "LevitAttention": Attention(
-        fused="queries_keys_values.linear",
-        layout="heads",
+        fused=("queries_keys_values.linear", "heads"),
         output="projection.linear",
         tensors=(("attention_biases", 0), *_norm("queries_keys_values.batch_norm")),
         sizes=("out_dim_projection",),
@@ -220,12 +232,7 @@ ATTENTIONS = {
         counted=True,
         keeps_one=True,
     ),
-    **dict.fromkeys(("LongformerSelfAttention", "PvtV2SelfAttention"), _WHOLE),
-    "LukeSelfAttention": Attention(rows=("w2e_query", "e2w_query", "e2e_query"), keeps_one=True),
-    "MiniMaxLightningAttention": Attention(refused="a norm runs across all heads"),
-    "MraSelfAttention": Attention(refused="its attention runs in a CUDA kernel only"),
     "NystromformerSelfAttention": Attention(tensors=(("conv.weight", 0),)),
-    **dict.fromkeys(("Qwen3_5GatedDeltaNet", "Qwen3NextGatedDeltaNet"), _LINEAR),
     "SqueezeBertSelfAttention": Attention(output="^post_attention.conv1d", keeps_one=True),
     "XLNetRelativeAttention": Attention(
         # The dropout takes the attention weights (4 dimensions) and the output (3).
@@ -236,19 +243,10 @@ ATTENTIONS = {
             *((name, 0) for name in ("r_r_bias", "r_s_bias", "r_w_bias")),
         ),
     ),
-    "MvpAttention": Attention(
-        sizes=("embed_dim",),
-        refused="its prompts have keys and values of all heads (use_prompt)",
-        refused_if=("use_prompt", True),
-    ),
+    "MvpAttention": Attention(sizes=("embed_dim",)),
     **dict.fromkeys(("MT5Attention", "T5Attention"), Attention(replacement="SharedBiasHeads")),
     "Phi3Attention": Attention(count_field="num_attention_heads"),
     "UMT5Attention": Attention(tensors=(("relative_attention_bias.weight", 1),)),
-    "Zamba2Attention": Attention(
-        refused="adapters, other ones in every layer, add to its projections",
-        refused_if=("use_shared_attention_adapter", True),
-    ),
-    **dict.fromkeys(("Wav2Vec2BertSelfAttention", "Wav2Vec2ConformerSelfAttention"), _ROTATED),
     "WavLMAttention": Attention(replacement="WavLMHeads"),
 }
 """The exceptions, by class name."""
@@ -256,18 +254,34 @@ ATTENTIONS = {
 
 def attention(module: nn.Module) -> Attention:
     """Return the entry of a module's class, or of a class that it derives from."""
+    return _entry(module, ATTENTIONS) or Attention()
+
+
+def refused_heads(module: nn.Module, config: Any) -> str:
+    """Return why no head of a module can go; empty if heads can go."""
+    field, value, reason = _entry(module, REFUSED_HEADS_IF) or ("", None, "")
+    if field and getattr(config, field, None) == value:
+        return f"{reason} ({field}={value!r})"
+    return _entry(module, REFUSED_HEADS) or ""
+
+
+def _entry(module: nn.Module, table: Mapping[str, _Row]) -> _Row | None:
     names = (cls.__name__ for cls in type(module).__mro__)
-    return next((ATTENTIONS[name] for name in names if name in ATTENTIONS), Attention())
+    return next((table[name] for name in names if name in table), None)
 
 
 def add_family(
-    attentions: Mapping[str, Attention] | None = None, feed_forwards: Iterable[FeedForward] = ()
+    attentions: Mapping[str, Attention] | None = None,
+    feed_forwards: Iterable[FeedForward] = (),
+    refused: Mapping[str, str] | None = None,
 ) -> None:
     """Add a family to discovery, in this process.
 
     Args:
         attentions: Entries of classes of attention, by class name.
         feed_forwards: Names of projections around neurons, which precede the usual ones.
+        refused: Why no head of a class of attention can go, by class name.
     """
     ATTENTIONS.update(attentions or {})
     FEED_FORWARDS[:0] = feed_forwards
+    REFUSED_HEADS.update(refused or {})
