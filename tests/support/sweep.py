@@ -54,21 +54,21 @@ LENGTHS = {"input_ids": 16, "inputs": 16, "input_values": 4000, "input_features"
 
 INTRODUCTION = """# Model families
 
-What can be removed from which type of classifier, as the sweep over all types of the three auto
-classes of transformers {version} found it: each type is built tiny and cut kind by kind, under
+The kinds of unit that can be removed from each type of classifier. A sweep over all types of the
+three auto classes of transformers {version} builds each type tiny and cuts it kind by kind, under
 eager and sdpa attention. `yes`: gated, cut and reloaded outputs are equal, after a second cut too.
 `refused`: not offered, or taken back, with the reason; `no`: it fails with an error. `–`: the type
 has no such part. Empty: not tried. Nothing is cut wrongly without an error: a cut that does not
-equal its gates is taken back, and a warning tells where it changes too little for that to be seen.
+equal its gates is taken back, and a warning names the cuts whose effect is too small to compare.
 
 "Plain reload" names the kinds of unit whose uniform cut (the same number everywhere) the type's own
-config describes, so that the result loads with nothing of hfslim's; all other results load after
+config describes, so that the result loads without hfslim; all other results load after
 `import hfslim`, or with `trust_remote_code=True`.
 
-Of the types that could be built and have such parts, there can be cut: {shares}.
+Types with exact cuts, among those that can be built and have such parts: {shares}.
 
-A type that is not here, or a model of your own: [how to add a family](add_a_family.md). This page
-is written by `python tests/support/sweep.py --write`.
+For a type that is not here, or a model of your own, see [how to add a family](add_a_family.md).
+`python tests/support/sweep.py --write` writes this page.
 """
 
 
@@ -131,8 +131,8 @@ def _outcome(case: str, attention: str, kinds: tuple[Kind, ...], units: Units) -
     except Wrong as error:
         return Row(case, attention, name, "wrong", count, reason=str(error))
     except RuntimeError as error:
-        told = any(part in str(error) for part in ("leave", "Leave", "not finite"))
-        outcome = "refused" if told else "error"
+        refused = any(part in str(error) for part in ("leave", "Leave", "not finite"))
+        outcome = "refused" if refused else "error"
         return Row(case, attention, name, outcome, count, reason=_short(error))
     except Exception as error:
         return Row(case, attention, name, "error", count, reason=_short(error))
@@ -228,7 +228,7 @@ def _check_effects(
 def _is_idle(
     model: PreTrainedModel, inputs: dict[str, Any], whole: torch.Tensor, site: Site
 ) -> bool:
-    """Tell whether what a site adds to the model does not reach the logits in any way."""
+    """Return whether the output of a site does not reach the logits at all."""
     module = model.get_submodule(site.gate or site.path)
 
     def disturb(_: nn.Module, __: tuple, output: torch.Tensor) -> torch.Tensor:
@@ -249,7 +249,7 @@ def _inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def _saved_keys(model: PreTrainedModel, folder: Path) -> set[str]:
-    """Save a model, and return its keys, with no layer told from another."""
+    """Save a model, and return its keys with the layers' numbers replaced."""
     model.save_pretrained(folder)
     with safe_open(folder / "model.safetensors", "pt") as file:
         return {re.sub(r"\.\d+\.", ".N.", key) for key in file.keys()}
@@ -387,7 +387,7 @@ def markdown(rows: Sequence[Coverage]) -> str:
 
 
 def page() -> str:
-    """Return the page of the documentation that tells the coverage."""
+    """Return the documentation page of the coverage."""
     titles = {"text": "Text", "image": "Images", "audio": "Speech and audio"}
     counts = [f"{name} of {exact} of {all_}" for name, (exact, all_) in shares(coverage()).items()]
     parts = [INTRODUCTION.format(version=measured()["transformers"], shares=", ".join(counts))]

@@ -356,7 +356,7 @@ def keep_layers(layers: nn.ModuleList | nn.Sequential, kept: Sequence[int]) -> N
                     vars(module)[name] = new
 
 
-def tell_sizes(module: nn.Module, groups_stay: bool = False) -> None:
+def update_sizes(module: nn.Module, groups_stay: bool = False) -> None:
     """Set the size attributes of a module from the shape of its weight.
 
     Args:

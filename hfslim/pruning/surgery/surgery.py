@@ -220,7 +220,7 @@ class _Surgery:
         self.parted.restore_used(self.model)
         for path in dict.fromkeys(path for path, *_ in indices):
             module = self.model.get_submodule(path)
-            modeling_hfslim.tell_sizes(module, groups_stay=path in in_blocks)
+            modeling_hfslim.update_sizes(module, groups_stay=path in in_blocks)
 
     def _keep_weight(self, module: nn.Module, index: torch.Tensor, dim: int) -> None:
         """Keep the weight that a weight norm makes of what is left of its direction."""
