@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from hfslim.anatomy.structure import Structure
 from hfslim.measuring.measurement import compare
+from hfslim.training.ranks import from_first_rank
 
 
 @dataclass(frozen=True)
@@ -105,21 +106,17 @@ def point(
     metric: float | None = None,
 ) -> Point:
     """Measure a cut model against the whole one; on the first rank, for all."""
-    shared: list[Any] = [None]
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not several or torch.distributed.get_rank() == 0:
+
+    def measured() -> Point:
         found = compare(whole, small, inputs)
         before, after = found.before, found.after
-        shared = [
-            Point(
-                after.macs / before.macs,
-                after.parameters / before.parameters,
-                1 / found.speedup,
-                1 / found.high,
-                1 / found.low,
-                metric,
-            )
-        ]
-    if several:
-        torch.distributed.broadcast_object_list(shared, src=0)
-    return shared[0]
+        return Point(
+            after.macs / before.macs,
+            after.parameters / before.parameters,
+            1 / found.speedup,
+            1 / found.high,
+            1 / found.low,
+            metric,
+        )
+
+    return from_first_rank(measured)

@@ -7,12 +7,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from transformers import PreTrainedModel
 
 from hfslim.anatomy.structure import Structure
 from hfslim.measuring.timing import evaluating
 from hfslim.pruning.target import UnreachableTargetError
+from hfslim.training.ranks import from_first_rank
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +106,4 @@ def metric_of(model: PreTrainedModel, evaluate: Evaluate) -> float:
         ) from None
     if not math.isfinite(value):
         raise ValueError(f"evaluate returned {value}, which is no metric to go by")
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        shared = [value]
-        torch.distributed.broadcast_object_list(shared, src=0)
-        value = shared[0]
-    return value
+    return from_first_rank(lambda: value)

@@ -6,7 +6,6 @@ import functools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -38,6 +37,7 @@ from hfslim.pruning.search.uniform import search_uniform
 from hfslim.pruning.surgery.batch_norms import renew_batch_norms
 from hfslim.pruning.surgery.surgery import shrink
 from hfslim.pruning.target import Target
+from hfslim.training.ranks import from_all_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -260,10 +260,7 @@ def agreed(structure: Structure) -> Structure:
     Raises:
         RuntimeError: They chose several; raised on every rank.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return structure
-    digests: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(digests, structure.digest())
+    digests = from_all_ranks(structure.digest())
     if len(set(digests)) > 1:
         chosen = ", ".join(f"rank {rank} {digest}" for rank, digest in enumerate(digests))
         raise RuntimeError(

@@ -12,6 +12,7 @@ from torch import nn
 from hfslim.anatomy.weights import weight_of
 from hfslim.pruning.scores.importance import UnusableScoresError
 from hfslim.sparsity.weight_masks import digest
+from hfslim.training.ranks import from_all_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -148,10 +149,8 @@ class _GradientHook:
 
 
 def _check_equal_on_all_ranks(found: str) -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        all_found: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(all_found, found)
-        if len(set(all_found)) > 1:
-            raise RuntimeError(
-                f"the processes remove other weights ({all_found}): their weights have diverged"
-            )
+    all_found = from_all_ranks(found)
+    if len(set(all_found)) > 1:
+        raise RuntimeError(
+            f"the processes remove other weights ({all_found}): their weights have diverged"
+        )

@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 from hfslim.anatomy.weights import outputs_first, weight_of
 from hfslim.pruning.gates.gates import Gates
 from hfslim.pruning.obs.backward_pass import listen
-from hfslim.pruning.obs.moments import InputMoments, add_ranks
+from hfslim.pruning.obs.moments import InputMoments
 from hfslim.pruning.scores.batches import fitting
 from hfslim.pruning.scores.importance import UnusableScoresError
+from hfslim.training.ranks import add_over_ranks
 
 
 def matrices(module: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
@@ -101,7 +102,7 @@ def gather_inputs(
     found, examples = fitting(once, batches)
     for moments in (one for parts in found.values() for one in parts):
         moments.reduce()
-    if not add_ranks(torch.tensor(examples, device=model.device)):
+    if not add_over_ranks(torch.tensor(examples, device=model.device)):
         raise UnusableScoresError("no examples were scored: the calibration data is empty")
     for path, parts in found.items():
         if not all(torch.isfinite(one.second).all() for one in parts):

@@ -18,6 +18,7 @@ from hfslim.pruning.gates.gates import Gates, Key
 from hfslim.pruning.in_training.expected_cost import ExpectedCost
 from hfslim.pruning.scores.importance import UnusableScoresError
 from hfslim.pruning.target import Target
+from hfslim.training.ranks import add_over_ranks, rank_count
 
 TEMPERATURE = 2 / 3
 LOW, HIGH = -0.1, 1.1
@@ -118,10 +119,8 @@ class LearnedGates:
             UnusableScoresError: A gradient is not finite.
         """
         parts = [torch.zeros_like(x) if x.grad is None else x.grad for x in self._leaves]
-        gradient = torch.cat(parts)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(gradient)
-            gradient /= torch.distributed.get_world_size()
+        gradient = add_over_ranks(torch.cat(parts))
+        gradient /= rank_count()
         gradient = gradient.cpu()
         for (kind, path), part in zip(self._keys, gradient.split(self._sizes), strict=True):
             if not part.isfinite().all():

@@ -40,6 +40,7 @@ from hfslim.training.checks import (
     saved_state,
 )
 from hfslim.training.log_figures import FiguresCallback
+from hfslim.training.ranks import rank
 
 logger = logging.getLogger(__name__)
 
@@ -239,7 +240,7 @@ class PruningCallback(FiguresCallback, ExportableState):
         if self._learned is not None:
             self._learned.restore(saved["learned"])
             self._learned.rest()
-        if _rank() == 0:
+        if rank() == 0:
             self._collector.scores = Scores(_unpacked(saved["sums"]), saved["count"])
 
     def _before_save(self, control: TrainerControl) -> None:
@@ -247,7 +248,7 @@ class PruningCallback(FiguresCallback, ExportableState):
         if control.should_save or control.should_evaluate:
             total = self._collector.scores.reduce()
             self._collector.reset()
-            if _rank() == 0:
+            if rank() == 0:
                 self._collector.scores = total
 
     def _decide(self, state: TrainerState, progress: float, model: PreTrainedModel) -> None:
@@ -308,11 +309,6 @@ def _check_arguments(args: Arguments, learns: bool) -> None:
 
 def _shape(value: torch.Tensor | Sequence[int]) -> Sequence[int]:
     return value.shape if isinstance(value, torch.Tensor) else value
-
-
-def _rank() -> int:
-    initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_rank() if initialized else 0
 
 
 def _packed(scores: Mapping[Key, torch.Tensor]) -> dict[str, str]:

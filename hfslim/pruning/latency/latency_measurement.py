@@ -24,6 +24,7 @@ from hfslim.pruning.latency import latency_table as stored
 from hfslim.pruning.latency.latency_table import Curve, LatencyTable, layers_of
 from hfslim.pruning.surgery.proof import attention_returns
 from hfslim.pruning.surgery.surgery import cut_for_now
+from hfslim.training.ranks import from_first_rank
 
 logger = logging.getLogger(__name__)
 
@@ -61,17 +62,15 @@ def latency_table(
         RuntimeError: The model does not run its layers as modules.
     """
     stated = stored.conditions(model, units, inputs)
-    shared: list[Any] = [None]
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not several or torch.distributed.get_rank() == 0:
+
+    def loaded_or_measured() -> dict[str, Any]:
         table = stored.load(stated)
         if table is None:
             table = measure_table(model, units, inputs, progress)
             stored.save(stated, table)
-        shared = [table.to_dict()]
-    if several:
-        torch.distributed.broadcast_object_list(shared, src=0)
-    return LatencyTable.from_dict(shared[0])
+        return table.to_dict()
+
+    return LatencyTable.from_dict(from_first_rank(loaded_or_measured))
 
 
 def measure_table(

@@ -7,7 +7,6 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -20,6 +19,7 @@ from hfslim.pruning.search.unit_costs import Costs
 from hfslim.pruning.surgery.proof import Returns, attention_returns
 from hfslim.pruning.surgery.surgery import cut_for_now
 from hfslim.pruning.target import Resource, Target, UnreachableTargetError, unreachable
+from hfslim.training.ranks import from_first_rank
 
 logger = logging.getLogger(__name__)
 
@@ -200,15 +200,13 @@ def _time_cut(
     predicted: float,
 ) -> LatencyTry:
     """Time a model cut to a structure and the whole one in turn, on the first rank."""
-    shared: list[Any] = [None]
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not several or torch.distributed.get_rank() == 0:
+
+    def timed() -> LatencyTry:
         with cut_for_now(model, units, structure, returns):
             small = copy.deepcopy(model)
         ms = latency(model, inputs, calls=3, warmup=2).p50_ms
         calls = min(max(math.ceil(1000 * SECONDS / (2 * ms)), 20), 200)
         times = paired_latency(model, small, inputs, calls=calls)
-        shared = [LatencyTry(predicted, 1 / times.speedup, 1 / times.high, 1 / times.low)]
-    if several:
-        torch.distributed.broadcast_object_list(shared, src=0)
-    return shared[0]
+        return LatencyTry(predicted, 1 / times.speedup, 1 / times.high, 1 / times.low)
+
+    return from_first_rank(timed)

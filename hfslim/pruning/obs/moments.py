@@ -17,6 +17,7 @@ from hfslim.pruning.obs.memory_budget import in_passes, room_beside
 from hfslim.pruning.obs.projections import Projection, projections
 from hfslim.pruning.scores.batches import fitting
 from hfslim.pruning.scores.importance import EMPTY, UnusableScoresError
+from hfslim.training.ranks import add_over_ranks
 
 T = TypeVar("T")
 
@@ -58,7 +59,7 @@ class InputMoments:
     def reduce(self) -> None:
         """Add up those of all ranks."""
         for total in vars(self).values():
-            add_ranks(total)
+            add_over_ranks(total)
 
     def covariance(self, centred: bool, ridge: float = RIDGE) -> torch.Tensor:
         """Return mean second moments with a ridge, `[inputs, inputs]`; about the mean if centred.
@@ -250,10 +251,3 @@ def _parts(x: torch.Tensor, layer: Projection) -> tuple[torch.Tensor, ...]:
 
 def _size(model: nn.Module, site: Site) -> int:
     return sum(Moments.size(one.weight) for one in projections(model, site))
-
-
-def add_ranks(total: torch.Tensor) -> torch.Tensor:
-    """Add up a tensor of all ranks, in place."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(total)
-    return total

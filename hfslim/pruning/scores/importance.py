@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from hfslim.anatomy.units import Site, Units
 from hfslim.pruning.gates.gates import Key
 from hfslim.training.objective import ProblemType
+from hfslim.training.ranks import add_over_ranks, rank_count
 
 EMPTY = "no examples were scored: the calibration data is empty, or has none of the classes"
 
@@ -59,16 +60,12 @@ class Scores:
 
     def reduce(self) -> Scores:
         """Return the scores of all ranks together; the same on every rank."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if rank_count() == 1:
             return self
         keys = sorted(self.sums)
-        device = torch.device("cpu")
-        if torch.distributed.get_backend() == "nccl":
-            device = torch.device("cuda", torch.cuda.current_device())
         count = torch.tensor([self.count], dtype=torch.float64)
-        flat = torch.cat([count, *(self.sums[key] for key in keys)]).to(device)
-        torch.distributed.all_reduce(flat)
-        parts = flat.cpu().split([1, *(len(self.sums[key]) for key in keys)])
+        flat = add_over_ranks(torch.cat([count, *(self.sums[key] for key in keys)]))
+        parts = flat.split([1, *(len(self.sums[key]) for key in keys)])
         return Scores(dict(zip(keys, parts[1:], strict=True)), round(parts[0].item()))
 
 

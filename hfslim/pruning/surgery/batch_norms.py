@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hfslim.measuring.timing import evaluating, placed
 from hfslim.pruning.scores.batches import fitting
+from hfslim.training.ranks import add_over_ranks, rank_count
 
 logger = logging.getLogger(__name__)
 
@@ -57,11 +58,11 @@ def renew_batch_norms(model: PreTrainedModel, data: Iterable[Mapping[str, Any]])
 
 def _average(norm: _BatchNorm, count: int) -> None:
     """Average over ranks, by their numbers of batches."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if rank_count() == 1:
         return
     assert norm.running_mean is not None and norm.running_var is not None
     total = torch.tensor(float(count), device=norm.running_mean.device)
-    torch.distributed.all_reduce(total)
+    add_over_ranks(total)
     for statistic in (norm.running_mean, norm.running_var):
         statistic *= count / total
-        torch.distributed.all_reduce(statistic)
+        add_over_ranks(statistic)
