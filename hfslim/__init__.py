@@ -23,6 +23,8 @@ _HOMES = {
     "measure": "hfslim.measuring",
     "merge_adapters": "hfslim.anatomy.adapters",
     "prune": "hfslim.pruning",
+    "prune_family": "hfslim.pruning",
+    "prune_within": "hfslim.pruning",
     "semi_structured": "hfslim.sparsity",
     "shrink": "hfslim.pruning",
     "sparsify": "hfslim.sparsity",

@@ -18,7 +18,8 @@ from hfslim.pruning.scores.collect import collect
 from hfslim.pruning.scores.importance import magnitude
 from hfslim.pruning.scores.layers import spaced_layers
 from hfslim.pruning.search.plain_config import Stream, main_stream, stream_of
-from hfslim.pruning.search.uniform import UniformPool
+from hfslim.pruning.search.pool import Pool
+from hfslim.pruning.search.uniform import equal_layers
 from hfslim.pruning.surgery.surgery import shrink
 
 logger = logging.getLogger(__name__)
@@ -107,8 +108,8 @@ def student_structure(
         batches = Batches(data, max_examples)
         scores = collect(teacher, narrow, batches, dict.fromkeys(numbers, "fisher"), 0, progress)
     gone = {f"{e.path}.{i}" for e in entries for i in set(range(e.total)) - set(e.kept)}
-    pool = UniformPool(narrow, scores, stream=stream)
-    structure = Structure((*entries, *pool.structure(frozenset(gone), widths).entries))
+    inside = equal_layers(Pool(narrow, scores), widths, gone, stream)
+    structure = Structure((*entries, *inside))
     logger.info("the student keeps %s", structure)
     return structure
 

@@ -30,7 +30,8 @@ from hfslim.pipeline.opening import explained
 from hfslim.pipeline.recipe import Recipe
 from hfslim.pipeline.stages import Cut, Distil, Prune, Recover, Sparsify, Student, listed
 from hfslim.pipeline.task_examples import Workbench
-from hfslim.pruning.steps import check_reachable, price
+from hfslim.pruning.search.search import Search
+from hfslim.pruning.steps import check_reachable
 from hfslim.pruning.target import Target
 from hfslim.reporting.training_curves import series_of
 from hfslim.sparsity.weight_callback import WeightPruningCallback
@@ -121,8 +122,7 @@ class Work(Workbench):
             goal = Target.parse(cut.target, cut.units)
             inputs = self.inputs(model, cut.batch_size)
             shown = PartialState().is_main_process
-            costs = price(model, units, goal, inputs, shown)
-            check_reachable(model, units, goal, costs, inputs)
+            check_reachable(Search.priced(model, units, goal, inputs, progress=shown))
 
     def save_manifest(self) -> None:
         """Write the manifest, on the processes that write."""

@@ -35,7 +35,7 @@ from hfslim.pipeline.stages import (
     Student,
     Transfer,
 )
-from hfslim.pruning import PruningCallback, prune, shrink
+from hfslim.pruning import Batches, PruningCallback, prune, shrink
 from hfslim.reporting.page import publish
 from hfslim.reporting.report import REPORT
 from hfslim.reporting.training_curves import units_of
@@ -243,10 +243,9 @@ def _prune(work: Work, stage: Prune, entry: Entry, args: Any) -> None:
     torch.nn.Module.to(model, work.evaluation.device)
     result = prune(
         model,
-        work.calibration(model, stage.max_examples),
+        Batches(work.calibration(model, stage.max_examples), stage.max_examples),
         target,
         reconstruction=stage.reconstruction or "weights",
-        max_examples=stage.max_examples,
         seed=seed,
         progress=PartialState().is_main_process,
         **shared,

@@ -1,10 +1,11 @@
-"""Several cuts of one model, and what each costs and keeps."""
+"""Cut copies of one model to several targets, and measure what each costs and keeps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Unpack
 
 import torch
 from rich.console import Console
@@ -14,20 +15,26 @@ from transformers import PreTrainedModel
 
 from hfslim.anatomy.structure import Structure
 from hfslim.measuring.measurement import compare
+from hfslim.pruning.metric_drop import Evaluate, metric_of
+from hfslim.pruning.oneshot import PruneOptions, calibrated_search
+from hfslim.pruning.steps import cut_copy, decide
+from hfslim.pruning.target import Resource, Target
 from hfslim.training.ranks import from_first_rank
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Point:
-    """What one cut costs, as fractions of the whole model's figures, and how good it is.
+    """The cost of one cut, as fractions of the whole model's figures, and its metric.
 
     Attributes:
-        macs: Multiply-accumulates kept.
-        parameters: Parameters kept.
-        latency: Median time of a call kept, both models' calls timed in turn.
+        macs: Multiply-accumulates.
+        parameters: Parameters.
+        latency: Median time of a call, both models' calls timed in turn.
         low: Lower end of its 95 % interval.
         high: Upper end of its 95 % interval.
-        metric: What `evaluate` returned; None without it.
+        metric: The result of `evaluate`; None without it.
     """
 
     macs: float
@@ -46,7 +53,7 @@ class Member:
         kept: Fraction of the resource that was asked for.
         structure: The units kept, by their numbers in the whole model.
         model: A copy of the model, shrunk.
-        point: What it costs and how good it is.
+        point: Its cost and its metric.
     """
 
     kept: float
@@ -60,7 +67,7 @@ class PruneFamily:
     """Several cuts of one model from one scoring, in the order asked for.
 
     Attributes:
-        resource: What the fractions kept are of.
+        resource: The resource that the fractions are of.
         metric: The whole model's metric; None without `evaluate`.
         members: The cuts.
     """
@@ -79,7 +86,7 @@ class PruneFamily:
         return self.members[index]
 
     def curve(self) -> list[dict[str, Any]]:
-        """Return one row per cut: the fraction asked for, and what is told by its `Point`."""
+        """Return one row per cut: the fraction asked for, and the figures of its `Point`."""
         return [{self.resource + "_asked": m.kept, **asdict(m.point)} for m in self]
 
     def __str__(self) -> str:
@@ -99,13 +106,61 @@ class PruneFamily:
         return capture.get()
 
 
-def point(
+def prune_family(
+    model: PreTrainedModel,
+    data: Iterable[Mapping[str, Any]],
+    fractions: Sequence[float],
+    resource: Resource = "macs",
+    evaluate: Evaluate | None = None,
+    **options: Unpack[PruneOptions],
+) -> PruneFamily:
+    """Cut copies of a trained classifier to several targets, from one scoring.
+
+    The model stays whole; all members are in memory at once.
+
+    Args:
+        model: The classifier; not a wrapper around it.
+        data: Batches of model inputs, as for `prune`.
+        fractions: Fractions of the resource to keep, such as `[0.75, 0.5, 0.25]`.
+        resource: `macs`, `parameters` or `latency`.
+        evaluate: Returns a metric of a model, higher is better.
+        **options: `units`, `criterion`, `inputs` and the further arguments of `prune`.
+
+    Returns:
+        The members, each equal to the result of `prune` at its fraction, with their costs.
+
+    Raises:
+        UnreachableTargetError: A fraction is below what can be reached; the message gives the
+            nearest that can.
+        ValueError: An argument is wrong or conflicts with another, the data is empty, or scores or
+            a metric are not finite.
+    """
+    if isinstance(fractions, str) or not isinstance(fractions, Sequence) or not fractions:
+        raise ValueError(
+            f"fractions is a list of fractions to keep, such as [0.75, 0.5]; got {fractions!r}"
+        )
+    targets = [Target.of(resource, kept) for kept in fractions]
+    least = min(targets, key=lambda target: target.kept)
+    search, calibration = calibrated_search(model, data, least, **options)
+    members = []
+    for target in targets:
+        structure, _ = decide(replace(search, target=target), calibration.scores)
+        small = cut_copy(model, structure, calibration)
+        metric = metric_of(small, evaluate) if evaluate else None
+        point = measured_point(model, small, search.inputs, metric)
+        members.append(Member(target.kept, structure, small, point))
+        logger.info("keeps %g of the %s: %s", target.kept, resource, point)
+    whole = metric_of(model, evaluate) if evaluate else None
+    return PruneFamily(resource, whole, tuple(members))
+
+
+def measured_point(
     whole: nn.Module,
     small: nn.Module,
     inputs: Mapping[str, torch.Tensor],
     metric: float | None = None,
 ) -> Point:
-    """Measure a cut model against the whole one; on the first rank, for all."""
+    """Measure a cut model against the whole one, on the first rank for all."""
 
     def measured() -> Point:
         found = compare(whole, small, inputs)

@@ -1,21 +1,19 @@
-"""The steps of pruning: what units cost, what data tells of them, the decision, the cut."""
+"""The steps of pruning: calibration, the decision, the cut."""
 
 from __future__ import annotations
 
-import functools
+import copy
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
 from hfslim.anatomy.discovery import find_units
-from hfslim.anatomy.inputs import Stated, stated_inputs
 from hfslim.anatomy.structure import Kind, Structure
 from hfslim.anatomy.units import Units
 from hfslim.pruning.gates.gates import Key
-from hfslim.pruning.latency.latency_measurement import latency_table, liked_multiple
 from hfslim.pruning.latency.latency_search import LatencyTry, check_measured, search_measured
 from hfslim.pruning.latency.latency_table import LatencyTable
 from hfslim.pruning.obs.moments import SecondMoments
@@ -30,35 +28,25 @@ from hfslim.pruning.obs.reconstruction import (
 from hfslim.pruning.scores.batches import Batches
 from hfslim.pruning.scores.collect import collect, same_total
 from hfslim.pruning.scores.criteria import CRITERIA
-from hfslim.pruning.search import unit_costs as pricing
-from hfslim.pruning.search.plain_config import Stream
-from hfslim.pruning.search.search import search
-from hfslim.pruning.search.uniform import search_uniform
+from hfslim.pruning.search.search import Search
 from hfslim.pruning.surgery.batch_norms import renew_batch_norms
 from hfslim.pruning.surgery.surgery import shrink
-from hfslim.pruning.target import Target
 from hfslim.training.ranks import from_all_ranks
 
 logger = logging.getLogger(__name__)
 
-Prices = pricing.Costs | LatencyTable | None
-"""What units cost; None where a target counts units.
-
-For a latency without a table it is multiply-accumulates, and the latency is met by timing.
-"""
-
 
 @dataclass(frozen=True)
 class Calibration:
-    """What calibration data told of a model: enough to cut it, or copies of it, to any target.
+    """The statistics of a model on calibration data: enough to cut it, or copies, to any target.
 
     Attributes:
         units: The sites that may lose units.
         scores: Importance of every unit by site, `[units]`.
         batches: The data.
-        moments: Second moments of what goes into the layers that take heads, neurons and channels;
+        moments: Second moments of the inputs of the layers that take heads, neurons and channels;
             None where neither scores nor reconstruction need them.
-        reconstruction: How the weights that stay make up for what goes.
+        reconstruction: How the remaining weights compensate for the removed units.
     """
 
     units: Units
@@ -86,7 +74,7 @@ def calibrate(
         criteria: The criterion of each kind of unit.
         seed: Seed of whatever is drawn.
         progress: Whether to show a progress bar.
-        reconstruction: How the weights that stay are to make up for what goes.
+        reconstruction: How the remaining weights are to compensate for the removed units.
 
     Raises:
         ValueError: The data is empty or does not fit, scores are not finite, or `reconstruction` is
@@ -116,10 +104,10 @@ def calibrate(
 def _projected(
     model: PreTrainedModel, units: Units, eliminated: Sequence[Kind]
 ) -> tuple[Units, Units]:
-    """Return the sites whose units meet weight matrices, and those of channels that do not.
+    """Return the sites whose units are inputs of a weight matrix, and sites of other channels.
 
     Raises:
-        ValueError: Heads or neurons do not, and scores need them; or there is nothing to score.
+        ValueError: Heads or neurons to be scored are no such inputs, or nothing can be scored.
     """
     sites, others, without = [], [], []
     for site in units:
@@ -138,8 +126,7 @@ def _projected(
         more = f" and {len(without) - 1} more" if len(without) > 1 else ""
         logger.warning(
             "no weight matrix of their own takes the %s%s: not reconstructed%s",
-            *without[:1],
-            more,
+            *(without[0], more),
             ", and scored by fisher, brought to the scale of obs" if others else "",
         )
     if eliminated and not sites and not others:
@@ -159,10 +146,9 @@ def _eliminated(
     seed: int,
     progress: bool,
 ) -> dict[Key, torch.Tensor]:
-    """Score by elimination, and channels without a matrix by their Fisher information.
+    """Score by elimination, and channels without a weight matrix by their Fisher information.
 
-    Both estimate the loss; what all channels with a matrix score in sum by one and by the other
-    tells the scale.
+    Both estimate the loss. The ratio of the two sums over all channels with a matrix is the scale.
     """
     scores = {} if moments is None else obs_scores(model, moments)
     if len(others):
@@ -175,83 +161,37 @@ def _eliminated(
     return scores
 
 
+def check_reachable(search: Search) -> None:
+    """Check that a target can be met, before any work is done.
+
+    Raises:
+        UnreachableTargetError: It cannot; the message gives the nearest that can.
+    """
+    alike = {(s.kind, s.path): torch.ones(s.size, dtype=torch.float64) for s in search.units}
+    if search.target.resource == "latency" and not isinstance(search.price, LatencyTable):
+        check_measured(search, alike)
+    else:
+        search.structure(alike)
+
+
 def decide(
-    model: PreTrainedModel,
-    calibration: Calibration,
-    target: Target,
-    costs: Prices,
-    inputs: Stated | None = None,
-    uniform: bool = False,
-    stream: Stream | None = None,
+    search: Search, scores: Mapping[Key, torch.Tensor]
 ) -> tuple[Structure, tuple[LatencyTry, ...]]:
     """Choose the units to keep for a target; the same on every rank.
 
-    Args:
-        model: The model that was calibrated; it is not changed.
-        calibration: What is known of it.
-        target: What it may cost.
-        costs: What its units cost.
-        inputs: The input at which they cost that.
-        uniform: Whether all layers keep the same numbers of units.
-        stream: How wide the residual stream may then be.
-
     Returns:
-        The structure, and for a latency what was timed until it was met.
+        The structure, and under a latency what was timed until it was met.
 
     Raises:
-        UnreachableTargetError: The target cannot be met; the message says what can.
+        UnreachableTargetError: The target cannot be met; the message gives the nearest that can.
     """
-    units, scores = calibration.units, calibration.scores
-    find = functools.partial(search_uniform, stream=stream) if uniform else search
     tries: list[LatencyTry] = []
-    if target.resource == "latency" and costs is not None:
-        stated = stated_inputs(model, inputs)
-        structure, tries = search_measured(
-            model, units, target, costs, stated, lambda goal: find(units, scores, goal, costs)
-        )
+    if search.target.resource == "latency":
+        structure, tries = search_measured(search, scores)
     else:
-        structure = find(units, scores, target, costs)
-    logger.info("keeps %s for %s", structure, target)
+        structure = search.structure(scores)
+    logger.info("keeps %s for %s", structure, search.target)
     return agreed(structure), tuple(tries)
-
-
-def cut(model: PreTrainedModel, structure: Structure, calibration: Calibration) -> None:
-    """Remove what a structure does not keep from the model that was calibrated, or a copy of it.
-
-    Where channels or layers go, batch norms take their statistics anew from the calibration data.
-
-    Raises:
-        RuntimeError: The cut model would not equal the gated one. The model is unchanged.
-    """
-    structure = calibration.units.complete(structure)
-    how = calibration.reconstruction
-    with reconstructed(model, calibration.units, structure, calibration.moments, how):
-        shrink(model, structure)
-    if any(e.kind in ("channels", "layers") and len(e.kept) < e.total for e in structure):
-        renew_batch_norms(model, calibration.batches)
-
-
-def price(
-    model: PreTrainedModel,
-    units: Units,
-    target: Target,
-    inputs: Stated | None = None,
-    progress: bool = True,
-) -> Prices:
-    """Tell what units cost in a target's resource; None where the target is a sparsity.
-
-    Latencies are measured, where the cache does not have them. What one of the units that share
-    their costs takes depends on all that it meets, so there is no table for these, and what they
-    cost is their multiply-accumulates, in the numbers of units that the device likes.
-    """
-    if target.resource == "sparsity":
-        return None
-    stated = stated_inputs(model, inputs)
-    if target.resource != "latency":
-        return pricing.count(model, units, target.resource, stated)
-    if any(site.coupled for site in units):
-        return replace(pricing.count(model, units, "macs", stated), step=liked_multiple(model))
-    return latency_table(model, units, stated, progress)
 
 
 def agreed(structure: Structure) -> Structure:
@@ -271,26 +211,26 @@ def agreed(structure: Structure) -> Structure:
     return structure
 
 
-def check_reachable(
-    model: PreTrainedModel,
-    units: Units,
-    target: Target,
-    costs: Prices,
-    inputs: Stated | None = None,
-    uniform: bool = False,
-    stream: Stream | None = None,
-) -> None:
-    """Check that a target can be met, before any work is done.
+def cut(model: PreTrainedModel, structure: Structure, calibration: Calibration) -> None:
+    """Remove the units that a structure lacks from the calibrated model, or from a copy of it.
+
+    Where channels or layers are removed, batch norms get new statistics from the calibration data.
 
     Raises:
-        UnreachableTargetError: It cannot; the message says what can.
+        RuntimeError: The cut model would not equal the gated one. The model is unchanged.
     """
-    alike = {(s.kind, s.path): torch.ones(s.size, dtype=torch.float64) for s in units}
-    find = functools.partial(search_uniform, stream=stream) if uniform else search
-    if target.resource == "latency" and isinstance(costs, pricing.Costs):
-        stated = stated_inputs(model, inputs)
-        check_measured(
-            model, units, target, costs, stated, lambda goal: find(units, alike, goal, costs)
-        )
-    else:
-        find(units, alike, target, costs)
+    structure = calibration.units.complete(structure)
+    how = calibration.reconstruction
+    with reconstructed(model, calibration.units, structure, calibration.moments, how):
+        shrink(model, structure)
+    if any(e.kind in ("channels", "layers") and len(e.kept) < e.total for e in structure):
+        renew_batch_norms(model, calibration.batches)
+
+
+def cut_copy(
+    model: PreTrainedModel, structure: Structure, calibration: Calibration
+) -> PreTrainedModel:
+    """Return a copy of the model that was cut to a structure."""
+    small = copy.deepcopy(model)
+    cut(small, structure, calibration)
+    return small

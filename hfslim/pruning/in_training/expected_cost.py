@@ -11,6 +11,7 @@ from hfslim.anatomy.structure import Kind
 from hfslim.anatomy.units import Site, Units
 from hfslim.pruning.gates.gates import Key
 from hfslim.pruning.latency.latency_table import Curve, LatencyTable
+from hfslim.pruning.search.price import UNPRICED, Price
 from hfslim.pruning.search.unit_costs import Costs
 from hfslim.pruning.target import Target
 
@@ -24,7 +25,7 @@ class ExpectedCost:
     Args:
         units: The sites that may lose units.
         target: What the model may cost.
-        costs: What the units cost; None where the target is a sparsity.
+        costs: What the units cost.
 
     Raises:
         ValueError: What the units cost depends on each other.
@@ -33,9 +34,7 @@ class ExpectedCost:
         names: What is limited: the resource, or the kinds of units that a sparsity names.
     """
 
-    def __init__(
-        self, units: Units, target: Target, costs: Costs | LatencyTable | None = None
-    ) -> None:
+    def __init__(self, units: Units, target: Target, costs: Price = UNPRICED) -> None:
         self.units = units
         runs = [site.path for site in units if site.layers.runs]
         if runs:

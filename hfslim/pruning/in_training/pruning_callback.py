@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,11 @@ from hfslim.pruning.gates.gates import Gates, Key
 from hfslim.pruning.in_training.expected_cost import ExpectedCost
 from hfslim.pruning.in_training.learned_gates import WARM_UP, LearnedGates
 from hfslim.pruning.in_training.schedules import Pace, Schedule
-from hfslim.pruning.latency.latency_table import LatencyTable
 from hfslim.pruning.scores.collect import Collector
 from hfslim.pruning.scores.criteria import Criteria, criteria_by_kind, learns
 from hfslim.pruning.scores.importance import Scores
-from hfslim.pruning.search.search import search
-from hfslim.pruning.steps import agreed, check_reachable, price
+from hfslim.pruning.search.search import Search
+from hfslim.pruning.steps import agreed, check_reachable
 from hfslim.pruning.surgery.proof import check_gates
 from hfslim.pruning.surgery.surgery import shrink
 from hfslim.pruning.target import Target
@@ -133,14 +133,14 @@ class PruningCallback(FiguresCallback, ExportableState):
         check_merged(model)
         kinds = self._arguments["units"]
         units = find_units(model, "dimensions" in kinds).of(kinds)
-        self._costs = price(model, units, self.goal, self._inputs)
-        if self.goal.resource == "latency" and not isinstance(self._costs, LatencyTable):
+        self._search = Search.priced(model, units, self.goal, self._inputs)
+        if self._search.price.resource != self.goal.resource:
             coupled = " and ".join(sorted({site.kind for site in units if site.coupled}))
             raise ValueError(
                 f"there is no latency table for {coupled} to go by while a model trains: give "
                 'target={"macs": …}, or cut in one go by hfslim.prune, which times what it cuts'
             )
-        check_reachable(model, units, self.goal, self._costs)
+        check_reachable(self._search)
         self._decisions = self._pace.over(state.max_steps)
         check_gates(model, units)
         gates = Gates(model, units, owner=type(self).__name__)
@@ -149,7 +149,7 @@ class PruningCallback(FiguresCallback, ExportableState):
         self.structure, self.scores = units.full(), None
         self._learned = None
         if self._learns and state.global_step < self._decisions.last:
-            cost = ExpectedCost(units, self.goal, self._costs)
+            cost = ExpectedCost(units, self.goal, self._search.price)
             self._learned = LearnedGates(gates, cost, self._seed, self._decisions.steps)
         if state.global_step:
             self._restore(state)
@@ -259,9 +259,9 @@ class PruningCallback(FiguresCallback, ExportableState):
             self._learned, gates.factors = None, {}
         else:
             scores = self._collector.result(model, self._seed)
-        goal = self.goal.at(progress)
+        search = replace(self._search, target=self.goal.at(progress))
         self.scores = scores
-        new = agreed(search(gates.units, scores, goal, self._costs, self.structure))
+        new = agreed(search.structure(scores, self.structure))
         self._decided = True
         if new != self.structure:
             self.structure = new

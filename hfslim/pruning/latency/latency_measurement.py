@@ -20,8 +20,14 @@ from hfslim.anatomy.structure import Entry, Structure
 from hfslim.anatomy.units import Site, Units
 from hfslim.measuring.timing import describe_inputs, evaluating, placed
 from hfslim.pruning.gates.gates import Key
-from hfslim.pruning.latency import latency_table as stored
-from hfslim.pruning.latency.latency_table import Curve, LatencyTable, layers_of
+from hfslim.pruning.latency.latency_table import (
+    Curve,
+    LatencyTable,
+    layers_of,
+    load_table,
+    save_table,
+    table_key,
+)
 from hfslim.pruning.surgery.proof import attention_returns
 from hfslim.pruning.surgery.surgery import cut_for_now
 from hfslim.training.ranks import from_first_rank
@@ -61,13 +67,13 @@ def latency_table(
     Raises:
         RuntimeError: The model does not run its layers as modules.
     """
-    stated = stored.conditions(model, units, inputs)
+    key = table_key(model, units, inputs)
 
     def loaded_or_measured() -> dict[str, Any]:
-        table = stored.load(stated)
+        table = load_table(key)
         if table is None:
             table = measure_table(model, units, inputs, progress)
-            stored.save(stated, table)
+            save_table(key, table)
         return table.to_dict()
 
     return LatencyTable.from_dict(from_first_rank(loaded_or_measured))
@@ -105,7 +111,7 @@ def measure_table(
                 "their own, so they cannot be timed; state the target in macs, or leave layers out "
                 "of `units`"
             )
-    inputs, step, layers = placed(model, inputs), liked_multiple(model), layers_of(units)
+    inputs, step, layers = placed(model, inputs), aligned_step(model), layers_of(units)
     returns = attention_returns(model, units)
     with evaluating(model), Stopwatch(model, [*layers]) as watch:
         for _ in range(3):
@@ -147,10 +153,11 @@ def measure_table(
     return table.corrected(factor)
 
 
-def liked_multiple(model: nn.Module) -> int:
-    """Return the number of neurons whose multiples a model's device computes without waste.
+def aligned_step(model: nn.Module) -> int:
+    """Return the number of neurons whose multiples the model's device computes without waste.
 
-    On a CPU 64 bytes, its widest vector; elsewhere 128 bytes, a row of a tile of the tensor cores.
+    They fill 64 bytes on a CPU, its widest vector, and elsewhere 128 bytes, a row of a tile of the
+    tensor cores.
     """
     parameter = next(p for p in model.parameters() if p.is_floating_point())
     return max(1, (64 if parameter.device.type == "cpu" else 128) // parameter.element_size())

@@ -1,4 +1,4 @@
-"""What every width of every sub-layer takes on a device: the table, its cache."""
+"""The latency table of a model: what each width of each sub-layer takes on a device; its cache."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from hfslim.anatomy.structure import Structure
 from hfslim.anatomy.units import Site, Units
 from hfslim.measuring.timing import describe_inputs
 from hfslim.pruning.gates.gates import Key
+from hfslim.pruning.search.price import dropped_layers
+from hfslim.pruning.target import Resource
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +33,11 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Curve:
-    """Milliseconds that a sub-layer takes beyond what its layer takes without any of its units.
+    """Milliseconds that the units of a sub-layer add to its layer.
 
     Attributes:
         widths: Numbers of units, ascending, from 0 to all.
-        ms: Milliseconds at each, not falling; 0 at first.
+        ms: Milliseconds at each, from 0, never falling.
     """
 
     widths: tuple[int, ...]
@@ -48,16 +50,17 @@ class Curve:
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """What a model's parts take on a device at an input.
+    """The price in latency: what a model's parts take on a device at an input.
 
     Attributes:
         total: Milliseconds of the whole model.
-        layer: Milliseconds of each layer with none of its units, by path.
+        layer: Milliseconds of each layer without its units, by path.
         site: Milliseconds by number of units, of each site of heads or neurons.
-        step: The number of neurons whose multiples the device likes.
+        step: The number of neurons whose multiples the device computes without waste.
         input: The input and the device, in words.
     """
 
+    resource: ClassVar[Resource] = "latency"
     total: float
     layer: Mapping[str, float]
     site: Mapping[Key, Curve]
@@ -111,18 +114,8 @@ class LatencyTable:
         return cls(data["total"], data["layer"], site, data["step"], data["input"])
 
 
-def dropped_layers(units: Units, structure: Structure) -> set[str]:
-    """Return the paths of the layers that a structure removes."""
-    return {
-        f"{site.path}.{i}"
-        for site in units
-        if site.kind == "layers"
-        for i in set(range(site.size)) - set(structure.kept("layers", site.path))
-    }
-
-
 def layers_of(units: Units) -> dict[str, list[Site]]:
-    """Return the sites inside of each layer; outside of any, of the nearest numbered module."""
+    """Return the sites in each layer; those outside of any layer by the nearest numbered module."""
     layers: dict[str, list[Site]] = {
         f"{site.path}.{i}": [] for site in units if site.kind == "layers" for i in range(site.size)
     }
@@ -135,15 +128,15 @@ def layers_of(units: Units) -> dict[str, list[Site]]:
 
 
 def cache_folder() -> Path:
-    """Return where tables are kept: `$HFSLIM_CACHE`, or `hfslim` in the user's cache folder."""
+    """Return the folder of the tables: `$HFSLIM_CACHE`, or `hfslim` in the user's cache folder."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get(CACHE) or Path(home) / "hfslim").expanduser()
 
 
-def conditions(
+def table_key(
     model: PreTrainedModel, units: Units, inputs: Mapping[str, torch.Tensor]
 ) -> dict[str, Any]:
-    """Return all that a table depends on, from the device's name to the shape of the input."""
+    """Return everything that a table depends on, from the device's name to the inputs' shapes."""
     parameter = next(model.parameters())
     shapes = sorted((name, list(p.shape)) for name, p in model.named_parameters())
     return {
@@ -171,14 +164,14 @@ def device_name(device: torch.device) -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def load(stated: Mapping[str, Any]) -> LatencyTable | None:
-    """Read the table for some conditions from the cache, if there is one."""
-    path = _path(stated)
+def load_table(key: Mapping[str, Any]) -> LatencyTable | None:
+    """Read a table from the cache; None if there is none."""
+    path = _path(key)
     if not path.is_file():
         return None
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        if saved["conditions"] != stated:
+        if saved["conditions"] != key:
             return None
         table = LatencyTable.from_dict(saved["table"])
     except (ValueError, KeyError, TypeError) as error:
@@ -188,18 +181,18 @@ def load(stated: Mapping[str, Any]) -> LatencyTable | None:
     return table
 
 
-def save(stated: Mapping[str, Any], table: LatencyTable) -> None:
+def save_table(key: Mapping[str, Any], table: LatencyTable) -> None:
     """Write a table to the cache, in one step."""
-    path = _path(stated)
+    path = _path(key)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}")
     temporary.write_text(
-        json.dumps({"conditions": stated, "table": table.to_dict()}, indent=1), encoding="utf-8"
+        json.dumps({"conditions": key, "table": table.to_dict()}, indent=1), encoding="utf-8"
     )
     temporary.replace(path)
     logger.info("latency table kept in %s", path)
 
 
-def _path(stated: Mapping[str, Any]) -> Path:
-    digest = hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()[:16]
-    return cache_folder() / "latency" / f"{stated['model']}-{digest}.json"
+def _path(key: Mapping[str, Any]) -> Path:
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return cache_folder() / "latency" / f"{key['model']}-{digest}.json"

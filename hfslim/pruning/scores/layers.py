@@ -19,7 +19,7 @@ from hfslim.pruning.gates.gates import Gates, Key
 from hfslim.pruning.scores.batches import fitting
 from hfslim.pruning.scores.finite import check_finite
 from hfslim.pruning.scores.importance import Scores, UnusableScoresError
-from hfslim.pruning.search.search import search
+from hfslim.pruning.search.best import best_structure
 from hfslim.pruning.target import Target
 from hfslim.training.objective import hard_loss, labelled, logits_of, problem_type
 
@@ -91,7 +91,8 @@ def spaced_layers(model: PreTrainedModel, keep: int) -> Structure:
     total = sum(site.size for site in units)
     if not 1 <= keep <= total:
         raise ValueError(f"keep is the number of layers to keep, 1 to {total}; got {keep}")
-    return search(units, spaced(units), Target("sparsity", 1.0, {"layers": 1 - keep / total}))
+    target = Target("sparsity", 1.0, {"layers": 1 - keep / total})
+    return best_structure(units, spaced(units), target)
 
 
 def loss_delta(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import nn
@@ -15,8 +14,8 @@ from hfslim.anatomy.structure import Structure
 from hfslim.anatomy.units import Site, Units
 from hfslim.measuring.measurement import count_parameters, macs_by_module
 from hfslim.pruning.gates.gates import Key
-
-Resource = Literal["macs", "parameters"]
+from hfslim.pruning.search.price import dropped_layers
+from hfslim.pruning.target import Resource
 
 
 @dataclass(frozen=True)
@@ -96,13 +95,11 @@ class Costs:
 
     def of(self, units: Units, structure: Structure) -> int:
         """Return the cost of the model once it is cut to a structure."""
-        left = self.total
-        dropped = set()
+        left, dropped = self.total, dropped_layers(units, structure)
         for site in units:
             if site.kind == "layers":
-                layers = set(range(site.size)) - set(structure.kept("layers", site.path))
-                left -= sum(self.layer["layers", site.path][i] for i in layers)
-                dropped |= {f"{site.path}.{i}" for i in layers}
+                costs = self.layer["layers", site.path]
+                left -= sum(c for i, c in enumerate(costs) if f"{site.path}.{i}" in dropped)
         gone: dict[Key, int] = {
             (site.kind, site.path): site.size - len(structure.kept(site.kind, site.path))
             for site in units
