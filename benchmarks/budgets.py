@@ -28,7 +28,8 @@ from hfslim.measuring.timing import paired_latency
 from hfslim.pipeline.task_examples import Workbench
 from hfslim.pruning.scores.batches import Batches
 from hfslim.pruning.scores.criteria import criteria_by_kind, usual_criterion
-from hfslim.pruning.steps import calibrate, cut, decide, price
+from hfslim.pruning.search.search import Search
+from hfslim.pruning.steps import calibrate, cut_copy, decide
 from hfslim.pruning.target import Target
 
 CALLS = 60
@@ -69,11 +70,10 @@ def latencies(
     print("|---|---|---|---|---|---|---|---|")
     for size in sizes:
         inputs, start = bench.inputs(whole, size), time.perf_counter()
-        costs = price(whole, units, goal, inputs, False)
-        structure, tries = decide(whole, known, goal, costs, inputs)
+        search = Search.priced(whole, units, goal, inputs, progress=False)
+        structure, tries = decide(search, known.scores)
         seconds = time.perf_counter() - start
-        small = copy.deepcopy(whole)
-        cut(small, structure, known)
+        small = cut_copy(whole, structure, known)
         times = paired_latency(whole, small, inputs, calls=CALLS if size == 1 else CALLS // 3)
         ratio, interval = 1 / times.speedup, f"{1 / times.high:.3f}–{1 / times.low:.3f}"
         print(
@@ -90,12 +90,12 @@ def drop(bench: Workbench, whole: PreTrainedModel, kinds: list[Kind], allowed: f
     seen = replace(bench, eval=mixed.select(range(middle)))
     unseen = replace(bench, eval=mixed.select(range(middle, len(mixed))))
     small, inputs = copy.deepcopy(whole), bench.inputs(whole)
-    result = hfslim.prune(
+    result = hfslim.prune_within(
         small,
         bench.calibration(whole, 512),
+        allowed,
+        lambda model: seen.predict(model).value,
         units=kinds,
-        max_metric_drop=allowed,
-        evaluate=lambda model: seen.predict(model).value,
         inputs=inputs,
         progress=False,
     )

@@ -25,6 +25,7 @@ from benchmarks.markdown import Row, circumstances, listed, percent, spread, tab
 from benchmarks.rivals.results import Results
 from benchmarks.workbenches import opened
 from hfslim.measuring.timing import evaluating
+from hfslim.pruning.scores.batches import Batches
 
 NAME = "classes"
 
@@ -75,10 +76,8 @@ def main() -> None:
                     continue
                 result = hfslim.prune(
                     bench.load_model(options.model),
-                    data,
+                    Batches(data, options.max_examples, classes),
                     target={"macs": budget},
-                    max_examples=options.max_examples,
-                    classes=[names[number] for number in classes],
                     progress=False,
                 )
                 cell = {**key, "run": run, "by_class": accuracies(result.model)}

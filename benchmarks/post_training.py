@@ -10,7 +10,6 @@ search and cut, as if for that budget alone; reading data and judging is not in 
 """
 
 import argparse
-import copy
 import resource
 import time
 
@@ -23,7 +22,8 @@ from hfslim.measuring.measurement import macs
 from hfslim.pruning.obs.reconstruction import RECONSTRUCTIONS
 from hfslim.pruning.scores.batches import Batches
 from hfslim.pruning.scores.criteria import criteria_by_kind
-from hfslim.pruning.steps import calibrate, cut, decide, price
+from hfslim.pruning.search.search import Search
+from hfslim.pruning.steps import calibrate, cut_copy, decide
 from hfslim.pruning.target import Target
 
 
@@ -58,11 +58,9 @@ def main() -> None:
     for budget in options.budgets:
         start = _clocks()
         target = Target.parse({"macs": budget}, options.units)
-        structure, _ = decide(
-            teacher, calibration, target, price(teacher, units, target, inputs), inputs
-        )
-        model = copy.deepcopy(teacher)
-        cut(model, structure, calibration)
+        search = Search.priced(teacher, units, target, inputs)
+        structure, _ = decide(search, calibration.scores)
+        model = cut_copy(teacher, structure, calibration)
         seconds, cpu = scoring + _clocks() - start
         after = bench.predict(model).value
         print(

@@ -27,7 +27,8 @@ from hfslim.anatomy.structure import Kind
 from hfslim.pruning.obs.moments import SecondMoments
 from hfslim.pruning.obs.reconstruction import obs_scores
 from hfslim.pruning.scores.batches import Batches
-from hfslim.pruning.steps import Calibration, cut, decide, price
+from hfslim.pruning.search.search import Search
+from hfslim.pruning.steps import Calibration, cut, decide
 from hfslim.pruning.target import Target
 
 LARGE = {
@@ -76,8 +77,8 @@ def main() -> None:
     watched("second moments", lambda: moments.kept(model))
     scores = watched("order of elimination", lambda: obs_scores(model, moments))
     known = Calibration(units, scores, Batches(data, options.examples), moments, "weights")
-    costs = watched("costs of units", lambda: price(model, units, target, one))
-    structure, _ = watched("search", lambda: decide(model, known, target, costs, one))
+    search = watched("costs of units", lambda: Search.priced(model, units, target, one))
+    structure, _ = watched("search", lambda: decide(search, scores))
     watched("reconstruction and surgery", lambda: cut(model, structure, known))
     print(f"\nkeeps {structure}")
 

@@ -12,7 +12,8 @@ from hfslim.anatomy.inputs import example_inputs
 from hfslim.measuring.measurement import count_parameters, macs
 from hfslim.pruning import UnreachableTargetError
 from hfslim.pruning.scores.batches import Batches
-from hfslim.pruning.steps import calibrate, cut, decide, price
+from hfslim.pruning.search.search import Search
+from hfslim.pruning.steps import calibrate, cut, decide
 from hfslim.pruning.target import Target
 
 TEXTS = {"input_ids": torch.ones(2, 3, dtype=torch.long)}
@@ -63,7 +64,6 @@ def test_a_target_out_of_range_is_refused(target):
         ({"units": ()}, "no kind of unit given"),
         ({"criterion": "hessian"}, "criterion for heads: got 'hessian'"),
         ({"data": []}, "calibration data is empty"),
-        ({"max_examples": 0}, "max_examples must be at least 1"),
         ({"data": {"input_ids": torch.ones(2, 3)}}, "data gives str where a batch is expected"),
         (
             {"data": [{**TEXTS, "labels": torch.tensor([0, 3])}], "criterion": "fisher"},
@@ -87,6 +87,16 @@ def test_weights_that_are_not_finite_are_refused(criterion):
     assert find_units(model).full().counts()["heads"] == (12, 12)
 
 
+def test_the_number_of_calibration_examples_is_limited():
+    with pytest.raises(ValueError, match="max_examples must be at least 1"):
+        Batches([], 0)
+    limited, first = tiny("bert"), tiny("bert")
+    data = list(_data(limited))
+    found = _prune(limited, Batches(data, 4))
+    for key, values in _prune(first, data[:1]).scores.items():
+        assert torch.equal(found.scores[key], values)
+
+
 def test_one_calibration_cuts_to_any_target():
     """A generator serves as often as a list, and copies are cut as the model itself would be."""
     model, copies = tiny("bert"), [tiny("bert"), tiny("bert")]
@@ -95,7 +105,7 @@ def test_one_calibration_cuts_to_any_target():
     calibration = calibrate(model, units, Batches(_data(model), 64), criteria, progress=False)
     for copied, kept in zip(copies, (0.8, 0.6), strict=True):
         goal = Target.parse({"parameters": kept}, ("heads", "neurons"))
-        structure, _ = decide(copied, calibration, goal, price(copied, units, goal))
+        structure, _ = decide(Search.priced(copied, units, goal), calibration.scores)
         cut(copied, structure, calibration)
         alone = tiny("bert")
         _prune(alone, target={"parameters": kept})

@@ -1,4 +1,4 @@
-"""Measure a latency table: time each layer inside real forward passes at many widths."""
+"""Measure a latency table: time each layer in forward passes of the model at many widths."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from hfslim.training.ranks import from_first_rank
 logger = logging.getLogger(__name__)
 
 MEASURED_WIDTHS = 17
-"""Widths of a sub-layer that are measured; what lies between is interpolated."""
+"""Widths of a sub-layer that are measured; those between are interpolated."""
 SAMPLES = 6
 """Times of each width, at least."""
 CALLS = 2
 """Timed calls of each cut, after one that is not timed."""
 SECONDS = 10.0
-"""How long to measure if that is reached with `SAMPLES` to `MOST · SAMPLES` times."""
+"""Time to measure for, within `SAMPLES` to `MOST · SAMPLES` times of each width."""
 MOST = 8
 REWEIGHTED = 20
 """Rounds of reweighting in the fit."""
@@ -53,19 +53,9 @@ def latency_table(
     inputs: Mapping[str, torch.Tensor],
     progress: bool = True,
 ) -> LatencyTable:
-    """Return the latency table of a model, from the cache or measured now, the same on all ranks.
+    """Return the latency table of a model from the cache, or as measured by `measure_table`.
 
-    Args:
-        model: The model, on the device that it will run on.
-        units: The sites that may lose units.
-        inputs: The input at which latency is stated.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        The table; the model is not changed.
-
-    Raises:
-        RuntimeError: The model does not run its layers as modules.
+    The table is the same on all ranks.
     """
     key = table_key(model, units, inputs)
 
@@ -88,12 +78,12 @@ def measure_table(
     """Time every width of every sub-layer.
 
     The whole model runs with its layers cut to widths that are drawn anew for each cut, every width
-    of every shape of layer equally often; each layer is timed inside of it, so the caches are as in
-    use. Layers of the same shape share their times. A layer's time is split into a part for each
-    sub-layer and the rest, and the parts are scaled to add up to the whole model's time.
+    of every shape of layer equally often. Each layer is timed inside the model, so that caches are
+    in the state of use. Layers of the same shape share their times. A layer's time is split into a
+    part for each sub-layer and the rest, and the parts are scaled to add up to the model's time.
 
     Args:
-        model: The model.
+        model: The model, on the device that it will run on.
         units: The sites that may lose units.
         inputs: The input at which latency is stated.
         progress: Whether to show a progress bar.
@@ -143,7 +133,7 @@ def measure_table(
             site |= {(s.kind, s.path): c for s, c in zip(sites, curves, strict=True)}
     total = 1000 * float(np.median(whole))
     table = LatencyTable(total, rest, site, step, describe_inputs(inputs))
-    # Neither is ever nothing, but a stalled machine can make it seem so.
+    # Neither part is ever 0, but on a stalled machine it may be measured so.
     inside = max(total - 1000 * float(np.median(outside)), 0.1 * total)
     factor = inside / max(total - table.outside, 1e-6)
     logger.info(
@@ -164,13 +154,13 @@ def aligned_step(model: nn.Module) -> int:
 
 
 class Stopwatch:
-    """Times modules inside the forward passes of a model.
+    """A timer of modules inside the forward passes of a model.
 
-    On CUDA by events, elsewhere by the wall clock.
+    It uses events on CUDA and the wall clock elsewhere.
 
     Attributes:
         seconds: Time of each module in the last run, by path; the whole model's at `""`.
-        shapes: Shape of the first tensor that each module got.
+        shapes: Shape of the first tensor argument of each module.
     """
 
     def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
@@ -234,10 +224,10 @@ class Stopwatch:
 
 
 class _Shape:
-    """Layers of the same shape, the widths drawn for them, and the times they took.
+    """Layers of the same shape, the widths drawn for them, and their times.
 
     Attributes:
-        sites: The sites inside of each layer, by the layer's path.
+        sites: The sites in each layer, by the layer's path.
         widths: The widths to measure of each site in a layer.
         samples: Indices of the widths, and seconds.
     """
@@ -269,7 +259,7 @@ class _Shape:
         return entries
 
     def note(self, seconds: Mapping[str, float]) -> None:
-        """Add the times that the layers took at the widths drawn last."""
+        """Add the times of the layers at the widths drawn last."""
         self.samples += [(drawn, seconds[path]) for path, drawn in self._drawn.items()]
 
 
@@ -278,7 +268,7 @@ def additive(
 ) -> tuple[float, list[Curve]]:
     """Split times into a rest and a part for each sub-layer, by least absolute deviations.
 
-    Found by least squares that are reweighted by what they miss, so that stalls do not count.
+    The solution is found by iteratively reweighted least squares, so that stalls do not count.
 
     Args:
         samples: For each run, the index of each sub-layer's width, and the seconds.
@@ -318,7 +308,7 @@ def _by_shape(
     inputs: Mapping[str, tuple[int, ...]],
     step: int,
 ) -> list[_Shape]:
-    """Put layers together that do the same work."""
+    """Group layers that do the same work."""
     alike: dict[Any, dict[str, Sequence[Site]]] = {}
     for path, sites in layers.items():
         module = model.get_submodule(path)
@@ -328,7 +318,7 @@ def _by_shape(
 
 
 def _widths(site: Site, step: int) -> tuple[int, ...]:
-    """Choose the widths of a site to measure: as little as may be, all, and some between."""
+    """Return the widths of a site to measure: the smallest, the largest, and some between."""
     step = step if site.kind == "neurons" else 1
     between = np.linspace(0, site.size, min(MEASURED_WIDTHS, site.size // step + 2))
     widths = {min(round(width / step) * step, site.size) for width in between}

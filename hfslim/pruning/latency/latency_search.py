@@ -22,10 +22,10 @@ from hfslim.training.ranks import from_first_rank
 logger = logging.getLogger(__name__)
 
 TOLERANCE = 0.03
-"""Difference of measured and predicted latency, by the one asked for, that is good enough."""
+"""Allowed difference of measured and predicted latency, as a fraction of the target."""
 TRIES = 5
 SECONDS = 6.0
-"""How long to time a pair of models, within 20 to 200 calls of each."""
+"""Time to measure a pair of models for, within 20 to 200 calls of each."""
 
 
 @dataclass(frozen=True)

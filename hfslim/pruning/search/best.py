@@ -45,7 +45,7 @@ def best_structure(
         units: The sites that may lose units.
         scores: Importance of each unit by site, `[units]`.
         target: What the model may cost.
-        price: What structures cost, in the resource of the target.
+        price: What structures cost, in the resource of the target; not needed for a sparsity.
         within: A structure that the result must be part of: units it lacks stay removed.
 
     Returns:
@@ -55,26 +55,27 @@ def best_structure(
         UnreachableTargetError: The target cannot be met; the message gives the nearest that can.
         ValueError: The price is one of another resource.
     """
+    pool = Pool(units, scores, within)
+    if target.resource == "sparsity":
+        return _by_sparsity(pool, target)
     if price.resource != target.resource:
         raise ValueError(
             f"a target of {target.resource} needs costs in {target.resource}, got {price.resource}"
         )
-    pool = Pool(units, scores, within)
     if isinstance(price, LatencyTable):
         found = widths_within(pool, price, target.kept * price.total)
         if found is None:
             raise unreachable(target, units, least_ms(units, price) / price.total)
         return found
-    if isinstance(price, Costs):
-        # The tolerance keeps a budget that is met exactly from failing by rounding.
-        budget = math.floor(target.kept * price.total + 1e-9 * price.total)
-        coupled = any(site.coupled for site in units)
-        under_budget = _under_coupled_budget if coupled else _under_budget
-        best, least = under_budget(pool, price, budget)
-        if best is None:
-            raise unreachable(target, units, least / price.total)
-        return best
-    return _by_sparsity(pool, target)
+    assert isinstance(price, Costs)
+    # The tolerance keeps a budget that is met exactly from failing by rounding.
+    budget = math.floor(target.kept * price.total + 1e-9 * price.total)
+    coupled = any(site.coupled for site in units)
+    under_budget = _under_coupled_budget if coupled else _under_budget
+    best, least = under_budget(pool, price, budget)
+    if best is None:
+        raise unreachable(target, units, least / price.total)
+    return best
 
 
 def _under_budget(pool: Pool, costs: Costs, budget: int) -> tuple[Structure | None, int]:

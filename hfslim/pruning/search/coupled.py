@@ -1,9 +1,8 @@
-"""Choose what to lose where units share their costs: a channel costs as much as it meets."""
+"""Choose the units to remove where their costs depend on each other, as those of channels do."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,41 +13,28 @@ from hfslim.pruning.search.unit_costs import Costs, Product
 
 @dataclass(frozen=True)
 class Lot:
-    """Units of a site that go together.
-
-    Attributes:
-        number: How many.
-        score: Their importance.
-    """
+    """Units of a site that are removed together: their number and summed importance."""
 
     number: int
     score: float
 
 
 def lots(scores: Sequence[float], kept: int, step: int) -> list[Lot]:
-    """Part the units of a site so that what stays is always a multiple of some number.
+    """Divide the units of a site so that a multiple of some number always remains.
 
     Args:
-        scores: Importance of the units that may go, the first to go first.
-        kept: How many units there are now.
-        step: The number whose multiples are to stay.
+        scores: Importance of the units that may be removed, in the order of removal.
+        kept: The number of units there are now.
+        step: The number whose multiples are to remain.
 
     Examples:
         >>> [lot.number for lot in lots([1.0] * 19, kept=20, step=8)]
         [4, 8]
     """
-
-    def numbers() -> Iterator[int]:
-        yield kept % step or step
-        yield from itertools.repeat(step)
-
-    result: list[Lot] = []
-    start = 0
-    for number in numbers():
-        if start + number > len(scores):
-            return result
+    result, start, number = [], 0, kept % step or step
+    while start + number <= len(scores):
         result.append(Lot(number, sum(scores[start : start + number])))
-        start += number
+        start, number = start + number, step
     return result
 
 
@@ -59,22 +45,22 @@ def numbers_to_lose(
     dropped: Set[str],
     excess: int,
 ) -> tuple[dict[Key, int], int]:
-    """Tell how many more units each site loses, so that the cost falls by some amount.
+    """Choose the number of units that each site loses, so that the cost falls by some amount.
 
-    One lot goes after the other, each time the one that loses the least importance for what its
-    removal saves now: as channels go, those that they meet get cheaper. Costs are exact
-    throughout. If the last one saves more than was needed, others that fit come back.
+    Lots are removed one by one, each time the one of least importance per cost that its removal
+    saves now: without some channels, the tensors that they share with others get cheaper. Costs are
+    exact throughout. If the last lot saves more than needed, others that fit are taken back.
 
     Args:
-        costs: What units cost.
-        going: The units that may go, site by site, the first to go first.
-        gone: How many units each site lacks already.
-        dropped: Layers that are gone, with all that is in them.
-        excess: By how much the cost has to fall.
+        costs: The costs of units.
+        going: The units that may be removed, by site, in the order of removal.
+        gone: The number of units that each site lacks already.
+        dropped: Paths of the layers that are removed whole.
+        excess: The amount by which the cost has to fall.
 
     Returns:
-        The number of units to lose by site, and what that saves: less than `excess` where all
-        that may go is too little.
+        The number of units to remove by site, and what that saves: less than `excess` if all
+        removable units are too few.
     """
     keys = list(going)
     order = {key: i for i, key in enumerate(keys)}

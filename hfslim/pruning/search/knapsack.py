@@ -16,7 +16,7 @@ def choose(groups: Sequence[Sequence[tuple[int, float]]], budget: int) -> list[i
 
     Args:
         groups: Cost (0 or more) and loss of each option, group by group.
-        budget: What the chosen options may cost together.
+        budget: The largest total cost.
 
     Returns:
         The index of the chosen option of each group; None if even the cheapest cost too much.
@@ -29,7 +29,7 @@ def choose(groups: Sequence[Sequence[tuple[int, float]]], budget: int) -> list[i
     """
     if budget < 0:
         return None
-    best = np.zeros(budget + 1)  # by what may be spent on the groups so far, the least loss
+    best = np.zeros(budget + 1)  # least loss on the groups so far, by the budget spent on them
     picks = []
     for group in groups:
         reached, pick = np.full(budget + 1, np.inf), np.full(budget + 1, -1)
@@ -53,7 +53,7 @@ def choose(groups: Sequence[Sequence[tuple[int, float]]], budget: int) -> list[i
 
 
 def undominated(options: Sequence[tuple[float, float]]) -> list[int]:
-    """Return the indices of the options that no other beats in both cost and loss, in their order.
+    """Return the indices of the options that no other beats in both cost and loss, ascending.
 
     Examples:
         >>> undominated([(3, 0.0), (2, 0.5), (2, 0.7), (1, 0.5)])

@@ -1,4 +1,4 @@
-"""What a family's own config can say of a smaller model."""
+"""The smaller models that a family's own config can express."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from hfslim.pruning.surgery.surgery import cut_for_now
 
 @dataclass(frozen=True)
 class Stream:
-    """How wide the residual stream of a family may be, by its config.
+    """The widths of a family's residual stream that its config can express.
 
     Attributes:
-        sites: The places that are as wide as the stream.
-        size: Units of each.
+        sites: Paths of the sites that are as wide as the stream.
+        size: Number of units of each.
         entries: Dimensions per unit: more than one where a convolution groups them.
-        heads: Units of attention heads of a layer.
+        heads: Number of units of attention heads in a layer.
         queries: Attention heads per unit.
-        step: Units that go at once, so that a head's size divides the dimensions that are left.
-        tied: Whether the size of a head is the width by the number of heads, so that heads have to
-            go with the dimensions.
+        step: Units that are removed at once, so that the size of a head divides the remaining
+            dimensions.
+        tied: Whether the size of a head is the width by the number of heads, so that heads must be
+            removed with the dimensions.
     """
 
     sites: tuple[str, ...]
@@ -43,14 +44,14 @@ class Stream:
     def narrower(self) -> list[tuple[int, int]]:
         """The units of heads and of dimensions that narrower models keep, the widest last.
 
-        Heads go only where they have to.
+        Fewer heads only where `tied`.
         """
         every = range(1, self.heads) if self.tied else (self.heads,)
         pairs = [(heads, width) for heads in every for width in self.widths(heads)]
         return [pair for pair in pairs if pair[1] < self.size]
 
     def widths(self, heads: int) -> list[int]:
-        """Return the units of dimensions that a model of so many units of heads may keep."""
+        """Return the numbers of units of dimensions that are possible at a number of head units."""
         if self.tied:
             left, rest = divmod(self.size * heads, self.heads)
             return [left] if rest == 0 and left % self.step == 0 else []
@@ -60,18 +61,18 @@ class Stream:
 
 
 def check_plain(model: PreTrainedModel, units: Units) -> Stream | None:
-    """Check that a model's config can say that every layer has fewer units.
+    """Check that a model's config can express fewer units in every layer.
 
     Returns:
-        How wide the residual stream may be, where dimensions may go.
+        The possible widths of the residual stream, if `units` has dimensions.
 
     Raises:
-        ValueError: It cannot for some kind of unit; the message says for which it can.
+        ValueError: It cannot for some kind of unit; the message names the kinds for which it can.
     """
     family = type(model).__name__
     if getattr(model.config, "hfslim", None):
         raise ValueError(
-            f"uniform=True: this {family} was cut before to a structure that its config cannot say"
+            f"uniform=True: this {family} was cut before, to what its config cannot express"
         )
     kinds = list(dict.fromkeys(site.kind for site in units))
     if "experts" in kinds:
@@ -80,26 +81,26 @@ def check_plain(model: PreTrainedModel, units: Units) -> Stream | None:
         )
     stream = stream_of(model) if "dimensions" in kinds else None
     plain: list[Kind] = [
-        kind for kind in kinds if kind != "dimensions" and _says_one_less(model, kind)
+        kind for kind in kinds if kind != "dimensions" and _expresses(model, {kind: -1})
     ]
     if stream is not None and (not stream.tied or "heads" in kinds):
-        told = {"dimensions", "heads"} if stream.tied else {"dimensions"}
-        plain = [kind for kind in kinds if kind in told.union(plain)]
+        more = {"dimensions", "heads"} if stream.tied else {"dimensions"}
+        plain = [kind for kind in kinds if kind in more.union(plain)]
     if plain != kinds:
         wrong = [kind for kind in kinds if kind not in plain]
-        fix = f"set units={plain}" if plain else "it can say nothing of what `units` names"
+        fix = f"set units={plain}" if plain else "it can express none of the kinds in `units`"
         if stream is not None and "dimensions" in wrong:
             fix = (
                 f"a head's size is the width by the number of heads: set units={['heads', *kinds]}"
             )
         raise ValueError(
-            f"uniform=True: the config of {family} cannot say that there are fewer {wrong}; {fix}"
+            f"uniform=True: the config of {family} cannot express fewer {wrong}; {fix}"
         )
     return stream
 
 
 def main_stream(units: Units) -> tuple[Site, ...]:
-    """Return the residual stream, and the sites that are as wide; none where there is no stream."""
+    """Return the site of the residual stream and the sites that are as wide, if there are any."""
     wide = [site for site in units if site.kind == "dimensions"]
     if not wide:
         return ()
@@ -112,7 +113,7 @@ def _entries(site: Site) -> int:
 
 
 def stream_of(model: PreTrainedModel) -> Stream | None:
-    """Find out how wide the config may say that the stream is; None if it can say nothing."""
+    """Find the widths of the residual stream that the config can express, if there are any."""
     units = find_units(model, dimensions=True)
     wide = main_stream(units)
     attentions = {(s.size, s.heads.queries, s.width) for s in units if s.kind == "heads"}
@@ -126,24 +127,21 @@ def stream_of(model: PreTrainedModel) -> Stream | None:
         stream = Stream(sites, wide[0].size, entries, heads, queries, step, tied)
         if stream.narrower:
             heads_left, width = stream.narrower[-1]
-            if _says(model, {"heads": heads_left, "dimensions": width}, stream):
+            if _expresses(model, {"heads": heads_left, "dimensions": width}, stream):
                 return stream
     return None
 
 
-def _says_one_less(model: PreTrainedModel, kind: Kind) -> bool:
-    """Tell whether the config can say that each site has a unit less."""
-    return _says(model, {kind: -1})
+def _expresses(
+    model: PreTrainedModel, left: Mapping[Kind, int], stream: Stream | None = None
+) -> bool:
+    """Return whether the config can express a cut, by cutting a model without weights.
 
-
-def _says(model: PreTrainedModel, left: Mapping[Kind, int], stream: Stream | None = None) -> bool:
-    """Cut a model without weights, and look at its config.
-
-    The first units go, then the last: the layers of some families differ by their position.
+    The first units are removed, then the last: the layers of some families differ by position.
 
     Args:
         model: The model.
-        left: How many units each site of a kind keeps; of a negative number, how many fewer.
+        left: Number of units that each site of a kind keeps; if negative, the number removed.
         stream: The sites of dimensions to cut.
     """
     sites = stream.sites if stream else ()

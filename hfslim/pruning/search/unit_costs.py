@@ -1,4 +1,4 @@
-"""What each unit costs, so that a structure's cost is known before anything is cut."""
+"""Count the cost of each unit, so that the cost of a structure is known before the cut."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from hfslim.pruning.target import Resource
 
 @dataclass(frozen=True)
 class Product:
-    """What one tensor costs: as much as its dimensions multiplied, several of which hold units.
+    """The cost of one tensor: the product of its dimensions, several of which hold units.
 
     Attributes:
         module: Path of its module.
-        cost: Cost of the whole.
-        dims: Of each dimension with units its length, and the entries per unit of each site.
-        used: Of each dimension how much is used at most: of experts those that a token goes to.
+        cost: Cost of the whole tensor.
+        dims: Length of each dimension with units, and the entries per unit of each site in it.
+        used: Entries of each dimension that are used at most: the experts that a token goes to.
     """
 
     module: str
@@ -35,7 +35,7 @@ class Product:
     used: tuple[int, ...]
 
     def at(self, gone: Mapping[Key, int]) -> int:
-        """Return the cost once so many units of each site are gone."""
+        """Return the cost without a number of units of each site."""
         left = [
             min(length - sum(gone.get(key, 0) * width for key, width in sites), used)
             for (length, sites), used in zip(self.dims, self.used, strict=True)
@@ -50,17 +50,16 @@ class Product:
 
 @dataclass(frozen=True)
 class Costs:
-    """The cost of a model, split by what could be removed.
+    """The counted price of a model, by the parts that may be removed.
 
     Attributes:
-        resource: What is counted.
+        resource: `macs` or `parameters`.
         total: Cost of the whole model.
-        unit: Cost of one unit at each site of heads or neurons, where it is the same whatever else
-            goes.
+        unit: Cost of one unit of each site whose cost does not depend on other sites.
         layer: Cost of each layer of each list, everything inside it included.
-        products: What holds units whose costs depend on each other, tensor by tensor: channels and
-            experts, and where dimensions may go all units.
-        step: The number of features whose multiples are to stay.
+        products: The tensors with units whose costs depend on each other: channels and experts, and
+            all units where dimensions may be removed.
+        step: The number of features whose multiples are to be kept.
     """
 
     resource: Resource
@@ -71,7 +70,7 @@ class Costs:
     step: int = 1
 
     def step_of(self, site: Site) -> int:
-        """Return the number of units of a site whose multiples are to stay."""
+        """Return the number of units of a site whose multiples are to be kept."""
         if site.kind in ("heads", "experts"):
             return 1
         return self.step // math.gcd(self.step, site.width)
@@ -82,7 +81,7 @@ class Costs:
         return [one for one in self.products if not one.module.startswith(gone)]
 
     def without(self, units: Units, dropped: Set[str]) -> Costs:
-        """Return the costs once layers are dropped: what runs fewer times costs less a unit."""
+        """Return the costs without some layers: units that run fewer times cost less."""
         left = {
             site.path: 1 - sum(f"{site.path}.{i}" in dropped for i in range(site.size)) / site.size
             for site in units
@@ -114,19 +113,16 @@ class Costs:
 def count(
     model: nn.Module, units: Units, resource: Resource, inputs: Mapping[str, torch.Tensor]
 ) -> Costs:
-    """Count what each unit of a model costs at a stated input.
+    """Count the cost of each unit of a model at a stated input.
 
-    Multiply-accumulates of a head are those of its slices of the projections and its share of the
-    two products of attention; `4·s·d·d_h + 2·s²·d_h` for one sequence of length `s`.
+    The multiply-accumulates of a head are those of its slices of the projections and its share of
+    the two products of attention: `4·s·d·d_h + 2·s²·d_h` for one sequence of length `s`.
 
     Args:
         model: The model.
         units: The sites to price.
         resource: `macs` or `parameters`.
         inputs: The input at which multiply-accumulates are counted.
-
-    Returns:
-        The costs.
     """
     if resource == "parameters":
         return Costs(
@@ -162,15 +158,15 @@ def _narrow(units: Units) -> list[Site]:
 
 
 def _coupled(units: Units) -> set[Site]:
-    """Return the sites whose units cost what others leave: with dimensions among them, all."""
+    """Return the sites whose units share costs with others: all, if some are dimensions."""
     everywhere = any(site.kind == "dimensions" for site in units)
     return {site for site in units if site.kind != "layers" and (everywhere or site.coupled)}
 
 
 def _products(model: nn.Module, units: Units, macs: Mapping[str, int] | None) -> Iterator[Product]:
-    """Yield what each tensor with coupled units costs: multiply-accumulates, or entries.
+    """Yield the cost of each tensor with coupled units: its multiply-accumulates, or entries.
 
-    A token costs as much as the experts that it goes to, however many there are.
+    A token costs as much as the experts that it goes to, whatever their total number.
     """
     coupled = _coupled(units)
     dims: dict[tuple[str, str], dict[int, dict[Key, int]]] = {}
@@ -225,7 +221,7 @@ def _unit_parameters(model: nn.Module, site: Site) -> int:
 
 
 def _unit_macs(model: nn.Module, site: Site, macs: Mapping[str, int]) -> int:
-    # Part of a projection may belong to no unit: the one key and value that all heads share.
+    # The one key and value that all heads share belong to no unit.
     shares = {
         cut.module: sum(cut.widths)
         / model.get_submodule(cut.module).get_parameter(cut.tensor).shape[cut.dim]
@@ -239,9 +235,9 @@ def _unit_macs(model: nn.Module, site: Site, macs: Mapping[str, int]) -> int:
 
 
 def _between_heads(model: nn.Module, site: Site, macs: Mapping[str, int]) -> int:
-    """Return what an attention module costs beside its projections: the products of attention.
+    """Return the cost of the products of attention: that of the module less its projections.
 
-    Where it does not run its projections as modules, these are part of it.
+    Where it does not run its projections as modules, their cost is included.
     """
     modules = (site.path, *site.twins)
     # What has weights is no product, whether it has heads or not, as what makes latents has none.

@@ -20,7 +20,7 @@ from hfslim.pruning import UnreachableTargetError
 from hfslim.pruning.latency import latency_measurement, latency_search, latency_table
 from hfslim.pruning.latency.latency_search import TOLERANCE, to_save
 from hfslim.pruning.latency.latency_table import Curve, LatencyTable
-from hfslim.pruning.search.search import search
+from hfslim.pruning.search.best import best_structure
 from hfslim.pruning.surgery.proof import attention_returns
 from hfslim.pruning.surgery.surgery import cut_for_now
 from hfslim.pruning.target import Target
@@ -91,7 +91,7 @@ def test_fixed_units_stay_however_little_they_matter():
     scores = _scores(units, 0)
     for layer in range(LAYERS):
         scores["heads", f"l.{layer}.a"][2] = 0.0
-    found = search(units, scores, Target("latency", 0.4), _table())
+    found = best_structure(units, scores, Target("latency", 0.4), _table())
     kept = found.kept("layers", "l")
     assert all(2 in found.kept("heads", f"l.{layer}.a") for layer in kept)
 
@@ -125,7 +125,7 @@ def _every_structure(units, scores):
 def test_the_search_finds_the_best_of_all_structures(seed, kept):
     units, table = _units(), _table()
     scores = _scores(units, seed)
-    found = search(units, scores, Target("latency", kept), table)
+    found = best_structure(units, scores, Target("latency", kept), table)
     fits = [
         _lost(units, s, scores)
         for s in _every_structure(units, scores)
@@ -135,9 +135,9 @@ def test_the_search_finds_the_best_of_all_structures(seed, kept):
     assert _lost(units, found, scores) == pytest.approx(min(fits), abs=1e-12)
 
 
-def test_neurons_are_kept_in_the_numbers_that_the_device_likes():
+def test_neurons_are_kept_in_the_numbers_that_the_device_computes_without_waste():
     units = _units(layers=False)
-    found = search(units, _scores(units, 0), Target("latency", 0.6), _table(step=4))
+    found = best_structure(units, _scores(units, 0), Target("latency", 0.6), _table(step=4))
     assert {len(e.kept) for e in found if e.kind == "neurons"} <= {0, 4, 8}
 
 
@@ -145,9 +145,9 @@ def test_the_least_reachable_is_told_and_can_be_reached():
     units, table = _units(), _table()
     scores = _scores(units, 0)
     with pytest.raises(UnreachableTargetError) as failure:
-        search(units, scores, Target("latency", 0.05), table)
+        best_structure(units, scores, Target("latency", 0.05), table)
     least = float(re.search(r"(0\.\d+) of the latency", str(failure.value))[1])
-    found = search(units, scores, Target("latency", least), table)
+    found = best_structure(units, scores, Target("latency", least), table)
     assert table.of(units, found) == 7 + 5
     assert len(found.kept("layers", "l")) == 1
 
@@ -156,7 +156,9 @@ def test_within_never_brings_a_unit_back():
     units, table = _units(), _table()
     before = units.full()
     for step, kept in enumerate((0.8, 0.6, 0.5, 0.3)):
-        found = search(units, _scores(units, step), Target("latency", kept), table, within=before)
+        found = best_structure(
+            units, _scores(units, step), Target("latency", kept), table, within=before
+        )
         assert found.within(before)
         assert table.of(units, found) <= kept * table.total
         before = found
@@ -164,7 +166,7 @@ def test_within_never_brings_a_unit_back():
 
 def test_a_correction_scales_savings_and_leaves_the_whole():
     units, table = _units(), _table()
-    cut = search(units, _scores(units, 0), Target("latency", 0.5), table)
+    cut = best_structure(units, _scores(units, 0), Target("latency", 0.5), table)
     corrected = table.corrected(0.5)
     assert corrected.of(units, units.full()) == pytest.approx(table.total)
     saved, corrected_saved = (t.total - t.of(units, cut) for t in (table, corrected))

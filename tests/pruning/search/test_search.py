@@ -9,9 +9,9 @@ import torch
 from hfslim.anatomy.slices import Cut
 from hfslim.anatomy.structure import Structure
 from hfslim.anatomy.units import Site, Units
-from hfslim.pruning.search.search import UnreachableTargetError, search
+from hfslim.pruning.search.best import best_structure
 from hfslim.pruning.search.unit_costs import Costs
-from hfslim.pruning.target import Target
+from hfslim.pruning.target import Target, UnreachableTargetError
 
 HEADS, NEURONS, LAYERS = 4, 6, 2
 HEAD_COST, NEURON_COST, REST = 30, 10, 50
@@ -69,7 +69,7 @@ def _best_by_brute_force(scores, budget):
 def test_finds_the_optimum_where_costs_are_equal(seed, kept):
     units = _units()
     costs, scores = _costs(units), _scores(units, seed)
-    found = search(units, scores, _macs(kept), costs)
+    found = best_structure(units, scores, _macs(kept), costs)
     assert costs.of(units, found) <= kept * costs.total
     expected = _best_by_brute_force(scores, kept * costs.total)
     assert _importance(found, scores) == pytest.approx(expected, rel=1e-12)
@@ -87,7 +87,7 @@ def test_finds_the_optimum_over_layers_where_each_number_of_layers_is_tried(kept
         total = sum(v.sum().item() for v in narrow.values())
         loss = total - _best_by_brute_force(narrow, kept * costs.total)
         options.append(loss + sum(scores["layers", "l"][i].item() for i in dropped))
-    found = search(units, scores, _macs(kept), costs)
+    found = best_structure(units, scores, _macs(kept), costs)
     layers = found.kept("layers", "l")
     lost = sum(scores["layers", "l"][i].item() for i in range(LAYERS) if i not in layers)
     for kind, part in (("heads", "a"), ("neurons", "f")):
@@ -104,7 +104,7 @@ def test_may_keep_no_head_at_all():
     costs, scores = _costs(units), _scores(units, 0)
     for key in scores:
         scores[key] = scores[key] * (1e-3 if key[0] == "heads" else 1.0)
-    found = search(units, scores, _macs(0.35), costs)
+    found = best_structure(units, scores, _macs(0.35), costs)
     assert found.counts() == {"heads": (0, 8), "neurons": (9, 12)}
 
 
@@ -112,7 +112,7 @@ def test_units_of_unequal_cost_compete_by_importance_per_cost():
     units = Units(tuple(Site("heads", path, 1, cuts=(Cut("any", "weight", 0),)) for path in "ab"))
     costs = Costs("macs", 100, {("heads", "a"): 80, ("heads", "b"): 20}, {})
     scores = {("heads", "a"): torch.tensor([2.0]), ("heads", "b"): torch.tensor([1.0])}
-    found = search(units, scores, _macs(0.5), costs)
+    found = best_structure(units, scores, _macs(0.5), costs)
     assert (found.kept("heads", "a"), found.kept("heads", "b")) == ((), (0,))
 
 
@@ -121,7 +121,7 @@ def test_ties_go_to_the_lower_index(target):
     units = _units().of(["heads"])
     scores = {(s.kind, s.path): torch.ones(s.size) for s in units}
     costs = Costs("macs", 240, {("heads", f"l.{i}.a"): HEAD_COST for i in range(2)}, {})
-    found = search(units, scores, target, costs)
+    found = best_structure(units, scores, target, costs)
     assert (found.kept("heads", "l.0.a"), found.kept("heads", "l.1.a")) == ((0, 1, 2, 3), ())
 
 
@@ -130,11 +130,11 @@ def test_the_least_reachable_is_told_and_can_be_reached(layers):
     units = _units(layers)
     costs, scores = _costs(units), _scores(units, 0)
     with pytest.raises(UnreachableTargetError) as failure:
-        search(units, scores, _macs(0.01), costs)
+        best_structure(units, scores, _macs(0.01), costs)
     least = float(re.search(r"(0\.\d+) of the macs", str(failure.value))[1])
     smallest = REST + min(costs.unit.values())
     assert least == math.ceil(1e4 * smallest / costs.total) / 1e4
-    found = search(units, scores, _macs(least), costs)
+    found = best_structure(units, scores, _macs(least), costs)
     assert costs.of(units, found) == smallest
 
 
@@ -142,7 +142,7 @@ def test_a_target_that_only_an_encoder_of_nothing_meets_is_refused():
     units = _units(layers=True)
     costs = _costs(units)
     with pytest.raises(UnreachableTargetError, match="cannot be reached"):
-        search(units, _scores(units, 0), _macs(REST / costs.total), costs)
+        best_structure(units, _scores(units, 0), _macs(REST / costs.total), costs)
 
 
 def test_a_budget_met_exactly_is_met_whatever_the_rounding():
@@ -150,7 +150,7 @@ def test_a_budget_met_exactly_is_met_whatever_the_rounding():
     costs = Costs("macs", 100, {("heads", "a"): 1}, {})
     scores = {("heads", "a"): torch.rand(100)}
     for percent in range(1, 101):
-        found = search(units, scores, _macs(percent / 100), costs)
+        found = best_structure(units, scores, _macs(percent / 100), costs)
         assert len(found.kept("heads", "a")) == percent
 
 
@@ -160,7 +160,7 @@ def test_within_never_brings_a_unit_back(layers):
     costs = _costs(units)
     before = units.full()
     for step, kept in enumerate((0.8, 0.6, 0.5, 0.3)):
-        found = search(units, _scores(units, step), _macs(kept), costs, within=before)
+        found = best_structure(units, _scores(units, step), _macs(kept), costs, within=before)
         assert found.within(before)
         assert costs.of(units, found) <= kept * costs.total
         before = found
@@ -172,7 +172,7 @@ def test_within_counts_nothing_for_units_of_a_layer_that_is_gone():
     before = Structure.of({k: dict(v) for k, v in _by_kind(units.full(), layers=(1,)).items()})
     for part in (("heads", "l.0.a"), ("neurons", "l.0.f")):
         scores[part] = torch.zeros_like(scores[part])
-    found = search(units, scores, _macs(0.3), costs, within=before)
+    found = best_structure(units, scores, _macs(0.3), costs, within=before)
     assert costs.of(units, found) <= 0.3 * costs.total
     assert found.kept("layers", "l") == (1,)
 
@@ -188,14 +188,14 @@ def _by_kind(structure, layers):
 def test_sparsity_counts_units_over_all_sites():
     units = _units(layers=True)
     target = Target("sparsity", sparsity={"heads": 0.25, "neurons": 0.5})
-    found = search(units, _scores(units, 0), target)
+    found = best_structure(units, _scores(units, 0), target)
     assert found.counts() == {"heads": (6, 8), "neurons": (6, 12), "layers": (2, 2)}
 
 
 def test_heads_that_go_with_their_layer_count_as_removed():
     units = _units(layers=True)
     target = Target("sparsity", sparsity={"heads": 0.75, "layers": 0.5})
-    found = search(units, _scores(units, 0), target)
+    found = best_structure(units, _scores(units, 0), target)
     (layer,) = found.kept("layers", "l")
     assert len(found.kept("heads", f"l.{layer}.a")) == 2
 
@@ -203,13 +203,13 @@ def test_heads_that_go_with_their_layer_count_as_removed():
 def test_sparsity_of_layers_beyond_the_last_one_is_refused():
     units = _units(layers=True)
     with pytest.raises(UnreachableTargetError, match="at most 1 of 2 layers"):
-        search(units, _scores(units, 0), Target("sparsity", sparsity={"layers": 0.9}))
+        best_structure(units, _scores(units, 0), Target("sparsity", sparsity={"layers": 0.9}))
 
 
 def test_fixed_layers_stay():
     units = Units((Site("layers", "l", 4, fixed=(0, 2)),))
     scores = {("layers", "l"): torch.tensor([0.0, 1.0, 0.0, 2.0])}
-    found = search(units, scores, Target("sparsity", sparsity={"layers": 0.25}))
+    found = best_structure(units, scores, Target("sparsity", sparsity={"layers": 0.25}))
     assert found.kept("layers", "l") == (0, 2, 3)
 
 
@@ -220,7 +220,7 @@ def test_fixed_heads_stay_whatever_their_scores(target):
     for layer in range(LAYERS):
         scores["heads", f"l.{layer}.a"][0] = 0.0
     costs = _costs(units)
-    found = search(units, scores, target, costs)
+    found = best_structure(units, scores, target, costs)
     assert all(0 in found.kept("heads", f"l.{layer}.a") for layer in range(LAYERS))
     if target.resource == "macs":
         assert costs.of(units, found) <= 0.4 * costs.total
@@ -231,4 +231,4 @@ def test_fixed_heads_stay_whatever_their_scores(target):
 def test_a_budget_needs_costs():
     units = _units()
     with pytest.raises(ValueError, match="a target of macs needs costs"):
-        search(units, _scores(units, 0), _macs(0.5))
+        best_structure(units, _scores(units, 0), _macs(0.5))

@@ -15,9 +15,8 @@ from hfslim.anatomy.inputs import example_inputs
 from hfslim.measuring.measurement import macs
 from hfslim.pruning.search import unit_costs as pricing
 from hfslim.pruning.search.plain_config import check_plain
-from hfslim.pruning.search.search import UnreachableTargetError
-from hfslim.pruning.search.uniform import search_uniform
-from hfslim.pruning.target import Target
+from hfslim.pruning.search.uniform import uniform_structure
+from hfslim.pruning.target import Target, UnreachableTargetError
 
 SHORT = {"input_values": 1200}
 
@@ -63,7 +62,7 @@ def test_finds_the_best_uniform_structure(kept):
     units = find_units(model)
     scores = _scores(units)
     costs = pricing.count(model, units, "macs", _inputs(model))
-    found = search_uniform(units, scores, Target("macs", kept), costs)
+    found = uniform_structure(units, scores, Target("macs", kept), costs)
 
     def lost(structure):
         gone = 0.0
@@ -93,13 +92,13 @@ def test_the_least_reachable_is_told():
     units = find_units(model).of(["heads", "neurons"])
     costs = pricing.count(model, units, "macs", _inputs(model))
     with pytest.raises(UnreachableTargetError, match="of the macs are left"):
-        search_uniform(units, _scores(units), Target("macs", 0.01), costs)
+        uniform_structure(units, _scores(units), Target("macs", 0.01), costs)
 
 
 def test_sparsity_removes_the_same_number_everywhere():
     units = find_units(tiny("vit"))
     target = Target("sparsity", sparsity={"heads": 0.5, "neurons": 0.25, "layers": 0.3})
-    found = search_uniform(units, _scores(units), target)
+    found = uniform_structure(units, _scores(units), target)
     (layers,) = (e for e in found if e.kind == "layers")
     assert len(layers.kept) == 2
     for e in found:
@@ -107,7 +106,7 @@ def test_sparsity_removes_the_same_number_everywhere():
         if e.kind != "layers" and int(around.rpartition(".")[2]) in layers.kept:
             assert len(e.kept) == (2 if e.kind == "heads" else 36)
     with pytest.raises(UnreachableTargetError, match="at most 2 of 3 layers"):
-        search_uniform(units, _scores(units), Target("sparsity", sparsity={"layers": 0.9}))
+        uniform_structure(units, _scores(units), Target("sparsity", sparsity={"layers": 0.9}))
 
 
 def test_the_kinds_that_a_config_can_say_are_told():
@@ -129,7 +128,7 @@ def test_a_model_that_was_cut_unevenly_is_refused():
 
 def test_layers_that_differ_by_their_position_are_not_plain():
     assert _expressible(tiny("swin")) == ()
-    with pytest.raises(ValueError, match="can say nothing of what `units` names"):
+    with pytest.raises(ValueError, match="can express none of the kinds in `units`"):
         check_plain(tiny("swin"), find_units(tiny("swin")).of(["layers"]))
 
 

@@ -1,4 +1,4 @@
-"""What can be asked of `prune` beside a target: a drop of a metric, a family, a uniform cut."""
+"""Several cuts of one model, and the smallest one within a drop of a metric."""
 
 import copy
 import sys
@@ -23,6 +23,14 @@ def _prune(model, **options):
     return hfslim.prune(model, _data(model), progress=False, **options)
 
 
+def _family(model, fractions, **options):
+    return hfslim.prune_family(model, _data(model), fractions, progress=False, **options)
+
+
+def _within(model, drop, evaluate, **options):
+    return hfslim.prune_within(model, _data(model), drop, evaluate, progress=False, **options)
+
+
 def _size(whole):
     """A metric that falls with the cost: what is left of the multiply-accumulates."""
     total = macs(whole, example_inputs(whole, length=8))
@@ -38,42 +46,48 @@ def _size(whole):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("prune", "options", "message"),
     [
-        ({}, "give one of .* got none"),
-        ({"target": {"macs": 0.5}, "max_metric_drop": 0.1}, r"got \['target', 'max_metric_drop'\]"),
-        ({"target": {"macs": 0.5}, "family": [0.5]}, r"got \['target', 'family'\]"),
-        ({"max_metric_drop": 0.1, "family": [0.5]}, r"got \['max_metric_drop', 'family'\]"),
-        ({"target": {"macs": 0.5}, "resource": "latency"}, "a target names its own"),
-        ({"target": {"macs": 0.5}, "evaluate": len}, "evaluate is for `max_metric_drop`"),
-        ({"max_metric_drop": 0.1}, "max_metric_drop needs evaluate"),
-        ({"max_metric_drop": -0.1, "evaluate": len}, "max_metric_drop must be 0 or more"),
-        ({"max_metric_drop": float("nan"), "evaluate": len}, "max_metric_drop must be 0 or more"),
-        ({"max_metric_drop": "1%", "evaluate": len}, "max_metric_drop must be 0 or more"),
-        ({"family": []}, "family is a list of fractions"),
-        ({"family": {"macs": 0.5}}, "family is a list of fractions"),
-        ({"family": [0.5, 1.5]}, r"fraction to keep, in \(0, 1\]; got 1.5"),
-        ({"family": [0.5], "resource": "sparsity"}, "resource must be one of"),
-        ({"family": [0.5, 0.001]}, "cannot be reached"),
-        ({"family": [0.5], "uniform": True}, r"cannot say that there are fewer \['heads'\]"),
+        (_within, {"drop": -0.1}, "max_metric_drop must be 0 or more"),
+        (_within, {"drop": float("nan")}, "max_metric_drop must be 0 or more"),
+        (_within, {"drop": "1%"}, "max_metric_drop must be 0 or more"),
+        (_within, {"drop": 0.1, "resource": "sparsity"}, "resource must be one of"),
+        (_family, {"fractions": []}, "fractions is a list of fractions"),
+        (_family, {"fractions": {"macs": 0.5}}, "fractions is a list of fractions"),
+        (_family, {"fractions": [0.5, 1.5]}, r"fraction to keep, in \(0, 1\]; got 1.5"),
+        (_family, {"fractions": [0.5], "resource": "sparsity"}, "resource must be one of"),
+        (_family, {"fractions": [0.5, 0.001]}, "cannot be reached"),
+        (
+            _family,
+            {"fractions": [0.5], "uniform": True},
+            r"cannot express fewer \['heads'\]",
+        ),
     ],
 )
-def test_what_conflicts_is_refused_before_any_work(options, message):
+def test_what_cannot_work_is_refused_before_any_work(monkeypatch, prune, options, message):
     model = tiny("bert")
 
-    def data():
+    def data(_):
         raise AssertionError("the data was touched")
         yield
 
+    monkeypatch.setitem(globals(), "_data", data)
+    evaluated = {"evaluate": len} if prune is _within else {}
     with Unchanged(model), pytest.raises(ValueError, match=message):
-        hfslim.prune(model, data(), progress=False, **options)
+        prune(model, **options, **evaluated)
+
+
+@pytest.mark.parametrize("given", ["family", "max_metric_drop", "evaluate", "resource"])
+def test_prune_takes_a_target_only(given):
+    with pytest.raises(TypeError, match=given):
+        _prune(tiny("bert"), target={"macs": 0.5}, **{given: None})
 
 
 def test_a_family_equals_separate_prunings_and_leaves_the_model_whole():
     model, kept = tiny("bert"), [0.8, 0.6, 0.5]
     separate = [copy.deepcopy(model) for _ in kept]
     with Unchanged(model):
-        found = _prune(model, family=kept, evaluate=_size(model))
+        found = _family(model, kept, evaluate=_size(model))
     assert [member.kept for member in found] == kept
     for member, single, part in zip(found, separate, kept, strict=True):
         result = _prune(single, target={"macs": part})
@@ -91,16 +105,14 @@ def test_a_family_is_scored_once(monkeypatch):
         return gather(*args)
 
     monkeypatch.setattr(sys.modules["hfslim.pruning.obs.moments"], "gather", counted)
-    _prune(tiny("bert"), family=[0.8, 0.6])
+    _family(tiny("bert"), [0.8, 0.6])
     assert len(calls) == 1
 
 
 def test_a_family_tells_what_each_costs():
     model = tiny("bert")
     inputs = example_inputs(model, length=8)
-    found = _prune(
-        model, family=[0.8, 0.6], resource="parameters", inputs=inputs, evaluate=_size(model)
-    )
+    found = _family(model, [0.8, 0.6], resource="parameters", inputs=inputs, evaluate=_size(model))
     assert found.metric == 1
     for member, row in zip(found, found.curve(), strict=True):
         whole, small = count_parameters(model), count_parameters(member.model)
@@ -115,7 +127,7 @@ def test_the_smallest_model_within_a_drop_is_found(drop):
     model = tiny("bert")
     evaluate = _size(copy.deepcopy(model))
     inputs = example_inputs(model, length=8)
-    result = _prune(model.train(), max_metric_drop=drop, evaluate=evaluate, inputs=inputs)
+    result = _within(model.train(), drop, evaluate, inputs=inputs)
     assert evaluate.modes == {(False, False)}
     assert 1 - drop <= evaluate(model) <= 1 - drop + 1 / 64 + 0.01
     assert len(result.tries) <= 6
@@ -132,10 +144,10 @@ def test_the_smallest_model_within_a_drop_is_found(drop):
 
 def test_a_fraction_below_the_least_reachable_is_not_evaluated():
     model = tiny("bert")
-    result = _prune(model, max_metric_drop=1.0, evaluate=_size(model), units=("heads",))
+    result = _within(model, 1.0, _size(model), units=("heads",))
     assert all(t.within for t in result.tries)
     assert 0 < len(result.tries) < 6
-    # One head stays: see `search`.
+    # One head stays: see `best_structure`.
     assert result.structure.counts() == {"heads": (1, 12)}
 
 
@@ -143,25 +155,25 @@ def test_a_model_that_can_lose_nothing_stays_whole(caplog):
     model = tiny("bert")
     whole = count_parameters(model)
     with Unchanged(model):
-        result = _prune(
-            model,
-            max_metric_drop=0.0,
-            evaluate=lambda m: float(count_parameters(m) == whole),
-        )
+        result = _within(model, 0.0, lambda m: float(count_parameters(m) == whole))
     assert result.structure.is_full
     assert "the model stays whole" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [(float("nan"), "evaluate returned nan"), ("good", "must return a number"), (None, "number")],
+    [
+        (float("nan"), "finite number, it returned nan"),
+        ("good", "must return a number"),
+        (None, "number"),
+    ],
 )
 @pytest.mark.parametrize("when", ["whole", "cut"])
 def test_a_metric_that_is_no_number_leaves_the_model_whole(value, message, when):
     model = tiny("bert")
     values = iter([value] if when == "whole" else [0.5, 0.5, value])
     with Unchanged(model), pytest.raises(ValueError, match=message):
-        _prune(model, max_metric_drop=0.1, evaluate=lambda _: next(values))
+        _within(model, 0.1, lambda _: next(values))
 
 
 def test_an_evaluation_that_fails_leaves_the_model_whole():
@@ -175,4 +187,4 @@ def test_an_evaluation_that_fails_leaves_the_model_whole():
         return 1.0
 
     with Unchanged(model), pytest.raises(KeyError, match="the disk is gone"):
-        _prune(model, max_metric_drop=0.1, evaluate=evaluate)
+        _within(model, 0.1, evaluate)
