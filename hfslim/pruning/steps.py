@@ -67,15 +67,6 @@ def calibrate(
 ) -> Calibration:
     """Score the units of a model: the slow part of pruning, done once for any number of targets.
 
-    Args:
-        model: The model, not a wrapper; it is not changed.
-        units: The sites that may lose units.
-        batches: The calibration data.
-        criteria: The criterion of each kind of unit.
-        seed: Seed of whatever is drawn.
-        progress: Whether to show a progress bar.
-        reconstruction: How the remaining weights are to compensate for the removed units.
-
     Raises:
         ValueError: The data is empty or does not fit, scores are not finite, or `reconstruction` is
             unknown.

@@ -82,12 +82,6 @@ def measure_table(
     in the state of use. Layers of the same shape share their times. A layer's time is split into a
     part for each sub-layer and the rest, and the parts are scaled to add up to the model's time.
 
-    Args:
-        model: The model, on the device that it will run on.
-        units: The sites that may lose units.
-        inputs: The input at which latency is stated.
-        progress: Whether to show a progress bar.
-
     Returns:
         The table; the model is as before.
 

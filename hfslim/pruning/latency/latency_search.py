@@ -56,10 +56,6 @@ def search_measured(
     tries. A structure may be faster than asked for, where units or layers are too large to use up
     the rest of the budget.
 
-    Args:
-        search: The search, priced in latency, or in macs where there is no table.
-        scores: Importance of each unit by site, `[units]`.
-
     Returns:
         The structure, the same on every rank, and what was tried. Where the last try is off too,
         the structure whose measured latency is nearest to the target, with a warning.
@@ -103,10 +99,6 @@ def search_measured(
 
 def check_measured(search: Search, scores: Mapping[Key, torch.Tensor]) -> None:
     """Check that a latency without a table can be met, by timing the model without its units.
-
-    Args:
-        search: The search, priced in macs.
-        scores: Any importance of each unit by site.
 
     Raises:
         UnreachableTargetError: It cannot; the message gives the nearest that can.

@@ -83,13 +83,7 @@ class Pool:
     def candidates(
         self, kind: Kind, dropped: Set[str], unit_costs: Mapping[Key, int] | None = None
     ) -> list[Candidate]:
-        """Return the removable units of a kind outside of dropped layers, the densest first.
-
-        Args:
-            kind: The kind of units.
-            dropped: Paths of the dropped layers.
-            unit_costs: Cost of one unit by site; 1 everywhere if not given.
-        """
+        """Return the removable units of a kind outside of dropped layers, the densest first."""
         result = []
         for site in self.units:
             if site.kind == kind and site.layer not in dropped:

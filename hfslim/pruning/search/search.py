@@ -29,7 +29,7 @@ class Search:
         model: The model, not a wrapper; it is not changed.
         units: The sites that may lose units.
         target: What the model may cost.
-        price: What structures cost. Under a latency that no table can hold, these are
+        price: What structures cost; `UNPRICED` under a sparsity. Under a latency that no table can hold, these are
             multiply-accumulates, and the latency is met by timing.
         inputs: The input at which they cost that; empty under a sparsity.
         uniform: Whether all layers keep the same numbers of units.
@@ -60,14 +60,6 @@ class Search:
         of one depends on the others, so that no table can hold it: the price is then in
         multiply-accumulates, in numbers of units that the device computes without waste.
 
-        Args:
-            model: The model.
-            units: The sites that may lose units.
-            target: What the model may cost.
-            inputs: The input, as tensors or shapes; one example if not given.
-            uniform: Whether all layers keep the same numbers of units.
-            progress: Whether to show a progress bar.
-
         Raises:
             ValueError: The config cannot express uniform cuts of these units.
             RuntimeError: The model does not run its layers as modules, so they cannot be timed.
@@ -88,11 +80,9 @@ class Search:
     def structure(
         self, scores: Mapping[Key, torch.Tensor], within: Structure | None = None
     ) -> Structure:
-        """Find the structure of greatest importance that meets the target by the price.
+        """Find the structure of greatest importance, `[units]` by site, at the target.
 
-        Args:
-            scores: Importance of each unit by site, `[units]`.
-            within: A structure that the result must be part of; not under `uniform`.
+        It is part of `within`, where that is given; not under `uniform`.
 
         Raises:
             UnreachableTargetError: The target cannot be met; the message gives the nearest that

@@ -31,17 +31,8 @@ def uniform_structure(
 
     All layers keep the same number of heads and the same number of neurons, one or more, each layer
     its own most important ones. The least important layers may be removed, and the residual stream
-    may become as narrow as the config can express.
-
-    Args:
-        units: The sites that may lose units.
-        scores: Importance of each unit by site, `[units]`.
-        target: What the model may cost.
-        price: What structures cost.
-        stream: The possible widths of the residual stream; it stays whole if not given.
-
-    Returns:
-        The structure, over the sites of `units`.
+    may become as narrow as the config can express; without `stream` it stays whole. The arguments
+    are otherwise those of `best_structure`.
 
     Raises:
         UnreachableTargetError: The target cannot be met; the message gives the nearest that can.
@@ -83,11 +74,7 @@ def equal_layers(
 ) -> Structure:
     """Return the structure whose layers keep the same numbers of units, each its own best ones.
 
-    Args:
-        pool: The units, with their importance.
-        widths: Number of units of each kind.
-        dropped: Paths of the layers to remove, whose units stay as they are.
-        stream: The sites of dimensions to cut; others stay whole.
+    Units of the dropped layers, and dimensions outside of the stream's sites, stay as they are.
 
     Raises:
         ValueError: The layers have different numbers of units to begin with.

@@ -117,12 +117,6 @@ def count(
 
     The multiply-accumulates of a head are those of its slices of the projections and its share of
     the two products of attention: `4·s·d·d_h + 2·s²·d_h` for one sequence of length `s`.
-
-    Args:
-        model: The model.
-        units: The sites to price.
-        resource: `macs` or `parameters`.
-        inputs: The input at which multiply-accumulates are counted.
     """
     if resource == "parameters":
         return Costs(

@@ -40,11 +40,6 @@ def widths_within(pool: Pool, table: LatencyTable, ms: float) -> Structure | Non
     found exactly, up to a ten-thousandth of the budget. At a given width the most important units
     stay, of equal ones those with the lower index.
 
-    Args:
-        pool: The units that may stay.
-        table: What the parts take.
-        ms: Milliseconds that the model may take by the table.
-
     Returns:
         The structure; None if there is none as fast as that.
     """
