@@ -23,9 +23,7 @@ from benchmarks.rivals import tables as rivals
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "README.md")
 RESULTS = ROOT / "benchmarks" / "results"
-PLACE = re.compile(
-    r"(<!-- (results|headline|leads): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL
-)
+PLACE = re.compile(r"(<!-- (results|headline|leads): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 RENDER = {class_subsets.NAME: class_subsets.render, overhead.NAME: overhead.render}
 """What makes the tables of a file, by the `name` in it; of others, `rivals.render`."""
 

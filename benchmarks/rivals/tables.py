@@ -14,6 +14,7 @@ TITLES = {
     "speech": "Whisper tiny.en encoder, voice prompts in 5 languages",
 }
 
+
 def headline(files: Sequence[Row], budgets: Sequence[float] = (0.5, 0.25)) -> str:
     """Return a table of what hfslim saves and keeps: one row a model and budget.
 

@@ -59,14 +59,14 @@ def latency_table(
     """
     key = table_key(model, units, inputs)
 
-    def loaded_or_measured() -> dict[str, Any]:
+    def loaded_or_measured() -> LatencyTable:
         table = load_table(key)
         if table is None:
             table = measure_table(model, units, inputs, progress)
             save_table(key, table)
-        return table.to_dict()
+        return table
 
-    return LatencyTable.from_dict(from_first_rank(loaded_or_measured))
+    return from_first_rank(loaded_or_measured)
 
 
 def measure_table(

@@ -29,7 +29,7 @@ class Search:
         model: The model, not a wrapper; it is not changed.
         units: The sites that may lose units.
         target: What the model may cost.
-        price: What structures cost; `UNPRICED` under a sparsity. Under a latency that no table can hold, these are
+        price: What structures cost. Under a latency that no table can hold, these are
             multiply-accumulates, and the latency is met by timing.
         inputs: The input at which they cost that; empty under a sparsity.
         uniform: Whether all layers keep the same numbers of units.
