@@ -21,7 +21,7 @@ from hfslim.distillation.teacher.teacher_quality import check_skill
 from hfslim.distillation.teacher.teachers import Source, Teachers
 from hfslim.tasks.pairing import PairedCollator, collator_of
 from hfslim.training.checkpoint import CheckpointMixin
-from hfslim.training.hub_trainer import HubMixin
+from hfslim.training.hub_pushes import HubMixin
 from hfslim.training.log_figures import FiguresMixin
 from hfslim.training.objective import MeanLossMixin, ProblemType, logits_of, problem_type, with_loss
 from hfslim.training.parallel import way_of

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from hfslim.reporting.readable_json import lined
+from hfslim.reporting.staged_writes import write_whole
 
 FILE = "manifest.json"
-NEW = f"{FILE}.new"
 ABSENT = "not set"
 
 
@@ -75,7 +75,7 @@ class Manifest:
         if not path.exists():
             # Of a run that was interrupted in its first moment this is all that is left.
             found = {p.name for p in folder.iterdir()} if folder.exists() else set()
-            others = sorted(name for name in found if name != NEW and not name.startswith("."))
+            others = sorted(name for name in found if not name.startswith("."))
             if others:
                 raise OutputError(
                     f"output_dir {str(folder)!r} holds {', '.join(others[:5])} and no {FILE}, "
@@ -135,13 +135,8 @@ class Manifest:
     def write(self) -> None:
         """Write the manifest in one step: a crash leaves the old one or the new one."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / NEW
         content = {"base": self.base, "stages": [asdict(entry) for entry in self.stages]}
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(lined(content))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.folder / FILE)
+        write_whole(self.folder / FILE, lined(content))
 
 
 def on_disk(folder: Path) -> str:

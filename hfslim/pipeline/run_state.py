@@ -36,8 +36,8 @@ from hfslim.pruning.target import Target
 from hfslim.reporting.training_curves import series_of
 from hfslim.sparsity.weight_callback import WeightPruningCallback
 from hfslim.tasks import build_model
+from hfslim.training.checkpoint_folders import last_whole
 from hfslim.training.parallel import save_where_asked
-from hfslim.training.staged_writes import last_whole
 
 logger = logging.getLogger(__name__)
 

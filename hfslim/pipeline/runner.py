@@ -38,12 +38,13 @@ from hfslim.pipeline.stages import (
 from hfslim.pruning import Batches, PruningCallback, prune, shrink
 from hfslim.reporting.page import publish
 from hfslim.reporting.report import REPORT
+from hfslim.reporting.staged_writes import flush
 from hfslim.reporting.training_curves import units_of
 from hfslim.sparsity import sparsify
 from hfslim.tasks import TASKS
 from hfslim.training.checkpoint import SlimTrainer
+from hfslim.training.checkpoint_folders import stage_errors
 from hfslim.training.parallel import forget_trainers, loading_whole
-from hfslim.training.staged_writes import flush, stage_told
 from hfslim.training.transfer import L2SP, GradualUnfreezing, train_head_only, with_lora
 
 __all__ = ["run"]
@@ -101,7 +102,7 @@ def run(recipe: Recipe) -> Path:
     except ValueError as error:
         raise RecipeError(str(error)) from error
     writes = evaluation.should_save
-    with stage_told("results", folder), alone(folder) if writes else nullcontext(True) as free:
+    with stage_errors("results", folder), alone(folder) if writes else nullcontext(True) as free:
         if not _everywhere(free and on_disk(folder) == seen):
             raise OutputError(
                 f"another run writes to {folder}: give the command again when that has ended, or "
@@ -122,7 +123,7 @@ def _run_stages(work: Work, plan: list[tuple[Stage, str]]) -> None:
             logger.info("%s: finished before, in %s", label, folder / name)
         else:
             logger.info("%s", label)
-            with stage_told(name, folder):
+            with stage_errors(name, folder):
                 _run_stage(work, stage, entry)
             if entry.metrics:
                 figures = ", ".join(f"{k} {v:.4f}" for k, v in entry.metrics.items())

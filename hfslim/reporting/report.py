@@ -18,6 +18,7 @@ from hfslim.reporting import sparsity_text, tables
 from hfslim.reporting.provenance import Provenance
 from hfslim.reporting.readable_json import lined
 from hfslim.reporting.seed_statistics import Spread
+from hfslim.reporting.staged_writes import write_whole
 from hfslim.reporting.tables import Row, Section, markdown_table, number
 
 __all__ = ["REPORT", "Quality", "Report"]
@@ -194,9 +195,7 @@ class Report:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "report.md").write_text(self.to_markdown(), encoding="utf-8")
-        new = folder / f"{REPORT}.new"
-        new.write_text(lined(self.to_dict()) + "\n", encoding="utf-8")
-        new.replace(folder / REPORT)
+        write_whole(folder / REPORT, lined(self.to_dict()) + "\n")
 
     def figures(self) -> list[Row]:
         """The lines of the table of figures."""

@@ -20,7 +20,7 @@ from hfslim.pruning.in_training.schedules import Pace, Schedule
 from hfslim.pruning.scores.importance import UnusableScoresError
 from hfslim.sparsity.held_zeros import HeldZeros
 from hfslim.sparsity.weight_masks import SCOPES, Goal, Scope, remove
-from hfslim.training.checks import (
+from hfslim.training.callback_requirements import (
     CUT_AFTER,
     average_over_processes,
     check_saved_between_steps,

@@ -1,10 +1,10 @@
-"""Metrics that need no network, as `evaluate.Metric` subclasses."""
+"""Metrics of scikit-learn and SciPy as `evaluate.Metric`s, which need no network."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import datasets
 import evaluate
@@ -16,115 +16,88 @@ from transformers import EvalPrediction
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 
-class LocalMetric(evaluate.Metric, ABC):
-    """An `evaluate.Metric` whose score is a function of predictions and references.
+class ScoreFunction(NamedTuple):
+    """A function of references and predictions, and the problems that it suits."""
+
+    compute: Callable[[np.ndarray, np.ndarray], float]
+    problems: tuple[Problem, ...]
+    description: str
+
+
+_f1: Any = partial(sk.f1_score, zero_division=0)
+_CLASSES: tuple[Problem, ...] = ("single_label_classification", "multi_label_classification")
+
+SCORES: Mapping[str, ScoreFunction] = {
+    "accuracy": ScoreFunction(
+        sk.accuracy_score,
+        _CLASSES,
+        "Fraction of examples that are right; for multi-label, right in every class.",
+    ),
+    "f1_macro": ScoreFunction(
+        partial(_f1, average="macro"),
+        _CLASSES,
+        "Mean over classes of the harmonic mean of precision and recall.",
+    ),
+    "f1_binary": ScoreFunction(
+        partial(_f1, average="binary"),
+        _CLASSES[:1],
+        "F1 of the second of two classes (index 1), as GLUE scores MRPC and QQP.",
+    ),
+    "matthews_correlation": ScoreFunction(
+        sk.matthews_corrcoef,
+        _CLASSES[:1],
+        "Correlation between predicted and true classes, as GLUE scores CoLA.",
+    ),
+    "pearson": ScoreFunction(
+        lambda references, predictions: stats.pearsonr(predictions, references)[0],
+        ("regression",),
+        "Linear correlation between predicted and true values.",
+    ),
+    "spearman": ScoreFunction(
+        lambda references, predictions: stats.spearmanr(predictions, references)[0],
+        ("regression",),
+        "Correlation between the ranks of predicted and true values.",
+    ),
+}
+
+
+class LocalMetric(evaluate.Metric):
+    """An `evaluate.Metric` that computes one of `SCORES`.
 
     Args:
+        name: A key of `SCORES`.
         multi_label: Whether predictions and references are 0/1 vectors, `[examples, classes]`.
     """
 
     name = ""
-    dtype = "int32"
 
-    def __init__(self, multi_label: bool = False, **kwargs: Any) -> None:
-        self._multi_label = multi_label
+    def __init__(self, name: str, multi_label: bool = False, **kwargs: Any) -> None:
+        self.name, self._score, self._multi_label = name, SCORES[name], multi_label
         super().__init__(**kwargs)
 
     def _info(self) -> evaluate.MetricInfo:
-        value: Any = datasets.Value(self.dtype)
+        regression = self._score.problems == ("regression",)
+        value: Any = datasets.Value("float32" if regression else "int32")
         feature = datasets.Sequence(value) if self._multi_label else value
         return evaluate.MetricInfo(
-            description=type(self).__doc__ or "",
+            description=self._score.description,
             citation="",
             features=datasets.Features({"predictions": feature, "references": feature}),
         )
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        return {self.name: float(self.score(np.asarray(references), np.asarray(predictions)))}
-
-    @abstractmethod
-    def score(self, references: np.ndarray, predictions: np.ndarray) -> float:
-        """Return the score of `predictions` against `references`."""
+        score = self._score.compute(np.asarray(references), np.asarray(predictions))
+        return {self.name: float(score)}
 
 
-class Accuracy(LocalMetric):
-    """Share of examples that are right; for multi-label, right in every class."""
-
-    name = "accuracy"
-
-    def score(self, references: np.ndarray, predictions: np.ndarray) -> float:
-        """Return the share of exact matches."""
-        return sk.accuracy_score(references, predictions)
-
-
-class F1Macro(LocalMetric):
-    """Mean over classes of the harmonic mean of precision and recall."""
-
-    name = "f1_macro"
-
-    def score(self, references: np.ndarray, predictions: np.ndarray) -> float:
-        """Return the unweighted mean of the classes' F1."""
-        return sk.f1_score(references, predictions, average="macro", zero_division=0)
-
-
-class F1Binary(LocalMetric):
-    """F1 of the second of two classes (index 1), as GLUE scores MRPC and QQP."""
-
-    name = "f1_binary"
-
-    def score(self, references: np.ndarray, predictions: np.ndarray) -> float:
-        """Return the F1 of class 1."""
-        return sk.f1_score(references, predictions, average="binary", zero_division=0)
-
-
-class MatthewsCorrelation(LocalMetric):
-    """Correlation between predicted and true classes, as GLUE scores CoLA."""
-
-    name = "matthews_correlation"
-
-    def score(self, references: np.ndarray, predictions: np.ndarray) -> float:
-        """Return Matthews' correlation coefficient."""
-        return sk.matthews_corrcoef(references, predictions)
-
-
-class Pearson(LocalMetric):
-    """Linear correlation between predicted and true values."""
-
-    name = "pearson"
-    dtype = "float32"
-
-    def score(self, references: np.ndarray, predictions: np.ndarray) -> float:
-        """Return Pearson's correlation coefficient."""
-        return stats.pearsonr(predictions, references)[0]
-
-
-class Spearman(LocalMetric):
-    """Correlation between the ranks of predicted and true values."""
-
-    name = "spearman"
-    dtype = "float32"
-
-    def score(self, references: np.ndarray, predictions: np.ndarray) -> float:
-        """Return Spearman's rank correlation coefficient."""
-        return stats.spearmanr(predictions, references)[0]
-
-
-METRICS: Mapping[str, type[LocalMetric]] = {
-    cls.name: cls for cls in (Accuracy, F1Macro, F1Binary, MatthewsCorrelation, Pearson, Spearman)
-}
-SUITS: Mapping[str, tuple[Problem, ...]] = {
-    "accuracy": ("single_label_classification", "multi_label_classification"),
-    "f1_macro": ("single_label_classification", "multi_label_classification"),
-    "f1_binary": ("single_label_classification",),
-    "matthews_correlation": ("single_label_classification",),
-    "pearson": ("regression",),
-    "spearman": ("regression",),
+METRICS: Mapping[str, Callable[..., LocalMetric]] = {
+    name: partial(LocalMetric, name) for name in SCORES
 }
 
 
 def usual_metric(problem: Problem) -> str:
     """Return the first metric that suits a problem."""
-    return next(name for name, problems in SUITS.items() if problem in problems)
+    return next(name for name, score in SCORES.items() if problem in score.problems)
 
 
 def decide(logits: np.ndarray, problem: Problem) -> np.ndarray:
@@ -157,8 +130,8 @@ def compute_metrics(
     Raises:
         ValueError: The metric does not suit the problem.
     """
-    if problem not in SUITS[name]:
-        fitting = [metric for metric, problems in SUITS.items() if problem in problems]
+    if problem not in SCORES[name].problems:
+        fitting = [metric for metric, score in SCORES.items() if problem in score.problems]
         raise ValueError(
             f"metric {name!r} does not suit {problem}, which the labels decide: use {fitting}"
         )

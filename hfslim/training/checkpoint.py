@@ -8,7 +8,7 @@ keeps the last ones. Here a checkpoint keeps the live model's keys and a mismatc
 final `trainer.save_model()` stays in the Hub's format; `from_pretrained` reads both.
 
 A checkpoint appears when all of it is on the disk, and not before
-(`hfslim.training.staged_writes`).
+(`hfslim.training.checkpoint_folders`).
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from hfslim.training.hub_trainer import HubMixin
+from hfslim.training.checkpoint_folders import (
+    STAGING,
+    CheckpointError,
+    checkpoint_errors,
+    last_whole,
+    problem_of,
+    rotate,
+    save_whole,
+)
+from hfslim.training.hub_pushes import HubMixin
 from hfslim.training.log_figures import FiguresMixin
 from hfslim.training.objective import MeanLossMixin
 from hfslim.training.parallel import check_fsdp, save_where_asked
 from hfslim.training.preemption import SaveOnSigterm
-from hfslim.training.staged_writes import (
-    STAGING,
-    CheckpointError,
-    last_whole,
-    problem_of,
-    publish,
-    rotate,
-    told,
-)
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -172,7 +172,7 @@ class CheckpointMixin(_Base):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with told(name, run):
+        with checkpoint_errors(name, run):
             if self.args.should_save:
                 shutil.rmtree(run / STAGING, ignore_errors=True)
             self.accelerator.wait_for_everyone()
@@ -202,7 +202,7 @@ class CheckpointMixin(_Base):
         published = False
         for turn in (self.is_world_process_zero(), self.is_local_process_zero()):
             if turn and staged.is_dir():
-                publish(staged, run / name)
+                save_whole(staged, run / name)
                 for beside in (path for path in staged.parent.iterdir() if path.is_file()):
                     beside.replace(run / beside.name)
                 published = True

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from hfslim.anatomy.adapters import base_of
 from hfslim.anatomy.layer_modules import layer_modules
 from hfslim.anatomy.weights import sparse_modules
-from hfslim.training.checks import check_whole_parameters
+from hfslim.training.callback_requirements import check_whole_parameters
 from hfslim.training.log_figures import FiguresCallback
 
 __all__ = ["L2SP", "GradualUnfreezing", "head_modules", "train_head_only", "with_lora"]

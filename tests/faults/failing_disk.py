@@ -18,7 +18,7 @@ from killed import Events, forked, structure_of, trainer_of
 from transformers import TrainerCallback
 
 from hfslim.training.checkpoint import CheckpointError
-from hfslim.training.staged_writes import last_whole
+from hfslim.training.checkpoint_folders import last_whole
 
 
 def limit(run: Path) -> None:

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from models import tiny
 
 from hfslim import DistillationConfig, DistillationTrainer, PruningCallback
-from hfslim.training.staged_writes import STAGING, last_whole
+from hfslim.training.checkpoint_folders import STAGING, last_whole
 
 STEPS, EVERY = 9, 3
 FILES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}

@@ -13,7 +13,7 @@ import torch
 from killed import Events, structure_of, trainer_of
 from transformers import TrainerCallback
 
-from hfslim.training.staged_writes import last_whole
+from hfslim.training.checkpoint_folders import last_whole
 
 
 class Accident(TrainerCallback):

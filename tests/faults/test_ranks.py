@@ -4,7 +4,7 @@ import pytest
 import torch
 from distributed.launch import launch, launched
 
-from hfslim.training.staged_writes import last_whole
+from hfslim.training.checkpoint_folders import last_whole
 
 SCRIPT = Path(__file__).with_name("ranks.py")
 

@@ -27,7 +27,7 @@ from hfslim.pipeline.run_state import Work
 from hfslim.pipeline.runner import run
 from hfslim.pipeline.task_examples import Workbench
 from hfslim.tasks import DataConfig, build_model
-from hfslim.training.staged_writes import CheckpointError
+from hfslim.training.checkpoint_folders import CheckpointError
 
 
 def manifest(recipe: Recipe) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> Non
 
 
 def test_what_an_interrupted_beginning_leaves_is_not_something_else(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json.new").write_text("{")
+    (tmp_path / ".manifest.json.123").write_text("{")
     (tmp_path / ".3f2a").touch()  # By which machines look whether they share the folder.
     assert Manifest.open(tmp_path, {}).stages == []
 

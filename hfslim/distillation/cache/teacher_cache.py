@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -21,6 +19,7 @@ from transformers.utils import logging
 from hfslim.distillation.cache.augmentation import random_state
 from hfslim.distillation.cache.position_store import PositionStore, PositionWriter
 from hfslim.distillation.cache.top_k import TopK
+from hfslim.reporting.staged_writes import whole_folder
 from hfslim.tasks.pairing import PREFIX, own_inputs
 
 __all__ = ["KEYS", "Answers", "CacheError", "KeyedCollator", "TeacherCache", "fingerprint"]
@@ -217,19 +216,16 @@ class TeacherCache:
         folder = Path(folder)
         if folder.exists():
             raise CacheError(f"{folder} exists and is no teacher cache: set another teacher_cache")
-        temporary = folder.with_name(f"{folder.name}.{os.getpid()}")
-        temporary.mkdir(parents=True)
         try:
-            meta = _write(temporary, batches, top_k)
-            meta |= {"version": _VERSION, "teacher": teacher, "digest": _digest(temporary)}
-            (temporary / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-            temporary.rename(folder)
-        except BaseException as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            if isinstance(error, OSError) and folder.exists():
-                logger.warning(f"another run has filled {folder} meanwhile, which is read instead")
-                return
-            raise
+            with whole_folder(folder) as staged:
+                meta = _write(staged, batches, top_k)
+                meta |= {"version": _VERSION, "teacher": teacher, "digest": _digest(staged)}
+                (staged / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        except OSError:
+            if not folder.exists():
+                raise
+            logger.warning(f"another run has filled {folder} meanwhile, which is read instead")
+            return
         logger.info(f"teacher cache of {meta['examples']:,} examples in {folder}")
 
 

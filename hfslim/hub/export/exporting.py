@@ -11,8 +11,6 @@ import copy
 import io
 import json
 import logging
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -33,6 +31,7 @@ from hfslim.measuring.timing import (
     summarise,
     wall_seconds,
 )
+from hfslim.reporting.staged_writes import whole_folder
 
 __all__ = ["FORMATS", "Export", "ExportError", "Format", "check_format", "export", "open_exported"]
 
@@ -134,9 +133,7 @@ def export(
     folder = Path(folder)
     check_merged(model)
     _check(model, folder, format, int8)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with whole_folder(folder) as work:
         with evaluating(model):
             names = input_names(model, processor)
             axes = _trace(model, names, work, format, int8)
@@ -161,13 +158,6 @@ def export(
         if processor is not None:
             processor.save_pretrained(work)
         result.write(work)
-        if folder.exists():
-            folder.rmdir()
-        work.chmod(0o755)
-        work.rename(folder)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
     logger.info("exported to %s, off by %.2g at most", folder, difference)
     return result
 

@@ -11,7 +11,7 @@ from transformers import TrainingArguments as Arguments
 
 from hfslim.anatomy.discovery import find_units
 from hfslim.pruning.gates.gates import Gates
-from hfslim.training.checks import check_not_compiled
+from hfslim.training.callback_requirements import check_not_compiled
 
 logger = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ from hfslim.pruning.steps import agreed, check_reachable
 from hfslim.pruning.surgery.proof import check_gates
 from hfslim.pruning.surgery.surgery import shrink
 from hfslim.pruning.target import Target
-from hfslim.training.checks import (
+from hfslim.training.callback_requirements import (
     CUT_AFTER,
     average_over_processes,
     check_not_compiled,

@@ -24,6 +24,7 @@ from hfslim.measuring.timing import describe_inputs
 from hfslim.pruning.gates.gates import Key
 from hfslim.pruning.search.price import dropped_layers
 from hfslim.pruning.target import Resource
+from hfslim.reporting.staged_writes import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -185,11 +186,7 @@ def save_table(key: Mapping[str, Any], table: LatencyTable) -> None:
     """Write a table to the cache, in one step."""
     path = _path(key)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(
-        json.dumps({"conditions": key, "table": table.to_dict()}, indent=1), encoding="utf-8"
-    )
-    temporary.replace(path)
+    write_whole(path, json.dumps({"conditions": key, "table": table.to_dict()}, indent=1))
     logger.info("latency table kept in %s", path)
 
 

@@ -13,14 +13,14 @@ from trainings import arguments, build, difference, examples
 from transformers import Trainer, TrainerCallback
 
 from hfslim import PruningCallback, SlimTrainer
-from hfslim.training.staged_writes import (
+from hfslim.training.checkpoint_folders import (
     STAGING,
     CheckpointError,
     last_whole,
     problem_of,
-    publish,
     rotate,
-    stage_told,
+    save_whole,
+    stage_errors,
 )
 
 
@@ -29,7 +29,7 @@ def checkpoint(run: Path, step: int) -> Path:
     (staged / "deep").mkdir(parents=True)
     (staged / "model.safetensors").write_bytes(b"12345678")
     (staged / "deep" / "state.pt").write_bytes(b"1234")
-    publish(staged, run / staged.name)
+    save_whole(staged, run / staged.name)
     return run / staged.name
 
 
@@ -205,7 +205,7 @@ def test_the_stock_trainers_checkpoint_on_sigterm_is_refused_with_pruning(tmp_pa
 
 def test_a_checkpoint_that_fails_inside_a_stage_is_told_once(tmp_path):
     error = CheckpointError("checkpoint-6 could not be written: enforce fail at inline_container")
-    with pytest.raises(CheckpointError) as failure, stage_told("03-recover", tmp_path):
+    with pytest.raises(CheckpointError) as failure, stage_errors("03-recover", tmp_path):
         raise error
     assert failure.value is error
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -19,17 +18,18 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers.trainer_utils import sort_checkpoints
 
+from hfslim.reporting.staged_writes import flush, put_in_place
+
 __all__ = [
     "STAGING",
     "CheckpointError",
+    "checkpoint_errors",
     "discard",
-    "flush",
     "last_whole",
     "problem_of",
-    "publish",
     "rotate",
-    "stage_told",
-    "told",
+    "save_whole",
+    "stage_errors",
 ]
 
 STAGING = ".saving"
@@ -48,7 +48,7 @@ class CheckpointError(RuntimeError):
     """A checkpoint, or what a recipe makes, cannot be written, or is not whole."""
 
 
-def publish(staged: Path, target: Path) -> None:
+def save_whole(staged: Path, target: Path) -> None:
     """Put a folder that is written in its place in one step, on the disk and for good.
 
     Args:
@@ -61,15 +61,7 @@ def publish(staged: Path, target: Path) -> None:
     listed.write_text(json.dumps(sizes, indent=1), encoding="utf-8")
     flush(staged)
     discard(target)
-    staged.rename(target)
-    _flush(target.parent)
-
-
-def flush(folder: Path) -> None:
-    """Make the operating system write what it holds of a folder, with all that is in it."""
-    for path in (*folder.rglob("*"), folder):
-        if path.is_file() or path.is_dir():
-            _flush(path)
+    put_in_place(staged, target)
 
 
 def discard(folder: Path) -> None:
@@ -144,7 +136,7 @@ def rotate(newest: Path, limit: int | None, best: str | None) -> None:
 
 
 @contextmanager
-def told(name: str, run: Path) -> Iterator[None]:
+def checkpoint_errors(name: str, run: Path) -> Iterator[None]:
     """Say what a checkpoint that cannot be written inside leaves behind.
 
     Raises:
@@ -163,7 +155,7 @@ def told(name: str, run: Path) -> Iterator[None]:
 
 
 @contextmanager
-def stage_told(name: str, folder: Path) -> Iterator[None]:
+def stage_errors(name: str, folder: Path) -> Iterator[None]:
     """Say what a stage of a recipe that cannot be written inside leaves behind.
 
     Args:
@@ -171,7 +163,7 @@ def stage_told(name: str, folder: Path) -> Iterator[None]:
         folder: The recipe's.
 
     Raises:
-        CheckpointError: Writing failed, as for `told`. Other errors of reading and writing stay.
+        CheckpointError: Writing failed, as for `checkpoint_errors`. Other errors stay.
     """
     try:
         yield
@@ -201,14 +193,3 @@ def _free(folder: Path) -> str:
     while not folder.exists():
         folder = folder.parent
     return f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB"
-
-
-def _flush(path: Path) -> None:
-    """Make the operating system write what it holds of a file or a folder."""
-    if path.is_dir() and os.name != "posix":
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
