@@ -27,7 +27,7 @@ import hfslim
 from hfslim.anatomy.inputs import example_inputs
 from hfslim.hub.export.exporting import open_exported
 from hfslim.measuring.measurement import macs
-from hfslim.measuring.timing import evaluating, in_turn, paired, summarise, wall_seconds
+from hfslim.measuring.timing import call_seconds, evaluating, in_turn, paired, summarise
 from hfslim.pipeline.recipe import load_recipe
 from hfslim.pipeline.task_examples import Predictions, Workbench, agreement, uses_cpu
 from hfslim.tasks import TASKS, open_model
@@ -126,7 +126,7 @@ def time(options: argparse.Namespace) -> None:
         for size, inputs in stated.items():
             if format != "torch":
                 inputs = inputs | added(folder / "cut" / format, inputs)
-            clocks = [lambda run=run, given=inputs: wall_seconds(run, given) for run in runs]
+            clocks = [lambda run=run, given=inputs: call_seconds(run, given) for run in runs]
             with evaluating(*models):
                 seconds = in_turn(clocks, options.calls, warmup=3)
             before, after = (summarise(one, size, "", "cpu") for one in seconds)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import expit, softmax
 
-__all__ = ["Answers", "ClassLine", "calibration_error", "churn", "confusion"]
+__all__ = ["ClassAnswers", "ClassLine", "calibration_error", "churn", "confusion"]
 
 BINS = 15
 HIDDEN = 0.1
@@ -83,7 +83,7 @@ class ClassLine(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Answers:
+class ClassAnswers:
     """The answers of a model, and of its teacher if there is one, on the same labelled examples.
 
     Attributes:
@@ -115,7 +115,7 @@ class Answers:
         references: np.ndarray,
         logits: np.ndarray,
         teacher: np.ndarray | None = None,
-    ) -> Answers:
+    ) -> ClassAnswers:
         """Compare logits with the truth.
 
         Args:
@@ -151,7 +151,7 @@ class Answers:
         )
 
     @classmethod
-    def pooled(cls, parts: Sequence[Answers]) -> Answers:
+    def pooled(cls, parts: Sequence[ClassAnswers]) -> ClassAnswers:
         """Add up the answers of several runs; calibration error and churn are means."""
         first = parts[0]
         if any(part.classes != first.classes for part in parts):
@@ -177,7 +177,7 @@ class Answers:
         )
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Answers:
+    def from_dict(cls, values: Mapping[str, Any]) -> ClassAnswers:
         """Rebuild from what `to_dict` gives."""
         right = tuple(tuple(row) for row in values["right"])
         return cls(**{**values, "classes": tuple(values["classes"]), "right": right})

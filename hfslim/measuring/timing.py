@@ -1,6 +1,7 @@
 """How long a model takes: single calls, one model or two in turn."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,19 +14,25 @@ from torch import nn
 __all__ = [
     "Inputs",
     "Latency",
+    "Mark",
     "PairedLatency",
+    "call_seconds",
     "describe_inputs",
     "evaluating",
     "in_turn",
     "latency",
+    "mark",
     "paired",
     "paired_latency",
     "placed",
+    "seconds_between",
     "summarise",
-    "wall_seconds",
 ]
 
 Inputs = Mapping[str, Any]
+Mark = Any
+"""A moment in a device's work, as `mark` gives it: a `torch.Event`, or seconds on the CPU."""
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -216,7 +223,10 @@ def placed(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
 def _interleaved(
     models: list[nn.Module], inputs: list[Inputs], calls: int, warmup: int
 ) -> list[np.ndarray]:
-    clocks = [_clock(m, placed(m, own)) for m, own in zip(models, inputs, strict=True)]
+    clocks = [
+        functools.partial(call_seconds, m, placed(m, own), _reference(m).device)
+        for m, own in zip(models, inputs, strict=True)
+    ]
     with evaluating(*models):
         return in_turn(clocks, calls, warmup)
 
@@ -249,29 +259,32 @@ def in_turn(clocks: Sequence[Callable[[], float]], calls: int, warmup: int) -> l
     return list(seconds)
 
 
-def _clock(model: nn.Module, inputs: dict[str, Any]) -> Callable[[], float]:
-    if _reference(model).device.type == "cuda":
-        return lambda: _cuda_seconds(model, inputs)
-    return lambda: wall_seconds(model, inputs)
-
-
-def wall_seconds(run: Callable[..., Any], inputs: Mapping[str, Any]) -> float:
-    """Call once and return the seconds by the wall clock."""
-    start = time.perf_counter()
+def call_seconds(
+    run: Callable[..., Any], inputs: Mapping[str, Any], device: torch.device = CPU
+) -> float:
+    """Call once and return the seconds until a device, idle at first, has done the work."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    start = mark(device)
     run(**inputs)
-    return time.perf_counter() - start
+    return seconds_between(start, mark(device))
 
 
-def _cuda_seconds(model: nn.Module, inputs: dict[str, Any]) -> float:
-    device = _reference(model).device
-    with torch.cuda.device(device):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        model(**inputs)
-        end.record()
+def mark(device: torch.device) -> Mark:
+    """Return this moment in a device's work: on the CPU by the wall clock, elsewhere an event."""
+    if device.type == "cpu":
+        return time.perf_counter()
+    event = torch.Event(device, enable_timing=True)
+    event.record(torch.accelerator.current_stream(device))
+    return event
+
+
+def seconds_between(start: Mark, end: Mark) -> float:
+    """Return the seconds between two marks of one device; waits until it has reached both."""
+    if isinstance(end, torch.Event):
         end.synchronize()
-    return start.elapsed_time(end) / 1000
+        return start.elapsed_time(end) / 1000
+    return end - start
 
 
 def _summary(model: nn.Module, inputs: Inputs, seconds: np.ndarray) -> Latency:

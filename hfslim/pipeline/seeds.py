@@ -12,7 +12,7 @@ from typing import Literal
 
 from accelerate import PartialState
 
-from hfslim.measuring.class_answers import HIDDEN, Answers
+from hfslim.measuring.class_answers import HIDDEN, ClassAnswers
 from hfslim.pipeline.manifest import FILE, OutputError
 from hfslim.pipeline.recipe import Recipe, RecipeError
 from hfslim.pipeline.runner import run
@@ -92,7 +92,7 @@ def over_seeds(reports: Mapping[int, Report]) -> Report:
         first,
         model=f"{first.model}, {len(seeds)} seeds",
         quality=[mean],
-        answers=Answers.pooled(answers) if answers else None,
+        answers=ClassAnswers.pooled(answers) if answers else None,
         stability=_stability(reports),
         warnings=_warnings(reports),
         curve=[{**point, "seed": seed} for seed, one in reports.items() for point in one.curve],
@@ -134,7 +134,7 @@ def _stability(reports: Mapping[int, Report]) -> list[Spread]:
     return spreads
 
 
-def _class_changes(answers: list[Answers]) -> dict[str, list[float]]:
+def _class_changes(answers: list[ClassAnswers]) -> dict[str, list[float]]:
     """Return what each class gains or loses under each seed, if all seeds have examples of it."""
     by_class: dict[str, list[float]] = {}
     for one in answers:

@@ -27,7 +27,7 @@ from transformers.utils import logging
 from hfslim.anatomy.inputs import example_inputs
 from hfslim.distillation.teacher.adapted import base_source
 from hfslim.distillation.teacher.teacher import accepted_inputs, split_revision
-from hfslim.measuring.class_answers import Answers
+from hfslim.measuring.class_answers import ClassAnswers
 from hfslim.measuring.timing import evaluating, placed
 from hfslim.pipeline.opening import explained
 from hfslim.tasks import (
@@ -246,14 +246,14 @@ class Workbench:
         """Return the metric and the loss of a model, as `judge` does."""
         return self.judge(model, processor).metrics
 
-    def answers(self, model: Judged, teacher: Judged | None = None) -> Answers | None:
+    def answers(self, model: Judged, teacher: Judged | None = None) -> ClassAnswers | None:
         """Return what a model answers class by class, beside its teacher; None for numbers."""
         labels = self.examples.labels
         if labels.problem == "regression":
             return None
         references = np.asarray(labels.encode(self.examples.evaluation[self.examples.columns[-1]]))
         theirs = None if teacher is None else teacher.logits
-        return Answers.of(labels.names, references.astype(np.int64), model.logits, theirs)
+        return ClassAnswers.of(labels.names, references.astype(np.int64), model.logits, theirs)
 
     def metrics(self, trainer: Trainer) -> dict[str, float]:
         """Return the metric and the loss of a Trainer's model."""

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hfslim.measuring.class_answers import Answers
+from hfslim.measuring.class_answers import ClassAnswers
 from hfslim.measuring.measurement import Comparison, Measurement
 from hfslim.measuring.timing import Latency
 from hfslim.reporting import sparsity_text, tables
@@ -85,7 +85,7 @@ class Report:
     structure: Sequence[Mapping[str, Any]] = ()
     stages: Sequence[Mapping[str, Mapping[str, Any]]] = field(default=())
     weight_sparsity: Sequence[Mapping[str, Any]] = ()
-    answers: Answers | None = None
+    answers: ClassAnswers | None = None
     stability: Sequence[Spread] = ()
     warnings: Sequence[str] = ()
     curve: Sequence[Mapping[str, Any]] = ()
@@ -123,7 +123,7 @@ class Report:
             structure=values.get("structure", ()),
             stages=values.get("stages", ()),
             weight_sparsity=values.get("weight_sparsity", ()),
-            answers=Answers.from_dict(answers) if answers else None,
+            answers=ClassAnswers.from_dict(answers) if answers else None,
             stability=[Spread.from_dict(one) for one in values.get("stability", ())],
             warnings=values.get("warnings", ()),
             curve=values.get("curve", ()),
@@ -284,7 +284,7 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _by_class(answers: Answers, warnings: Sequence[str]) -> Section:
+def _by_class(answers: ClassAnswers, warnings: Sequence[str]) -> Section:
     """Return the classes and how they fare, the worst of them where they are many."""
     lines, notes = answers.lines(), [*answers.notes(), *warnings]
     if len(lines) > CLASSES:

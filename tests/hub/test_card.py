@@ -11,7 +11,7 @@ from PIL import Image
 
 from hfslim.hub.card import write_card
 from hfslim.hub.edits import MARKER, CardError, merge
-from hfslim.measuring.class_answers import Answers
+from hfslim.measuring.class_answers import ClassAnswers
 from hfslim.reporting.provenance import Machine, Origin, Provenance
 from hfslim.reporting.report import Quality, Report
 
@@ -104,7 +104,9 @@ def test_what_is_blank_is_called_not_measured(folder: Path) -> None:
 
 
 def test_calibration_churn_and_classes_stand_under_quality(folder: Path) -> None:
-    answers = Answers(("a", "b"), 20, ((9, 1, 0, 0), (8, 1, 1, 0)), None, None, 0.1, 0.02, 0.15)
+    answers = ClassAnswers(
+        ("a", "b"), 20, ((9, 1, 0, 0), (8, 1, 1, 0)), None, None, 0.1, 0.02, 0.15
+    )
     text = write_card(folder, report(answers=answers)).read_text()
     quality = text.partition("## Quality\n")[2].partition("\n## ")[0]
     assert "### Class by class" in quality

@@ -9,7 +9,7 @@ from comparisons import comparison
 from recipe_files import STAGES, image_recipe
 
 from hfslim.cli import main
-from hfslim.measuring.class_answers import Answers
+from hfslim.measuring.class_answers import ClassAnswers
 from hfslim.pipeline.manifest import OutputError
 from hfslim.pipeline.recipe import RecipeError, parse_recipe
 from hfslim.pipeline.seeds import over_seeds, run_seeds
@@ -17,7 +17,7 @@ from hfslim.reporting.report import Quality, Report
 
 
 def report_of(value: float, right: list[tuple[int, int, int, int]], **rest) -> Report:
-    answers = Answers(("a", "b"), 20, tuple(right), None, None, 0.1, 0.02, 0.25)
+    answers = ClassAnswers(("a", "b"), 20, tuple(right), None, None, 0.1, 0.02, 0.25)
     quality = Quality("accuracy", value, 0.9, "evaluation, 20 examples", 20)
     return Report("m", [comparison(1)], [quality], answers=answers, **rest)
 

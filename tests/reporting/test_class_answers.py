@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hfslim.measuring.class_answers import Answers, calibration_error, churn, confusion
+from hfslim.measuring.class_answers import ClassAnswers, calibration_error, churn, confusion
 
 A, B, C = range(3)
 
@@ -42,7 +42,7 @@ def test_calibration_error_against_a_plain_loop() -> None:
 
 def test_answers_of_two_models_by_hand() -> None:
     truth = np.array([A, A, A, A, B, B])
-    answers = Answers.of("abc", truth, logits(A, A, B, C, B, A), logits(A, B, A, C, B, B))
+    answers = ClassAnswers.of("abc", truth, logits(A, A, B, C, B, A), logits(A, B, A, C, B, B))
     assert answers.right == ((1, 1, 1, 1), (1, 1, 0, 0), (0, 0, 0, 0))
     assert answers.confusion == [[2, 1, 1], [1, 1, 0], [0, 0, 0]]
     assert answers.teacher_confusion == [[2, 1, 1], [0, 2, 0], [0, 0, 0]]
@@ -58,11 +58,11 @@ def test_answers_of_two_models_by_hand() -> None:
     ]
     worst = answers.worst()
     assert worst is not None and (worst.name, worst.change) == ("b", -0.5)
-    assert Answers.from_dict(answers.to_dict()) == answers
+    assert ClassAnswers.from_dict(answers.to_dict()) == answers
 
 
 def test_without_a_teacher_there_is_nothing_to_lose() -> None:
-    answers = Answers.of("abc", np.array([A, B]), logits(A, C))
+    answers = ClassAnswers.of("abc", np.array([A, B]), logits(A, C))
     assert (answers.churn, answers.teacher_ece, answers.worst()) == (None, None, None)
     assert answers.hidden() == []
     assert [line.model for line in answers.lines()] == [1.0, 0.0]
@@ -71,7 +71,7 @@ def test_without_a_teacher_there_is_nothing_to_lose() -> None:
 def test_examples_of_several_classes_count_in_each() -> None:
     truth = np.array([[1, 1], [0, 1]])
     said, taught = np.array([[3.0, -3.0], [3.0, 3.0]]), np.array([[3.0, 3.0], [-3.0, 3.0]])
-    answers = Answers.of(("x", "y"), truth, said, taught)
+    answers = ClassAnswers.of(("x", "y"), truth, said, taught)
     assert answers.right == ((1, 0, 0, 0), (1, 1, 0, 0))
     assert (answers.churn, answers.confusion) == (1.0, None)
     # Each of the four decisions is as sure; two of the model's are right, all of the teacher's.
@@ -84,7 +84,7 @@ def test_a_class_that_collapsed_behind_a_good_average_is_told() -> None:
     truth = np.array([A] * 180 + [B] * 20)
     said = logits(*[A] * 180, *[A] * 20)
     taught = logits(*[A] * 170, *[B] * 10, *[B] * 20)
-    answers = Answers.of("abc", truth, said, taught)
+    answers = ClassAnswers.of("abc", truth, said, taught)
     (told,) = answers.hidden()
     assert told.startswith("class b: 0.0% of its 20 examples are right, of the teacher 100.0%")
     assert "nothing is taken for it any more" in told
@@ -92,22 +92,22 @@ def test_a_class_that_collapsed_behind_a_good_average_is_told() -> None:
 
 
 def test_a_loss_that_chance_explains_or_that_all_share_is_not_told() -> None:
-    few = Answers.of(
+    few = ClassAnswers.of(
         "abc", np.array([A] * 97 + [B] * 3), logits(*[A] * 100), logits(*[A] * 97, B, B, B)
     )
     assert few.hidden() == []  # 3 lost of 3, less than two standard errors, 2 √3
-    shared = Answers.of("abc", np.array([A, B] * 50), logits(*[C] * 100), logits(*[A, B] * 50))
+    shared = ClassAnswers.of("abc", np.array([A, B] * 50), logits(*[C] * 100), logits(*[A, B] * 50))
     assert shared.hidden() == []
 
 
 def test_pooled_answers_add_up() -> None:
     truth = np.array([A, B])
-    one = Answers.of("abc", truth, logits(A, B), logits(A, B))
-    other = Answers.of("abc", truth, logits(B, B), logits(A, B))
-    both = Answers.pooled([one, other])
+    one = ClassAnswers.of("abc", truth, logits(A, B), logits(A, B))
+    other = ClassAnswers.of("abc", truth, logits(B, B), logits(A, B))
+    both = ClassAnswers.pooled([one, other])
     assert both.examples == 4
     assert both.right == ((1, 1, 0, 0), (2, 0, 0, 0), (0, 0, 0, 0))
     assert both.confusion == [[1, 1, 0], [0, 2, 0], [0, 0, 0]]
     assert both.churn == pytest.approx(0.25)
     with pytest.raises(ValueError, match="other classes"):
-        Answers.pooled([one, Answers.of("xyz", truth, logits(A, B))])
+        ClassAnswers.pooled([one, ClassAnswers.of("xyz", truth, logits(A, B))])

@@ -13,7 +13,7 @@ import pytest
 from comparisons import comparison
 
 from hfslim.cli import main
-from hfslim.measuring.class_answers import Answers
+from hfslim.measuring.class_answers import ClassAnswers
 from hfslim.pipeline.seeds import over_seeds
 from hfslim.reporting.page import page, publish, write_page
 from hfslim.reporting.plots import plots
@@ -26,14 +26,14 @@ CHROMIUM = next(
 )
 
 
-def answers_of(classes: int) -> Answers:
+def answers_of(classes: int) -> ClassAnswers:
     generator = np.random.default_rng(classes)
     truth = np.arange(classes * 12) % classes
     taught, said = (
         np.eye(classes)[truth] * 3 + generator.normal(size=(len(truth), classes)) * k
         for k in (1, 2)
     )
-    return Answers.of([f"class {i}" for i in range(classes)], truth, said, taught)
+    return ClassAnswers.of([f"class {i}" for i in range(classes)], truth, said, taught)
 
 
 def report_of(classes: int = 5, **changes) -> Report:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+from hfslim.measuring.timing import Mark, mark, seconds_between
+
 __all__ = ["TeacherClock"]
 
 
@@ -24,8 +26,7 @@ class TeacherClock:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._began: float | None = None
-        self._seconds = 0.0
-        self._events: list[tuple[torch.Event, torch.Event]] = []
+        self._spans: list[tuple[Mark, Mark]] = []
 
     def start(self) -> None:
         """Begin to count, unless that is so already."""
@@ -35,23 +36,14 @@ class TeacherClock:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Count the time of the block as the teachers'."""
-        if self._device.type == "cpu":
-            began = time.perf_counter()
-            yield
-            self._seconds += time.perf_counter() - began
-            return
-        first, last = (torch.Event(self._device, enable_timing=True) for _ in range(2))
-        first.record()
+        start = mark(self._device)
         yield
-        last.record()
-        self._events.append((first, last))
+        self._spans.append((start, mark(self._device)))
 
     def take(self) -> float:
         """Return the share, from 0 to 1, and begin anew."""
-        for first, last in self._events:
-            last.synchronize()
-            self._seconds += first.elapsed_time(last) / 1000
+        seconds = sum(seconds_between(*span) for span in self._spans)
         whole = time.perf_counter() - (self._began or 0.0)
-        share = self._seconds / whole if self._began is not None else 0.0
-        self._began, self._seconds, self._events = None, 0.0, []
+        share = seconds / whole if self._began is not None else 0.0
+        self._began, self._spans = None, []
         return min(share, 1.0)

@@ -24,12 +24,12 @@ from hfslim.anatomy.adapters import check_merged
 from hfslim.hub.export.probes import input_names, inputs_of, probes, sample_inputs
 from hfslim.measuring.timing import (
     PairedLatency,
+    call_seconds,
     describe_inputs,
     evaluating,
     in_turn,
     paired,
     summarise,
-    wall_seconds,
 )
 from hfslim.reporting.staged_writes import whole_folder
 
@@ -311,7 +311,7 @@ def _time(
 ) -> PairedLatency:
     batch_size = len(next(iter(inputs.values())))
     runs = (model, exported)
-    clocks = [lambda run=run: wall_seconds(run, inputs) for run in runs]
+    clocks = [lambda run=run: call_seconds(run, inputs) for run in runs]
     first, second = in_turn(clocks, calls, warmup=3)
     runtime = "ONNX Runtime" if exported.export_format == "onnx" else "torch.export"
     dtype = "int8" if int8 else "float32"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import random
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel
 
 from hfslim.anatomy.structure import Entry, Structure
 from hfslim.anatomy.units import Site, Units
-from hfslim.measuring.timing import describe_inputs, evaluating, placed
+from hfslim.measuring.timing import describe_inputs, evaluating, mark, placed, seconds_between
 from hfslim.pruning.gates.gates import Key
 from hfslim.pruning.latency.latency_table import (
     Curve,
@@ -150,8 +149,6 @@ def aligned_step(model: nn.Module) -> int:
 class Stopwatch:
     """A timer of modules inside the forward passes of a model.
 
-    It uses events on CUDA and the wall clock elsewhere.
-
     Attributes:
         seconds: Time of each module in the last run, by path; the whole model's at `""`.
         shapes: Shape of the first tensor argument of each module.
@@ -160,7 +157,7 @@ class Stopwatch:
     def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
         self.model = model
         self.modules = {path: model.get_submodule(path) for path in {"", *paths}}
-        self.on_cuda = next(model.parameters()).device.type == "cuda"
+        self.device = next(model.parameters()).device
         self.seconds: dict[str, float] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
 
@@ -184,11 +181,9 @@ class Stopwatch:
         """
         self._marks: list[tuple[str, Any, Any]] = []
         self.model(**inputs)
-        if self.on_cuda:
-            torch.cuda.synchronize()
         self.seconds = dict.fromkeys(self.modules, 0.0)
         for path, start, stop in self._marks:
-            self.seconds[path] += start.elapsed_time(stop) / 1000 if self.on_cuda else stop - start
+            self.seconds[path] += seconds_between(start, stop)
         silent = sorted(set(self.modules) - {path for path, _, _ in self._marks})
         if silent:
             raise RuntimeError(
@@ -196,23 +191,16 @@ class Stopwatch:
                 "be timed; state the target in macs"
             )
 
-    def _mark(self) -> Any:
-        if not self.on_cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
     def _hooks(self, path: str) -> tuple[Any, Any]:
         begun: list[Any] = []
 
         def start(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             values = (*args, *kwargs.values())
             self.shapes[path] = next(tuple(v.shape) for v in values if torch.is_tensor(v))
-            begun.append(self._mark())
+            begun.append(mark(self.device))
 
         def stop(*_: object) -> None:
-            self._marks.append((path, begun.pop(), self._mark()))
+            self._marks.append((path, begun.pop(), mark(self.device)))
 
         return start, stop
 

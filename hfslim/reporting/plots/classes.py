@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hfslim.measuring.class_answers import Answers, ClassLine
+from hfslim.measuring.class_answers import ClassAnswers, ClassLine
 from hfslim.reporting.plots.style import BLUE, HATCHES, ORANGE, Plot, Theme, new_figure
 from hfslim.reporting.report import Report
 from hfslim.reporting.tables import Section, by_class
@@ -186,7 +186,7 @@ def agreement(report: Report) -> Plot | None:
     return Plot("agreement", "Agreement with the teacher", alt, draw, table)
 
 
-def _shown(answers: Answers) -> list[ClassLine]:
+def _shown(answers: ClassAnswers) -> list[ClassLine]:
     """Return the classes, worst first, as many as there is room for."""
     return sorted(answers.lines(), key=lambda line: line.change or 0.0)[:SHOWN]
 

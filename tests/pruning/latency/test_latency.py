@@ -50,7 +50,6 @@ class WorkClock:
 @pytest.fixture
 def clock(monkeypatch, tmp_path):
     clock = WorkClock()
-    monkeypatch.setattr(latency_measurement, "time", clock)
     monkeypatch.setattr("hfslim.measuring.timing.time", clock)
     monkeypatch.setattr(latency_measurement, "SECONDS", 0.0)
     monkeypatch.setattr(latency_search, "SECONDS", 0.0)
