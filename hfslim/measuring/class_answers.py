@@ -1,4 +1,4 @@
-"""What a model answers, class by class, beside its teacher: what an average may hide."""
+"""A model's answers, class by class, beside its teacher's: losses that an average may hide."""
 
 from __future__ import annotations
 
@@ -9,29 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import expit, softmax
 
-__all__ = ["ClassAnswers", "ClassLine", "calibration_error", "churn", "confusion"]
+__all__ = ["ClassAnswers", "ClassLine", "calibration_error", "churn"]
 
 BINS = 15
 HIDDEN = 0.1
-"""How much more a class loses than all examples together, before an average is said to hide it."""
-
-
-def confusion(references: np.ndarray, decided: np.ndarray, classes: int) -> np.ndarray:
-    """Count the answers of each class.
-
-    Args:
-        references: True classes, `[examples]`.
-        decided: Answered classes, `[examples]`.
-        classes: Number of classes.
-
-    Returns:
-        `[classes, classes]`, true classes down, answered classes across.
-    """
-    return np.bincount(references * classes + decided, minlength=classes**2).reshape(classes, -1)
+"""Loss of a class beyond that of all examples from which on `hidden` warns."""
 
 
 def churn(first: np.ndarray, second: np.ndarray) -> float:
-    """Return the share of examples that two models answer differently.
+    """Return the fraction of examples that two models answer differently.
 
     Fard et al., "Launch and Iterate: Reducing Prediction Churn", NeurIPS 2016.
 
@@ -59,13 +45,13 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = BIN
 
 
 class ClassLine(NamedTuple):
-    """How a class fares: the share of its examples that are answered right.
+    """The fraction of a class's examples that are answered right.
 
     Attributes:
-        name: Of the class.
+        name: The class.
         examples: Number of its examples.
-        teacher: The teacher's share; None without a teacher.
-        model: The model's share.
+        teacher: The teacher's fraction; None without a teacher.
+        model: The model's fraction.
         significant: Whether more was lost than chance explains: of the examples on which exactly
             one of the two is right, the teacher's exceed the model's by over two standard errors.
     """
@@ -78,7 +64,7 @@ class ClassLine(NamedTuple):
 
     @property
     def change(self) -> float | None:
-        """The model's share less the teacher's; None without a teacher."""
+        """The model's fraction minus the teacher's; None without a teacher."""
         return None if self.teacher is None else self.model - self.teacher
 
 
@@ -87,16 +73,16 @@ class ClassAnswers:
     """The answers of a model, and of its teacher if there is one, on the same labelled examples.
 
     Attributes:
-        classes: Their names, in the order of all that follows.
+        classes: Names of the classes, in the order of the fields below.
         examples: Number of examples.
-        right: Of each class the number of its examples that `[both, only the teacher, only the
+        right: For each class the number of its examples that `[both, only the teacher, only the
             model, neither]` answers right; without a teacher the first and the second are 0. An
             example of several classes counts in each.
-        confusion: `[classes, classes]`, true classes down; None where an example may have several.
-        teacher_confusion: Likewise of the teacher.
+        confusion: `[classes, classes]`, true classes down; None if an example may have several.
+        teacher_confusion: Likewise for the teacher.
         ece: Expected calibration error of the model.
-        teacher_ece: Likewise of the teacher.
-        churn: Share of examples that the two answer differently.
+        teacher_ece: Likewise for the teacher.
+        churn: Fraction of examples that the two answer differently.
     """
 
     classes: tuple[str, ...]
@@ -116,13 +102,13 @@ class ClassAnswers:
         logits: np.ndarray,
         teacher: np.ndarray | None = None,
     ) -> ClassAnswers:
-        """Compare logits with the truth.
+        """Compare logits with the true classes.
 
         Args:
             classes: Names in the order of the logits.
             references: Classes `[examples]`, or 0/1 vectors `[examples, classes]`.
-            logits: Of the model, `[examples, classes]`.
-            teacher: Of the teacher.
+            logits: The model's, `[examples, classes]`.
+            teacher: The teacher's.
         """
         several = references.ndim == 2
         own = _Side(references, logits)
@@ -137,7 +123,9 @@ class ClassAnswers:
         def table(side: _Side | None) -> list[list[int]] | None:
             if several or side is None:
                 return None
-            return confusion(references, side.decided, len(classes)).tolist()
+            count = len(classes)
+            flat = np.bincount(references * count + side.decided, minlength=count**2)
+            return flat.reshape(count, count).tolist()
 
         return cls(
             classes=tuple(classes),
@@ -178,7 +166,7 @@ class ClassAnswers:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ClassAnswers:
-        """Rebuild from what `to_dict` gives."""
+        """Rebuild from the result of `to_dict`."""
         right = tuple(tuple(row) for row in values["right"])
         return cls(**{**values, "classes": tuple(values["classes"]), "right": right})
 
@@ -192,7 +180,7 @@ class ClassAnswers:
         return self.churn is not None
 
     def lines(self) -> list[ClassLine]:
-        """Return how each class fares that has examples."""
+        """Return a line for each class that has examples."""
         lines = []
         for name, (both, teacher, model, neither) in zip(self.classes, self.right, strict=True):
             count = both + teacher + model + neither
@@ -203,7 +191,7 @@ class ClassAnswers:
         return lines
 
     def worst(self) -> ClassLine | None:
-        """Return the class that lost most to the teacher; None without one."""
+        """Return the class that lost most against the teacher; None without one."""
         lines = self.lines() if self.has_teacher else []
         return min(lines, key=lambda line: line.change or 0.0, default=None)
 
@@ -228,7 +216,7 @@ class ClassAnswers:
         """
         counts = np.asarray(self.right).sum(0)
         mean = float(counts[1] - counts[2]) / max(counts.sum(), 1)
-        told = []
+        warnings = []
         for line in self.lines():
             if line.significant and -(line.change or 0.0) - mean >= HIDDEN:
                 never = ""
@@ -236,16 +224,16 @@ class ClassAnswers:
                     column = self.classes.index(line.name)
                     if not any(row[column] for row in self.confusion):
                         never = ", and nothing is taken for it any more"
-                told.append(
+                warnings.append(
                     f"class {line.name}: {line.model:.1%} of its {line.examples:,} examples are "
                     f"right, of the teacher {line.teacher:.1%}{never}; over all classes "
                     f"{mean:.1%} are lost, which hides it"
                 )
-        return told
+        return warnings
 
 
 class _Side:
-    """The answers of one model: what it decides, whether it finds each class, how sure it is."""
+    """The answers of one model: its decisions, whether it finds each class, its calibration."""
 
     def __init__(self, references: np.ndarray, logits: np.ndarray) -> None:
         logits = logits.astype(np.float64)

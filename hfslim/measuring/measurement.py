@@ -1,7 +1,6 @@
-"""What a model costs: parameters, multiply-accumulates, bytes, time.
+"""A model's costs: parameters, multiply-accumulates, bytes, time.
 
-Every figure is taken in eval mode without gradients, on inputs that the caller states, and the
-model is handed back in the mode it came in.
+All are measured in eval mode without gradients; the model returns in the mode it came in.
 """
 
 from collections.abc import Iterator
@@ -39,12 +38,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one model costs at one stated input.
+    """One model's costs at one stated input.
 
     Attributes:
         inputs: Names and shapes of the input.
         parameters: Number of parameters, shared ones once.
-        parameters_without_embeddings: The same, less what `count_parameters` calls embeddings.
+        parameters_without_embeddings: The same without embeddings, as `count_parameters` does.
         macs: Multiply-accumulates of one forward call of the input.
         bytes: Size of the weights in a safetensors file, less its header.
         latency: Time of a forward call of the input.
@@ -63,7 +62,7 @@ class Measurement:
         return self.latency.p50_ms
 
     def to_dict(self) -> dict[str, Any]:
-        """The measurement as nested dictionaries of plain values."""
+        """Return nested dictionaries of plain values."""
         return asdict(self)
 
 
@@ -72,8 +71,8 @@ class Comparison:
     """Two models measured at one stated input, timed in turn.
 
     Attributes:
-        before: What the first model costs.
-        after: What the second model costs.
+        before: The first model's costs.
+        after: The second model's costs.
         speedup: Median time of a call before over median time after: above 1 is faster.
         low: Lower end of the 95 % bootstrap interval of the speedup.
         high: Upper end of the 95 % bootstrap interval of the speedup.
@@ -86,20 +85,12 @@ class Comparison:
     high: float
 
     def to_dict(self) -> dict[str, Any]:
-        """The comparison as nested dictionaries of plain values."""
+        """Return nested dictionaries of plain values."""
         return asdict(self)
 
 
 def macs(model: nn.Module, inputs: Inputs) -> int:
-    """Count the multiply-accumulates of one forward call.
-
-    Args:
-        model: Any module; it runs once, in eval mode, without gradients.
-        inputs: Keyword arguments of `model.forward`.
-
-    Returns:
-        Multiply-accumulates of all matrix products, convolutions and attention products.
-    """
+    """Count the multiply-accumulates of one forward call, as `macs_by_module` does."""
     return macs_by_module(model, inputs)[""]
 
 
@@ -111,11 +102,11 @@ def macs_by_module(model: nn.Module, inputs: Inputs) -> dict[str, int]:
     other element-wise work do not count.
 
     Args:
-        model: Any module; it runs once, in eval mode, without gradients.
+        model: Any module; it runs once.
         inputs: Keyword arguments of `model.forward`.
 
     Returns:
-        Path of each module (the root is `""`) to the multiply-accumulates inside it.
+        The multiply-accumulates inside each module, by its path; the root's is `""`.
     """
     counter = FlopCounterMode(
         display=False,
@@ -139,7 +130,7 @@ def macs_by_module(model: nn.Module, inputs: Inputs) -> dict[str, int]:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Let no parameter ask for a gradient: the counter fails where a module returns one."""
+    """Freeze all parameters: the counter fails where a module returns one that needs a gradient."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
@@ -151,7 +142,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 def count_parameters(model: nn.Module, embeddings: bool = True) -> int:
-    """Count parameters, shared ones once.
+    """Count the scalars of all parameters, shared ones once.
 
     Args:
         model: Any module.
@@ -159,9 +150,6 @@ def count_parameters(model: nn.Module, embeddings: bool = True) -> int:
             positions, token types), tables of positions and special tokens (a parameter whose own
             name contains `position` or `pos_embed`, or ends in `_token`), and the projection of
             patches (everything under a module named `patch_embed…`).
-
-    Returns:
-        Number of scalars.
     """
     if embeddings:
         return sum(parameter.numel() for parameter in model.parameters())
@@ -174,13 +162,9 @@ def count_parameters(model: nn.Module, embeddings: bool = True) -> int:
 
 
 def count_bytes(model: nn.Module) -> int:
-    """Size of the parameters and persistent buffers in a safetensors file, less its header.
+    """Return the bytes of parameters and persistent buffers in a safetensors file, less its header.
 
-    Args:
-        model: Any module.
-
-    Returns:
-        Bytes, shared tensors once.
+    Shared tensors count once.
     """
     saved = model.state_dict().keys()
     buffers = [buffer for name, buffer in model.named_buffers() if name in saved]
@@ -191,14 +175,11 @@ def measure(model: nn.Module, inputs: Inputs, *, calls: int = 30, warmup: int = 
     """Measure parameters, multiply-accumulates, bytes and latency at a stated input.
 
     Args:
-        model: Model to measure.
+        model: Any module.
         inputs: Keyword arguments of `model.forward`; the first axis is the batch. Tensors are moved
             to the model's device, floating-point ones to its dtype.
         calls: Number of timed calls.
         warmup: Number of calls before the first timed one.
-
-    Returns:
-        The figures with the input they hold for.
 
     Raises:
         ValueError: `calls` is less than 1, or the inputs hold no tensor.
@@ -220,13 +201,10 @@ def compare(
     Args:
         before: Model to compare with.
         after: Model that should cost less.
-        inputs: Keyword arguments of both models' `forward`; the first axis is the batch.
-        before_inputs: Those of `before`, where it reads others.
+        inputs: As for `measure`.
+        before_inputs: Inputs of `before`, where they differ.
         calls: Number of timed calls of each model.
         warmup: Number of calls of each model before the first timed one.
-
-    Returns:
-        Both measurements, and the speedup with its interval.
 
     Raises:
         ValueError: `calls` is less than 1, or the inputs hold no tensor.

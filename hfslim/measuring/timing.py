@@ -1,4 +1,4 @@
-"""How long a model takes: single calls, one model or two in turn."""
+"""Time of single calls, of one model or of two in turn."""
 
 import contextlib
 import functools
@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Latency:
-    """Times of single forward calls, and all that is needed to read them.
+    """Times of single forward calls, and their conditions.
 
     Attributes:
         p50_ms: Median time of a call, in milliseconds.
@@ -47,7 +47,7 @@ class Latency:
         calls: Number of timed calls.
         threads: CPU threads that torch may use inside an operator.
         dtype: Type of the weights.
-        device: Where the model ran.
+        device: The model's device.
     """
 
     p50_ms: float
@@ -82,16 +82,11 @@ class PairedLatency:
 def latency(model: nn.Module, inputs: Inputs, *, calls: int = 30, warmup: int = 5) -> Latency:
     """Time single forward calls.
 
-    On CUDA a call is timed by events and synchronised, elsewhere by the wall clock.
-
     Args:
         model: Model to run, in eval mode, without gradients.
         inputs: Keyword arguments of `model.forward`; the first axis is the batch.
         calls: Number of timed calls.
         warmup: Number of calls before the first timed one.
-
-    Returns:
-        Times of the calls with threads, dtype and device.
 
     Raises:
         ValueError: `calls` is less than 1, or the inputs hold no tensor.
@@ -108,21 +103,9 @@ def paired_latency(
     calls: int = 30,
     warmup: int = 5,
 ) -> PairedLatency:
-    """Time two models in turn, call by call, so that a change of load touches both.
+    """Time two models in turn, call by call, so that a change of load affects both.
 
-    Args:
-        before: Model to compare with.
-        after: Model that should be faster.
-        inputs: Keyword arguments of both models' `forward`; the first axis is the batch.
-        before_inputs: Those of `before`, where it reads others.
-        calls: Number of timed calls of each model.
-        warmup: Number of calls of each model before the first timed one.
-
-    Returns:
-        Both models' times and the speedup, with a bootstrap interval over pairs of calls.
-
-    Raises:
-        ValueError: `calls` is less than 1, or the inputs hold no tensor.
+    The arguments and errors are those of `hfslim.measuring.compare`.
     """
     theirs = inputs if before_inputs is None else before_inputs
     first, second = _interleaved([before, after], [theirs, inputs], calls, warmup)
@@ -130,7 +113,7 @@ def paired_latency(
 
 
 def paired(first: np.ndarray, second: np.ndarray, before: Latency, after: Latency) -> PairedLatency:
-    """Tell how much faster the second of two is, with a bootstrap interval over pairs of calls.
+    """Return the speedup of two series of calls, with a bootstrap interval over pairs of calls.
 
     Args:
         first: Seconds of each call of the first, `[calls]`.
@@ -147,11 +130,7 @@ def paired(first: np.ndarray, second: np.ndarray, before: Latency, after: Latenc
 
 
 def describe_inputs(inputs: Inputs) -> str:
-    """Names and shapes of the tensors, as in `input_ids [1, 128], attention_mask [1, 128]`.
-
-    Args:
-        inputs: Keyword arguments of a model's `forward`.
-    """
+    """Return names and shapes of tensors, as in `input_ids [1, 128], attention_mask [1, 128]`."""
     return ", ".join(f"{name} {list(t.shape)}" for name, t in _tensors(inputs).items())
 
 
@@ -159,14 +138,7 @@ def describe_inputs(inputs: Inputs) -> str:
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """Put models in eval mode without gradients, and each module back in its mode afterwards.
 
-    BigBird turns its sparse attention into a full one for good when it sees a short text; that is
-    undone too.
-
-    Args:
-        models: Models to run inside the context.
-
-    Yields:
-        Nothing.
+    BigBird replaces its sparse attention by a full one after a short text; that is undone too.
     """
     training = [(m, m.training) for model in models for m in model.modules()]
     attention: list[tuple[Any, str]] = [
@@ -175,7 +147,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     for model in models:
         model.eval()
     try:
-        # Not inference mode: a tensor that a model caches there could never be trained with.
+        # Not inference mode: tensors that a model caches there cannot be used in training.
         with torch.no_grad():
             yield
     finally:
@@ -202,13 +174,6 @@ def _tensors(inputs: Inputs) -> dict[str, torch.Tensor]:
 def placed(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
     """Move tensors to the model's device, and floating-point ones to its dtype.
 
-    Args:
-        model: Model that will run on them.
-        inputs: Keyword arguments of `model.forward`.
-
-    Returns:
-        The same arguments, values that are not tensors untouched.
-
     Raises:
         ValueError: The inputs hold no tensor.
     """
@@ -232,10 +197,10 @@ def _interleaved(
 
 
 def in_turn(clocks: Sequence[Callable[[], float]], calls: int, warmup: int) -> list[np.ndarray]:
-    """Take the times of several things in turn, call by call.
+    """Time several functions in turn, call by call.
 
     Args:
-        clocks: Each does its thing once and returns the seconds that it took.
+        clocks: Each runs once and returns the seconds that it took.
         calls: Number of timed calls of each.
         warmup: Number of calls of each before the first timed one.
 
@@ -252,7 +217,7 @@ def in_turn(clocks: Sequence[Callable[[], float]], calls: int, warmup: int) -> l
         for clock in clocks:
             clock()
     for call in range(calls):
-        # Each goes first in turn, so that neither always finds the other's data in the caches.
+        # The order alternates, so that none always finds another's data in the CPU's caches.
         order = range(len(clocks)) if call % 2 == 0 else reversed(range(len(clocks)))
         for index in order:
             seconds[index, call] = clocks[index]()
@@ -280,7 +245,7 @@ def mark(device: torch.device) -> Mark:
 
 
 def seconds_between(start: Mark, end: Mark) -> float:
-    """Return the seconds between two marks of one device; waits until it has reached both."""
+    """Return the seconds between two marks of one device, once it has reached both."""
     if isinstance(end, torch.Event):
         end.synchronize()
         return start.elapsed_time(end) / 1000
@@ -297,7 +262,7 @@ def _summary(model: nn.Module, inputs: Inputs, seconds: np.ndarray) -> Latency:
 
 
 def summarise(seconds: np.ndarray, batch_size: int, dtype: str, device: str) -> Latency:
-    """Sum up the times of calls, `[calls]`, with what is needed to read them."""
+    """Summarise the seconds of calls, `[calls]`."""
     return Latency(
         p50_ms=float(np.percentile(seconds, 50) * 1000),
         p95_ms=float(np.percentile(seconds, 95) * 1000),

@@ -14,7 +14,7 @@ from scipy.signal import resample_poly
 from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, PreTrainedConfig
 from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING
 
-from hfslim.tasks.base import Batch, Collator, Reader, Task, targets
+from hfslim.tasks.base import Collator, Reader, Task, targets
 from hfslim.tasks.data import DataConfig, find_column
 
 
@@ -22,15 +22,15 @@ def read_audio(source: dict[str, Any], rate: int, max_seconds: float) -> np.ndar
     """Read the start of a recording as one channel at a given rate.
 
     Args:
-        source: `bytes` of a sound file or its `path`, as `datasets.Audio(decode=False)` gives.
-        rate: Samples per second wanted.
+        source: `bytes` of a sound file or its `path`, as of `datasets.Audio(decode=False)`.
+        rate: Samples per second of the result.
         max_seconds: Seconds after which the recording is cut.
 
     Returns:
         Float32 samples, `[samples]`.
 
     Raises:
-        ValueError: The file is no sound that can be read, or is empty.
+        ValueError: The file is not a readable sound file, or is empty.
     """
     name = source["path"] or "recording"
     try:
@@ -75,45 +75,27 @@ class AudioClassification(Task):
         return extractor()
 
     def input_columns(self, dataset: datasets.Dataset, data: DataConfig) -> tuple[str, ...]:
-        """Find the column of the recording.
-
-        Raises:
-            ValueError: The column does not hold recordings.
-        """
-        column = find_column(dataset, data.audio_column_name, ("audio",), "audio_column_name")
-        if not isinstance(dataset.features[column], datasets.Audio):
-            raise ValueError(
-                f"column {column!r} holds {dataset.features[column]}, not recordings: "
-                "set audio_column_name"
-            )
-        return (column,)
+        """Find the column of the recording."""
+        key, holds = "audio_column_name", (datasets.Audio, "recordings")
+        return (find_column(dataset, data.audio_column_name, ("audio",), key, holds),)
 
     def raw(self, dataset: datasets.Dataset, columns: tuple[str, ...]) -> datasets.Dataset:
         """Leave the recordings undecoded."""
         return dataset.cast_column(columns[0], datasets.Audio(decode=False))
 
     def reader(self, columns: tuple[str, ...], data: DataConfig, processor: Any) -> Reader:
-        """Read and resample each recording when it is asked for."""
-        (audio,) = columns
-
-        def read(batch: Batch) -> dict[str, Any]:
-            waves = [
-                read_audio(one, processor.sampling_rate, data.max_length_seconds)
-                for one in batch[audio]
-            ]
-            return {"wave": waves}
-
-        return read
+        """Read and resample each recording when its example is read."""
+        rate, seconds = processor.sampling_rate, data.max_length_seconds
+        return lambda batch: {"wave": [read_audio(one, rate, seconds) for one in batch[columns[0]]]}
 
     def stated_length(self, data: DataConfig, processor: Any) -> int | None:
-        """Return the samples of a recording of `max_length_seconds`."""
+        """Return the number of samples in `max_length_seconds`."""
         return round(data.max_length_seconds * processor.sampling_rate)
 
     def batcher(self, processor: Any) -> Collator:
-        """Extract the features of a batch, padded as the extractor does by default.
+        """Extract the features of a batch.
 
-        Extractors of a fixed length (Whisper, AST) pad to it; the others pad to the longest
-        recording of the batch.
+        Extractors of a fixed length (Whisper, AST) pad to it, others to the longest recording.
         """
         default = inspect.signature(processor.__call__).parameters["padding"].default
         padding = default if default == "max_length" else True

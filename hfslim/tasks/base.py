@@ -1,4 +1,4 @@
-"""What a task is: the few things in which text, images and audio differ."""
+"""The interface of a task: what text, image and audio classification implement."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class Task(ABC):
         name: transformers' name of the task.
         auto_model: The auto class that loads its models.
         folder_builder: The `datasets` builder that reads a folder of examples, if there is one.
-        lazy: Whether examples are prepared when they are read, so that the Trainer must not drop
-            the columns that they are made from.
+        lazy: Whether examples are prepared when they are read, from columns that the Trainer must
+            keep.
     """
 
     name: ClassVar[str]
@@ -96,15 +96,15 @@ class Task(ABC):
         processor: Any,
         teachers: Sequence[Any] = (),
     ) -> datasets.Dataset:
-        """Return `dataset` as the Trainer wants it: model inputs and `labels`.
+        """Return raw examples as the Trainer's data: model inputs and `labels`.
 
         Args:
             dataset: Raw examples.
-            examples: What they are part of.
-            data: Where they come from.
-            processor: Of the model.
-            teachers: The processor of each teacher, None where it reads the model's inputs; what
-                the others read is beside it, by the names of `hfslim.tasks.pairing`.
+            examples: The examples that they are part of.
+            data: Their source.
+            processor: The model's.
+            teachers: Each teacher's processor, None where it reads the model's inputs; the inputs
+                of the others are added by the names of `hfslim.tasks.pairing`.
         """
         *columns, label = examples.columns
         read = self.reader(tuple(columns), data, processor)
@@ -127,19 +127,14 @@ class Task(ABC):
 
     @abstractmethod
     def stated_length(self, data: DataConfig, processor: Any) -> int | None:
-        """Return the length of the input at which costs are stated; None where it is fixed."""
+        """Return the input length at which costs are stated; None where it is fixed."""
 
     @abstractmethod
     def batcher(self, processor: Any) -> Collator:
         """Return the function that makes a batch of one model's inputs, with labels if any."""
 
     def collator(self, processor: Any, teachers: Sequence[Any] = ()) -> Collator:
-        """Return the function that makes a batch of prepared examples.
-
-        Args:
-            processor: Of the model.
-            teachers: As for `prepare`.
-        """
+        """Return the function that makes a batch of prepared examples; arguments as `prepare`."""
         own = {p: self.batcher(t) for p, t in zip(prefixes(teachers), teachers, strict=True) if p}
         batcher = self.batcher(processor)
         return PairedCollator(batcher, own) if own else batcher
@@ -178,10 +173,10 @@ class Task(ABC):
         return Examples(train, evaluation, (*inputs, label), labels)
 
     def check_inputs(self, dataset: datasets.Dataset, columns: tuple[str, ...]) -> None:
-        """Refuse inputs that cannot be used; nothing to refuse unless a task says so."""
+        """Raise ValueError for inputs that cannot be used; by default there are none."""
         return
 
 
 def targets(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Return the labels of prepared examples for their batch, where there are any."""
+    """Return the labels of prepared examples as a batch's, if they have any."""
     return {"labels": torch.tensor([row["labels"] for row in rows])} if "labels" in rows[0] else {}

@@ -1,8 +1,9 @@
-"""Data sets: from the Hub, from files, from folders, or the embedded digits."""
+"""Data sets from the Hub, files or folders, and the embedded digits."""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +22,12 @@ DIGITS = "digits"
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the examples come from; the names are those of the transformers example scripts.
+    """Source of the examples; the names are those of the transformers example scripts.
 
     Attributes:
         dataset_name: Hub id, local data set folder, or `digits` (scikit-learn's, no download).
         dataset_config_name: Configuration of the Hub data set.
-        train_file: A csv, json, jsonl or parquet file, or the address of some (`hf://…`, `https://…`);
+        train_file: A csv, json, jsonl or parquet file or its address (`hf://…`, `https://…`);
             likewise `validation_file`, `test_file`.
         train_dir: Folder of images or recordings, one subfolder per class.
         validation_dir: As `train_dir`.
@@ -37,7 +38,7 @@ class DataConfig:
         label_column_name: Column of the label; by default `label` or `labels`.
         train_split_name: Split to train on.
         eval_split_name: Split to evaluate on.
-        train_val_split: Share of the training split, in (0, 1), to evaluate on instead.
+        train_val_split: Fraction of the training split, in (0, 1), to evaluate on instead.
         max_train_samples: Number of training examples to use, drawn by the seed.
         max_eval_samples: Number of evaluation examples to use, drawn by the seed.
         max_seq_length: Tokens after which a text is cut.
@@ -105,7 +106,7 @@ def load_splits(
     """Load the training and the evaluation examples, before any cut by `max_…_samples`.
 
     Args:
-        data: Where they come from.
+        data: Source of the examples.
         folder_builder: `imagefolder` or `audiofolder`, for `train_dir`.
         seed: Seed of `train_val_split`.
 
@@ -139,15 +140,10 @@ def _load(data: DataConfig, folder_builder: str | None) -> datasets.DatasetDict:
     if data.dataset_name:
         return datasets.load_dataset(data.dataset_name, data.dataset_config_name)
     if data.train_file:
-        files = {
-            "train": data.train_file,
-            "validation": data.validation_file,
-            "test": data.test_file,
-        }
-        return datasets.load_dataset(
-            BUILDERS[Path(data.train_file).suffix.lower()],
-            data_files={split: path for split, path in files.items() if path},
-        )
+        named = {s: getattr(data, f"{s}_file") for s in ("train", "validation", "test")}
+        files = {split: path for split, path in named.items() if path}
+        builder = BUILDERS[Path(data.train_file).suffix.lower()]
+        return datasets.load_dataset(builder, data_files=files)
     if folder_builder is None:
         raise ValueError("train_dir holds images or recordings; texts come by train_file")
     folders = {"train": data.train_dir, "validation": data.validation_dir}
@@ -164,74 +160,85 @@ def audio_folders(folders: dict[str, Path]) -> datasets.DatasetDict:
     The `audiofolder` builder of datasets does the same, but needs torchcodec even to list.
 
     Args:
-        folders: Split to folder.
+        folders: The folder of each split.
 
     Raises:
         ValueError: A folder has no recordings in subfolders.
     """
     suffixes = {f".{name.lower()}" for name in soundfile.available_formats()}
-    found = {
-        split: sorted(p for p in folder.glob("*/**/*") if p.suffix.lower() in suffixes)
-        for split, folder in folders.items()
-    }
-    for split, paths in found.items():
+    found = {}
+    for split, folder in folders.items():
+        paths = sorted(p for p in folder.glob("*/**/*") if p.suffix.lower() in suffixes)
         if not paths:
             raise ValueError(
-                f"the data are empty: no recordings in subfolders of {str(folders[split])!r}; "
+                f"the data are empty: no recordings in subfolders of {str(folder)!r}; "
                 f"expected CLASS/NAME with one of {sorted(suffixes)}"
             )
-    classes = {
-        split: [path.relative_to(folders[split]).parts[0] for path in paths]
-        for split, paths in found.items()
-    }
-    names = sorted({name for split in classes.values() for name in split})
+        classes = [path.relative_to(folder).parts[0] for path in paths]
+        found[split] = {"audio": list(map(str, paths)), "label": classes}
+    names = sorted({name for columns in found.values() for name in columns["label"]})
     features = datasets.Features(
         {"audio": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
     )
-    return datasets.DatasetDict(
-        {
-            split: datasets.Dataset.from_dict(
-                {"audio": [str(path) for path in paths], "label": classes[split]},
-                features=features,
-            ).cast_column("audio", datasets.Audio(decode=False))
-            for split, paths in found.items()
-        }
-    )
+    parts = {
+        split: datasets.Dataset.from_dict(columns, features=features)
+        for split, columns in found.items()
+    }
+    return datasets.DatasetDict(parts).cast_column("audio", datasets.Audio(decode=False))
 
 
 def _split(loaded: datasets.DatasetDict, name: str, key: str) -> datasets.Dataset:
     if name not in loaded:
-        near = difflib.get_close_matches(name, list(loaded), 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
         share = ", or set train_val_split: 0.1" if key == "eval_split_name" else ""
         raise ValueError(
-            f"the data have no split {name!r}, only {sorted(loaded)}{hint}: set {key}{share}"
+            f"the data have no split {name!r}, only {sorted(loaded)}{did_you_mean(name, loaded)}: "
+            f"set {key}{share}"
         )
     if len(loaded[name]) == 0:
         raise ValueError(f"split {name!r} of the data is empty: it must have at least one example")
     return loaded[name]
 
 
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """Return the nearest known name as the end of a message; empty where none is near."""
+    near = difflib.get_close_matches(given, known, 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
 def sample(dataset: datasets.Dataset, size: int | None, seed: int) -> datasets.Dataset:
-    """Return `size` examples drawn by the seed, or all where there are no more than that."""
+    """Return `size` examples drawn by the seed, or all if there are no more."""
     if size is None or size >= len(dataset):
         return dataset
     return dataset.shuffle(seed=seed).select(range(size))
 
 
 def find_column(
-    dataset: datasets.Dataset, given: str | None, defaults: tuple[str, ...], key: str
+    dataset: datasets.Dataset,
+    given: str | None,
+    defaults: tuple[str, ...],
+    key: str,
+    holds: tuple[type, str] = (object, ""),
 ) -> str:
     """Return the column that `key` names, or the first default that exists.
 
+    Args:
+        dataset: A split of the data.
+        given: The column's name in the recipe.
+        defaults: The names that are tried without it.
+        key: The recipe's key.
+        holds: The type of the column's feature, and its name for the message.
+
     Raises:
-        ValueError: There is no such column; the message names those that exist.
+        ValueError: There is no such column, or it holds something else.
     """
+    feature, called = holds
     for name in (given,) if given else defaults:
         if name in dataset.column_names:
+            found = dataset.features[name]
+            if not isinstance(found, feature):
+                raise ValueError(f"column {name!r} holds {found}, not {called}: set {key}")
             return name
-    near = difflib.get_close_matches(given or defaults[0], dataset.column_names, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(given or defaults[0], dataset.column_names)
     raise ValueError(
         f"{key}: no column {given or ' or '.join(defaults)!r}, the data have "
         f"{dataset.column_names}{hint}"
@@ -239,11 +246,7 @@ def find_column(
 
 
 def check_complete(dataset: datasets.Dataset, column: str) -> None:
-    """Refuse a text column with missing values.
-
-    Raises:
-        ValueError: Some rows are empty.
-    """
+    """Raise ValueError for a text column with missing values."""
     missing = [i for i, value in enumerate(dataset[column]) if value is None]
     if missing:
         raise ValueError(
@@ -259,15 +262,10 @@ def digits() -> datasets.DatasetDict:
     """
     source = load_digits()
     grey = (source.images * (255 / 16)).round().astype(np.uint8)
-    features = datasets.Features(
-        {
-            "image": datasets.Image(),
-            "label": datasets.ClassLabel(names=[str(name) for name in source.target_names]),
-        }
-    )
+    names = datasets.ClassLabel(names=[str(name) for name in source.target_names])
     whole = datasets.Dataset.from_dict(
         {"image": [Image.fromarray(one) for one in grey], "label": source.target.tolist()},
-        features=features,
+        features=datasets.Features({"image": datasets.Image(), "label": names}),
     )
     parts = whole.train_test_split(test_size=0.2, seed=0, stratify_by_column="label")
     return datasets.DatasetDict(train=parts["train"], validation=parts["test"])

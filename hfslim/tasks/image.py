@@ -21,7 +21,7 @@ from hfslim.tasks.data import DataConfig, find_column
 
 
 class ImageClassification(Task):
-    """Classify an image, processed when it is read so that any data set fits in memory."""
+    """Classify an image, which is processed when it is read: any data set fits in memory."""
 
     name = "image-classification"
     auto_model: ClassVar[Any] = AutoModelForImageClassification
@@ -46,11 +46,11 @@ class ImageClassification(Task):
         size = getattr(config, "image_size", None)
         if not isinstance(size, int):
             raise ValueError(
-                f"the config of {config.model_type!r} does not tell the size of an image "
+                f"the config of {config.model_type!r} does not state the size of an image "
                 f"(image_size is {size!r}): set `processor` to a Hub id or folder"
             )
         channels = config.num_channels
-        # Convolutional families resize to more than they crop; a model from scratch sees it whole.
+        # Convolutional families resize and then crop; a model from scratch gets the whole image.
         known: Any = IMAGE_PROCESSOR_MAPPING
         whole = {"height", "width"} <= set(known[type(config)]["pil"].size)
         return known[type(config) if whole else ViTConfig]["pil"](
@@ -60,26 +60,16 @@ class ImageClassification(Task):
         )
 
     def input_columns(self, dataset: datasets.Dataset, data: DataConfig) -> tuple[str, ...]:
-        """Find the column of the image.
-
-        Raises:
-            ValueError: The column does not hold images.
-        """
-        column = find_column(dataset, data.image_column_name, ("image", "img"), "image_column_name")
-        if not isinstance(dataset.features[column], datasets.Image):
-            raise ValueError(
-                f"column {column!r} holds {dataset.features[column]}, not images: "
-                "set image_column_name"
-            )
-        return (column,)
+        """Find the column of the image."""
+        names, key, holds = ("image", "img"), "image_column_name", (datasets.Image, "images")
+        return (find_column(dataset, data.image_column_name, names, key, holds),)
 
     def reader(self, columns: tuple[str, ...], data: DataConfig, processor: Any) -> Reader:
-        """Process each image when it is read; grey ones get the processor's channels."""
-        (image,) = columns
-        return lambda batch: {"pixel_values": list(_pixels(batch[image], processor))}
+        """Process each image when it is read, converted to the processor's channels."""
+        return lambda batch: {"pixel_values": list(_pixels(batch[columns[0]], processor))}
 
     def stated_length(self, data: DataConfig, processor: Any) -> int | None:
-        """Return the side of the square that the processor makes of an image; None of others."""
+        """Return the side of the processor's images; None if they are not square."""
         *_, height, width = _pixels([Image.new("L", (64, 64))], processor).shape
         return width if height == width else None
 
@@ -94,7 +84,7 @@ class ImageClassification(Task):
 
 
 def _pixels(images: Sequence[Image.Image], processor: Any) -> torch.Tensor:
-    """Return what a processor makes of images, `[images, channels, height, width]`."""
+    """Return a processor's pixels of images, `[images, channels, height, width]`."""
     mode = "L" if len(processor.image_mean or ()) == 1 else "RGB"
     converted = [image.convert(mode) for image in images]
     return processor(converted, return_tensors="pt", input_data_format=None)["pixel_values"]

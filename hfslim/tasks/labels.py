@@ -1,4 +1,4 @@
-"""What the labels of a data set are, and how they become the targets of a model."""
+"""The label space of a data set, and the targets that a model learns from labels."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Labels:
     Attributes:
         problem: transformers' `problem_type`.
         names: Class names in the order of the model's outputs; one name for regression.
-        class_names: Names of a `ClassLabel` column, by the integer that the data hold; empty where
-            the data hold the names themselves.
+        class_names: Names of a `ClassLabel` column, whose values are indices into them; empty where
+            the values are the names.
         vectors: Whether a multi-label value is a 0/1 vector, not a list of classes.
     """
 
@@ -31,7 +31,7 @@ class Labels:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The fields of a model's config that the labels decide."""
+        """Fields of a model's config that the labels determine."""
         return {
             "id2label": dict(enumerate(self.names)),
             "label2id": {name: index for index, name in enumerate(self.names)},
@@ -39,9 +39,9 @@ class Labels:
         }
 
     def ordered_like(self, names: Sequence[str]) -> Labels | None:
-        """Return these labels in the order (and spelling) of `names`, or None where they differ.
+        """Return these labels in the order of `names`, or None where they differ.
 
-        Upper and lower case are taken as the same name.
+        Upper and lower case are the same.
         """
         mine = {name.casefold(): name for name in self.names}
         theirs = [name.casefold() for name in names]
@@ -62,11 +62,8 @@ class Labels:
             return [self._look_up(value, index) for value in values]
         if self.vectors:
             return [self._vector(value) for value in values]
-        targets = []
-        for value in values:
-            active = {self._look_up(one, index) for one in value}
-            targets.append([float(i in active) for i in range(len(self.names))])
-        return targets
+        active = ({self._look_up(one, index) for one in value} for value in values)
+        return [[float(i in found) for i in range(len(self.names))] for found in active]
 
     def _number(self, value: Any) -> float:
         if value is None or math.isnan(value):
@@ -100,7 +97,7 @@ class Labels:
 
 
 def find_labels(dataset: datasets.Dataset, column: str) -> Labels:
-    """Read the label space off a column of the training data.
+    """Determine the label space from a column of the training data.
 
     `ClassLabel`, strings, integers and booleans make a single-label problem, lists a multi-label
     problem (of class names, `ClassLabel` or 0/1 vectors), floats a regression.
@@ -110,12 +107,12 @@ def find_labels(dataset: datasets.Dataset, column: str) -> Labels:
     """
     feature = dataset.features[column]
     inner = getattr(feature, "feature", None)
-    if isinstance(feature, datasets.ClassLabel):
-        names = tuple(feature.names)
-        return _with_several("single_label_classification", names, column, class_names=names)
-    if isinstance(inner, datasets.ClassLabel):
-        names = tuple(inner.names)
-        return _with_several("multi_label_classification", names, column, class_names=names)
+    single: Problem = "single_label_classification"
+    multi: Problem = "multi_label_classification"
+    for problem, holder in ((single, feature), (multi, inner)):
+        if isinstance(holder, datasets.ClassLabel):
+            names = tuple(holder.names)
+            return _with_several(problem, names, column, class_names=names)
     values = list(dataset[column])
     missing = sum(value is None or value != value for value in values)
     if missing:
@@ -126,17 +123,16 @@ def find_labels(dataset: datasets.Dataset, column: str) -> Labels:
     first = values[0]
     if isinstance(first, str | int):
         distinct = sorted(set(values))
-        return _with_several("single_label_classification", tuple(map(str, distinct)), column)
+        return _with_several(single, tuple(map(str, distinct)), column)
     if isinstance(first, float):
         return Labels("regression", (column,))
     if isinstance(first, list):
         members = {member for value in values for member in value}
         if all(isinstance(member, str) for member in members):
-            names = tuple(sorted(members))
-            return _with_several("multi_label_classification", names, column)
+            return _with_several(multi, tuple(sorted(members)), column)
         if members <= {0, 1} and len({len(value) for value in values}) == 1:
             names = tuple(str(i) for i in range(len(first)))
-            return _with_several("multi_label_classification", names, column, vectors=True)
+            return _with_several(multi, names, column, vectors=True)
     raise ValueError(
         f"column {column!r} holds {first!r}: expected class names, integers, floats, "
         "lists of class names, or 0/1 vectors of one length"

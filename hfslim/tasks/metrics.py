@@ -101,14 +101,11 @@ def usual_metric(problem: Problem) -> str:
 
 
 def decide(logits: np.ndarray, problem: Problem) -> np.ndarray:
-    """Turn logits into predictions.
+    """Return predictions: classes `[examples]`, 0/1 vectors `[examples, classes]` or values.
 
     Args:
         logits: `[examples, classes]`.
-        problem: What the classes mean.
-
-    Returns:
-        Class indices `[examples]`, 0/1 vectors `[examples, classes]` or values `[examples]`.
+        problem: The problem type.
     """
     if problem == "single_label_classification":
         return logits.argmax(-1)
@@ -124,7 +121,7 @@ def compute_metrics(
 
     Args:
         name: A key of `METRICS`.
-        problem: What the model predicts.
+        problem: The problem type.
         classes: Number of classes, 1 for regression.
 
     Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
 from hfslim.tasks.base import Task
+from hfslim.tasks.data import did_you_mean
 from hfslim.tasks.labels import Labels
 
 logger = logging.get_logger(__name__)
@@ -25,15 +25,13 @@ def make_config(settings: Mapping[str, Any]) -> PreTrainedConfig:
     given = dict(settings)
     model_type = given.pop("model_type", None)
     if model_type not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING), 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(str(model_type), CONFIG_MAPPING)
         raise ValueError(f"model_config.model_type: unknown {model_type!r}{hint}")
     default = CONFIG_MAPPING[model_type]()
     known = {*default.to_dict(), *default.attribute_map}
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(key, known)
             raise ValueError(f"model_config.{key}: {model_type} has no such field{hint}")
     return CONFIG_MAPPING[model_type](**given)
 
@@ -55,8 +53,8 @@ def load_model(task: Task, source: str, labels: Labels, new_head: bool) -> PreTr
     Args:
         task: Kind of classification.
         source: Hub id or local folder.
-        labels: Labels of the data, already in the model's order where the names match.
-        new_head: Whether the model is going to be trained, so that a new head is in place.
+        labels: Labels of the data, in the model's order where the names match.
+        new_head: Whether a new head is allowed, because the model is trained next.
 
     Raises:
         ValueError: The labels or the head do not match and `new_head` is false.
@@ -85,7 +83,7 @@ def load_model(task: Task, source: str, labels: Labels, new_head: bool) -> PreTr
 def _check_loaded(
     source: str, info: Mapping[str, Any], before: int, after: int, new_head: bool
 ) -> None:
-    """Allow what a new head explains, and nothing else."""
+    """Refuse missing and mismatched weights that a new head does not explain."""
     for key, stored, wanted in info["mismatched_keys"]:
         if stored[0] != before or wanted[0] != after or stored[1:] != wanted[1:]:
             raise ValueError(

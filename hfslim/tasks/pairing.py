@@ -1,8 +1,8 @@
-"""A teacher's own inputs, side by side with its student's in every example and batch.
+"""A teacher's own inputs beside its student's, in every example and batch.
 
 A teacher of another family has another tokenizer, image size or sampling rate. Each raw example is
-then processed twice, and what the teacher reads goes by its names with `teacher_` in front; with
-several teachers, the second one's by `teacher_1_`, counted from 0.
+then processed twice, and the teacher's inputs are named with the prefix `teacher_`; with several
+teachers `teacher_0_`, `teacher_1_` and so on.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ Collator = Callable[[list[dict[str, Any]]], Any]
 
 
 def teacher_inputs(inputs: Mapping[str, Any], prefix: str = PREFIX) -> dict[str, Any]:
-    """Name what a teacher reads, so that it can lie beside what the student reads.
+    """Add a teacher's prefix to the names of its inputs.
 
     Args:
-        inputs: What the teacher's processor gives, for one example or a batch.
-        prefix: Of this teacher.
+        inputs: Results of the teacher's processor, for one example or a batch.
+        prefix: This teacher's prefix.
 
     Examples:
         >>> teacher_inputs({"input_ids": [1, 2]})
@@ -53,17 +53,17 @@ def teacher_inputs(inputs: Mapping[str, Any], prefix: str = PREFIX) -> dict[str,
 
 
 def own_inputs(inputs: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Return what the teacher with this prefix reads, by the names that its model knows."""
+    """Return the inputs of the teacher with this prefix, by the names of its model."""
     return {k.removeprefix(prefix): v for k, v in inputs.items() if k.startswith(prefix)}
 
 
 def student_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is no teacher's own."""
+    """Return the inputs that are no teacher's own."""
     return {name: value for name, value in inputs.items() if not name.startswith(PREFIX)}
 
 
 def prefixes(processors: Sequence[Any]) -> list[str]:
-    """Return the prefix of each teacher; of one without a processor of its own, none.
+    """Return the prefix of each teacher; empty where its processor is None.
 
     Args:
         processors: One for each teacher, None where it reads the student's inputs.
@@ -76,15 +76,15 @@ def prefixes(processors: Sequence[Any]) -> list[str]:
 
 
 class PairedCollator:
-    """Makes a batch of what the student reads and, apart from it, of what each teacher reads.
+    """Makes a batch of the student's inputs and of each teacher's own inputs.
 
     Args:
         student: Collator of the student's inputs and labels.
         teachers: Collator of each teacher's inputs, by its prefix.
 
     Raises:
-        ValueError: The examples lack a teacher's inputs, or a batch has not as many for the teacher
-            as for the student.
+        ValueError: The examples lack a teacher's inputs, or a teacher's collator returns another
+            number of rows than there are examples.
     """
 
     def __init__(self, student: Collator, teachers: Mapping[str, Collator]) -> None:
@@ -117,30 +117,23 @@ class PairedCollator:
 
 
 def collator_of(processor: Any) -> Collator:
-    """Return what batches a processor's results: padding for texts and sounds, stacking else."""
+    """Return the collator of a processor's results: padding for text and audio, else stacking."""
     if isinstance(processor, PreTrainedTokenizerBase | SequenceFeatureExtractor):
         return DataCollatorWithPadding(processor)  # type: ignore[arg-type]
     return default_data_collator
 
 
 def same_processing(one: Any, other: Any) -> bool:
-    """Tell whether two processors make the same inputs of the same example.
-
-    Args:
-        one: A tokenizer, image processor or feature extractor.
-        other: Likewise.
-    """
+    """Return whether two processors make the same inputs of the same example."""
     if isinstance(one, PreTrainedTokenizerBase) and isinstance(other, PreTrainedTokenizerBase):
         return one.get_vocab() == other.get_vocab() and _rules(one) == _rules(other)
     return type(one) is type(other) and settings_of(one) == settings_of(other)
 
 
 def settings_of(processor: Any) -> str:
-    """Return what a processor does, as text that tells it from others.
+    """Return the settings of an image processor or feature extractor as text.
 
-    Args:
-        processor: An image processor or feature extractor; a tokenizer or nothing gives "", as
-            their work is in the examples themselves.
+    The text is empty for a tokenizer or None, whose results are in the examples themselves.
     """
     if not hasattr(processor, "to_dict"):
         return ""
@@ -149,7 +142,7 @@ def settings_of(processor: Any) -> str:
 
 
 def has_words(tokenizer: Any) -> bool:
-    """Tell a tokenizer from what transformers makes of a folder that has none."""
+    """Return whether a tokenizer has a vocabulary; without files transformers loads none."""
     return bool(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
 
 

@@ -15,11 +15,11 @@ TASKS: dict[str, Task] = {
 
 
 def find_task(config: PreTrainedConfig) -> Task:
-    """Return the task that a model classifies for, by its config's class names.
+    """Return a model's task, by the class names in its config.
 
     Raises:
-        ValueError: Its family has no classifier for any of the tasks, or several and the config
-            does not tell which.
+        ValueError: Its family has no classifier for any task, or several and the config does not
+            name one.
     """
     names = {
         task: set(task.classifiers.get(config.model_type, ()))
@@ -32,7 +32,7 @@ def find_task(config: PreTrainedConfig) -> Task:
     if names:
         raise ValueError(
             f"{config.model_type} classifies for {[task.name for task in names]} and the config's "
-            f"architectures {config.architectures} do not tell for which"
+            f"architectures {config.architectures} do not name one"
         )
     raise ValueError(
         f"{config.model_type!r} is no classifier for any of {list(TASKS)}: expected a model that "

@@ -57,7 +57,7 @@ class TextClassification(Task):
         return (text, find_column(dataset, data.text_pair_column_name, (), key))
 
     def check_inputs(self, dataset: datasets.Dataset, columns: tuple[str, ...]) -> None:
-        """Refuse missing texts."""
+        """Raise ValueError for missing texts."""
         for column in columns:
             check_complete(dataset, column)
 

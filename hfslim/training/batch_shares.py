@@ -1,8 +1,8 @@
-"""What of a step's batches are examples of this process, however many processes there are.
+"""Which examples of a step's batches count on this process.
 
-Where examples do not divide evenly, accelerate repeats some, so that all processes have as many.
-A Trainer that weighs every example the same leaves the repeated ones out; a process that has none
-left runs one of them, and it counts nothing.
+Where examples do not divide evenly, accelerate repeats some, so that all processes have equally
+many. A Trainer that weighs every example the same leaves the repeated ones out; a process without
+any other still runs one of them, with weight 0.
 """
 
 from __future__ import annotations
@@ -22,16 +22,15 @@ from transformers.trainer_pt_utils import find_batch_size
 
 from hfslim.anatomy.adapters import base_of
 
-__all__ = ["Share", "real_examples", "running", "share_of", "trimmed"]
+__all__ = ["Share", "keep_first", "real_examples", "running", "share_of"]
 
 
 @dataclass(frozen=True)
 class Share:
-    """What a Trainer makes of the batch that its model runs.
+    """The part of a step's loss that the batch of this process makes up.
 
     Attributes:
-        weight: What the loss of each example is multiplied by, before gradients are averaged over
-            processes.
+        weight: Factor of each example's loss, before gradients are averaged over processes.
         counts: Whether the batch holds examples of this process, and not a repeated one.
     """
 
@@ -43,13 +42,13 @@ _RUNNING: WeakKeyDictionary[nn.Module, Share] = WeakKeyDictionary()
 
 
 def share_of(model: nn.Module) -> Share | None:
-    """Return the share that a model runs at this moment, where its Trainer tells."""
+    """Return the share of the batch that a model runs now; None outside of `running`."""
     return _RUNNING.get(base_of(model))
 
 
 @contextmanager
 def running(model: nn.Module, share: Share) -> Iterator[None]:
-    """Tell inside the block what a model runs."""
+    """Set the share of the batch that a model runs inside the block."""
     base = base_of(model)
     _RUNNING[base] = share
     try:
@@ -59,11 +58,11 @@ def running(model: nn.Module, share: Share) -> Iterator[None]:
 
 
 def real_examples(accelerator: Accelerator, size: int) -> int:
-    """Tell how many examples of the batch fetched last, the first ones, are not repeated.
+    """Return how many examples of the last fetched batch, from its start, are not repeated.
 
     Args:
-        accelerator: Whose data loader it is from.
-        size: Examples in the batch, as many as on all processes.
+        accelerator: The Trainer's.
+        size: Number of examples in the batch, the same on all processes.
     """
     state = accelerator.gradient_state
     if accelerator.num_processes == 1 or not state.end_of_dataloader:
@@ -90,8 +89,8 @@ def _remainder(state: GradientState) -> int:
     return len(loader.dataset) % (whole.batch_size * parts)
 
 
-def trimmed(batch: MutableMapping[str, Any], examples: int) -> None:
-    """Leave the first examples of a batch."""
+def keep_first(batch: MutableMapping[str, Any], examples: int) -> None:
+    """Keep the first examples of a batch, in place."""
     size = find_batch_size(batch)
     for name, value in batch.items():
         if isinstance(value, torch.Tensor) and value.ndim and len(value) == size:

@@ -1,4 +1,4 @@
-"""What pruning asks of a training, and what it finds in a checkpoint."""
+"""What a callback that prunes requires of a training, and its state in a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,25 +15,24 @@ from hfslim.training.parallel import way_of
 
 logger = logging.getLogger(__name__)
 
-
 CUT_AFTER = ", or cut the trained model in one go by hfslim.prune or hfslim.sparsify"
-"""What pruning in training can be done without."""
+"""The way out of pruning in training."""
 
 
 def check_whole_parameters(
     args: TrainingArguments, callback: str, ways: Sequence[str] = ("DDP",), otherwise: str = ""
 ) -> None:
-    """Refuse trainings whose processes hold but parts of what a callback needs.
+    """Refuse a training whose processes hold only parts of what a callback needs.
 
     Args:
         args: The training's.
         callback: Its name.
-        ways: Those of `way_of` that it can do with. Under ZeRO-2 parameters are whole, but
-            gradients and the optimizer's state are not.
-        otherwise: What else could be done.
+        ways: The results of `way_of` that suit it. Under ZeRO-2 parameters are whole, gradients and
+            the optimizer's state are not.
+        otherwise: Another way out, for the message.
 
     Raises:
-        ValueError: Naming the callback.
+        ValueError: The training is parallel in another way.
     """
     way = way_of(args)
     if way not in ways:
@@ -44,11 +43,7 @@ def check_whole_parameters(
 
 
 def check_unscaled(args: TrainingArguments, otherwise: str = "") -> None:
-    """Refuse a training whose gradients are scaled, where they score.
-
-    Raises:
-        ValueError: With the way out, and `otherwise`.
-    """
+    """Raise ValueError for a training that scales the gradients, which the scores are made of."""
     accelerator: Any = AcceleratorState()
     if args.fp16 or accelerator.mixed_precision == "fp16":
         raise ValueError(
@@ -58,11 +53,7 @@ def check_unscaled(args: TrainingArguments, otherwise: str = "") -> None:
 
 
 def check_saved_between_steps(callback: str) -> None:
-    """Refuse the stock Trainer's checkpoint on SIGTERM, which is taken in the middle of a step.
-
-    Raises:
-        ValueError: Naming the callback.
-    """
+    """Raise ValueError for the stock checkpoint on SIGTERM, taken in the middle of a step."""
     handler = signal.getsignal(signal.SIGTERM)
     if isinstance(getattr(handler, "__self__", None), CheckpointManager):
         raise ValueError(
@@ -73,11 +64,7 @@ def check_saved_between_steps(callback: str) -> None:
 
 
 def check_not_compiled(args: TrainingArguments, callback: str) -> None:
-    """Refuse a training whose compiled model would not see gates change.
-
-    Raises:
-        ValueError: Naming the callback.
-    """
+    """Raise ValueError for a compiled model, which ignores that gates change."""
     if args.torch_compile:
         raise ValueError(
             f"{callback} opens and closes gates in the model, which torch.compile traces once and "
@@ -87,7 +74,7 @@ def check_not_compiled(args: TrainingArguments, callback: str) -> None:
 
 
 def average_over_processes(args: TrainingArguments) -> None:
-    """Let gradients be means over processes, whatever the stock Trainer counts."""
+    """Make gradients means over processes, also in the stock Trainer."""
     if args.world_size > 1 and args.average_tokens_across_devices:
         logger.warning(
             "average_tokens_across_devices is set to False: with it the stock Trainer multiplies a "
@@ -99,10 +86,10 @@ def average_over_processes(args: TrainingArguments) -> None:
 def saved_state(
     state: TrainerState, callback: str, arguments: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    """Return what a callback saved in the checkpoint that training resumes from.
+    """Return the state that a callback saved in the checkpoint that training resumes from.
 
     Raises:
-        ValueError: It saved nothing, or was another one.
+        ValueError: The callback saved none, or had other arguments.
     """
     callbacks: Any = state.stateful_callbacks
     kept = callbacks.get(callback)

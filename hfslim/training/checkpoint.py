@@ -2,13 +2,10 @@
 
 `save_pretrained` writes the key names (and, for fused weights, the layout) of the Hub's files,
 which for many families differ from those of the live model. The stock Trainer saves its checkpoints
-that way, yet reads them back with a plain `load_state_dict(strict=False)`: what does not match is
-dropped with a warning, so a resumed run goes on from other weights and `load_best_model_at_end`
-keeps the last ones. Here a checkpoint keeps the live model's keys and a mismatch is an error. The
-final `trainer.save_model()` stays in the Hub's format; `from_pretrained` reads both.
-
-A checkpoint appears when all of it is on the disk, and not before
-(`hfslim.training.checkpoint_folders`).
+that way, yet reads them back with a plain `load_state_dict(strict=False)`, which drops unknown keys
+with a warning: a resumed run starts from other weights and `load_best_model_at_end` keeps the last
+ones. Here a checkpoint has the live model's keys and a mismatch is an error. The final
+`trainer.save_model()` stays in the Hub's format; `from_pretrained` reads both.
 """
 
 from __future__ import annotations
@@ -19,9 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -43,11 +39,7 @@ from hfslim.training.log_figures import FiguresMixin
 from hfslim.training.objective import MeanLossMixin
 from hfslim.training.parallel import check_fsdp, save_where_asked
 from hfslim.training.preemption import SaveOnSigterm
-
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
+from hfslim.training.ranks import from_all_ranks, from_first_rank
 
 __all__ = ["CheckpointError", "CheckpointMixin", "SlimTrainer"]
 
@@ -57,8 +49,8 @@ _LOST = {
     "PruningCallback": ("structure", "the units removed so far would come back"),
     "WeightPruningCallback": ("digest", "the weights removed so far would come back"),
 }
-"""Callbacks without which a checkpoint cannot be resumed: what they save of what they removed, and
-what would happen."""
+"""Callbacks without which a checkpoint cannot be resumed: the field of their state that identifies
+the removed units or weights, and the consequence."""
 
 
 @contextmanager
@@ -79,23 +71,22 @@ def _live_keys(model: nn.Module) -> Iterator[None]:
             own["save_pretrained"] = before
 
 
-class CheckpointMixin(_Base):
+class CheckpointMixin(Trainer):
     """Makes resume and `load_best_model_at_end` of a Trainer exact, and its checkpoints whole.
 
     Put it before the Trainer class: `class MyTrainer(CheckpointMixin, Trainer)`. Applies to the
-    `checkpoint-*` folders only. Pruned models need nothing more: their layers already have the
-    saved shapes when the weights are read.
+    `checkpoint-*` folders only.
 
-    A checkpoint is written beside its place, into `.saving`, and renamed when all of it is on the
-    disk; so is one that is deleted. `train(resume_from_checkpoint=True)` takes the last whole one.
-    With `enable_jit_checkpoint=True` SIGTERM ends the training after the current step, on all
-    processes after the same one, with a checkpoint and exit code 143.
+    A checkpoint is written into `.saving` and renamed when all of it is on the disk; it is renamed
+    out of place before it is deleted. `train(resume_from_checkpoint=True)` takes the last whole
+    one. With `enable_jit_checkpoint=True` SIGTERM ends the training after the current step, the
+    same on all processes, with a checkpoint and exit code 143.
 
     Raises:
-        CheckpointError: A checkpoint cannot be written (the ones before stay as they are), or the
-            one to resume from is not whole.
-        ValueError: When a checkpoint is loaded whose keys are not those of the model, or that was
-            saved while a callback pruned that this Trainer does not have.
+        CheckpointError: A checkpoint cannot be written (earlier ones stay as they are), or the one
+            to resume from is not whole.
+        ValueError: A checkpoint that is loaded has other keys than the model, or the state of a
+            pruning callback that this Trainer does not have.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -107,9 +98,9 @@ class CheckpointMixin(_Base):
         self._sigterm = SaveOnSigterm(self.accelerator)
         stock = self.callback_handler.pop_callback(JITCheckpointCallback)
         if stock is not None:
-            # It saves in the middle of steps, and each process for itself.
+            # It saves in the middle of steps, each process on its own.
             stock.on_train_end(self.args, self.state, self.control)
-            # First, so that others know of the checkpoint when their turn comes.
+            # First, so that the other callbacks see that a checkpoint is due.
             self.callback_handler.callbacks.insert(0, self._sigterm)
 
     def train(
@@ -131,7 +122,7 @@ class CheckpointMixin(_Base):
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
         else:
-            # The stock Trainer would take one step more when it resumes a run that is complete.
+            # The stock Trainer takes one more step when it resumes a complete run.
             self.control.should_training_stop = True
 
     def _whole(self, given: str | bool) -> str:
@@ -141,8 +132,8 @@ class CheckpointMixin(_Base):
         if given is True:
             for one in broken:
                 logger.warning(f"passing over a checkpoint that is not whole: {one}")
-            # Of machines that share no file system one may have been stopped before it had saved.
-            names = gather_object([last.name if last else ""])
+            # A machine with a file system of its own may have been stopped before it had saved.
+            names = from_all_ranks(last.name if last else "")
             if not all(names):
                 raise ValueError(
                     f"there is no whole checkpoint in {run} to resume from: leave out "
@@ -150,7 +141,7 @@ class CheckpointMixin(_Base):
                 )
             path = str(run / min(names, key=lambda name: int(name.rpartition("-")[2])))
         else:
-            path = broadcast_object_list([given])[0]
+            path = from_first_rank(lambda: str(given))
         problem = problem_of(Path(path))
         if problem is not None:
             also = f"; the last whole one is {last}" if last else ""
@@ -189,7 +180,7 @@ class CheckpointMixin(_Base):
             self._push_from_checkpoint(str(run / name))
 
     def _publish(self, run: Path, name: str) -> None:
-        """Put a checkpoint that all processes have written in its place, and delete old ones."""
+        """Move a checkpoint that all processes have written into place, and delete old ones."""
         staged, state = run / STAGING / name, self.state
         best = f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
         if best == name or (run / best).is_dir():
@@ -197,17 +188,17 @@ class CheckpointMixin(_Base):
         if self.args.should_save:
             state.save_to_json(str(staged / TRAINER_STATE_NAME))
         self.accelerator.wait_for_everyone()
-        # Machines that share no file system have each their own part of it. None deletes an older
-        # checkpoint before all have this one.
-        published = False
+        # Machines without a common file system each hold a part of it. None deletes an older
+        # checkpoint before all hold this one.
+        moved = False
         for turn in (self.is_world_process_zero(), self.is_local_process_zero()):
             if turn and staged.is_dir():
                 save_whole(staged, run / name)
                 for beside in (path for path in staged.parent.iterdir() if path.is_file()):
                     beside.replace(run / beside.name)
-                published = True
+                moved = True
             self.accelerator.wait_for_everyone()
-        if published:
+        if moved:
             rotate(run / name, self.args.save_total_limit, state.best_model_checkpoint)
             staged.parent.rmdir()
         self.accelerator.wait_for_everyone()
@@ -256,7 +247,7 @@ class CheckpointMixin(_Base):
 
 
 def _really_missing(model: Any, missing: list[str]) -> list[str]:
-    """Missing keys that neither share their tensor with a loaded key nor are left out on saving."""
+    """Return missing keys that share no tensor with a loaded key and are not left out on saving."""
     tensors = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
@@ -272,10 +263,9 @@ def _really_missing(model: Any, missing: list[str]) -> list[str]:
     ]
 
 
-class SlimTrainer(CheckpointMixin, HubMixin, FiguresMixin, MeanLossMixin, Trainer):
+class SlimTrainer(CheckpointMixin, HubMixin, FiguresMixin, MeanLossMixin):
     """The stock Trainer with exact checkpoints and a loss that no batch layout changes.
 
-    What it pushes to the Hub is complete in every commit, with hfslim's card.
-
-    Takes the arguments of `transformers.Trainer`, except `compute_loss_func`.
+    Every commit that it pushes to the Hub is complete, with hfslim's card. Takes the arguments of
+    `transformers.Trainer`, except `compute_loss_func`.
     """

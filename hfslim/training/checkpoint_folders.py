@@ -1,8 +1,8 @@
-"""Folders that are there as a whole or not at all, whatever kills the process that writes them.
+"""Checkpoint folders that exist as a whole or not at all, whatever kills the process.
 
-A checkpoint is written into a hidden sibling, flushed to the disk, and renamed into place; one that
-is deleted is renamed out of place first. Each holds a list of its files, so that one that was
-deleted or copied by halves is known as such too.
+A checkpoint is written into `STAGING`, flushed to the disk, and renamed into place; it is renamed
+out of place before it is deleted. Each holds a list of its files, by which a folder that was
+deleted or copied in part is recognised.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ __all__ = [
 ]
 
 STAGING = ".saving"
-"""Folder beside the checkpoints for what is not whole: being written, or being deleted."""
+"""Folder beside the checkpoints for those that are being written or deleted."""
 _FILES = "checkpoint_files.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _INCOMPLETE = "checkpoint-is-incomplete.txt"
-"""What the stock Trainer's checkpoint on SIGTERM holds while it is written."""
+"""File in the stock Trainer's checkpoint on SIGTERM while it is written."""
 _TORCH = ("PytorchStreamWriter", "inline_container")
-"""What `torch.save` names where a write fails."""
+"""Names in the message of `torch.save` where a write fails."""
 _REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-"""What a disk says that takes no more, or nothing at all."""
+"""Error numbers of a disk that is full or read-only."""
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint, or what a recipe makes, cannot be written, or is not whole."""
+    """A checkpoint, or a stage's folder, cannot be written or is not whole."""
 
 
 def save_whole(staged: Path, target: Path) -> None:
-    """Put a folder that is written in its place in one step, on the disk and for good.
+    """Move a written checkpoint into place in one step, with a list of its files.
 
     Args:
         staged: The folder, on the same file system as the target.
-        target: What it becomes; an older one there is replaced.
+        target: Its place; an older checkpoint there is replaced.
     """
     files = sorted(path for path in staged.rglob("*") if path.is_file())
     sizes = {path.relative_to(staged).as_posix(): path.stat().st_size for path in files}
@@ -65,7 +65,7 @@ def save_whole(staged: Path, target: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Delete a checkpoint; nobody sees it by halves."""
+    """Delete a checkpoint; it is never seen in part."""
     if not folder.exists():
         return
     gone = folder.parent / STAGING / f"deleted-{folder.name}"
@@ -76,10 +76,10 @@ def discard(folder: Path) -> None:
 
 
 def problem_of(folder: Path) -> str | None:
-    """Tell why a checkpoint is not whole, or None if it is.
+    """Return why a checkpoint is not whole, or None if it is.
 
-    One that the stock Trainer wrote has no list of its files; it is judged by the last that is
-    written, `trainer_state.json`.
+    A checkpoint of the stock Trainer has no list of its files and counts as whole with the file
+    that is written last, `trainer_state.json`.
     """
     if not folder.is_dir():
         return "there is no such folder"
@@ -102,11 +102,7 @@ def problem_of(folder: Path) -> str | None:
 
 
 def last_whole(run: Path) -> tuple[Path | None, list[str]]:
-    """Find the whole checkpoint of most steps in a folder.
-
-    Returns:
-        The checkpoint, if there is one, and what is wrong with each of more steps.
-    """
+    """Return the last whole checkpoint in a folder, and the problem of each later one."""
     found = {
         int(match[1]): path
         for path in (run.iterdir() if run.is_dir() else ())
@@ -124,7 +120,7 @@ def last_whole(run: Path) -> tuple[Path | None, list[str]]:
 def rotate(newest: Path, limit: int | None, best: str | None) -> None:
     """Delete the oldest checkpoints beyond a limit, but neither the best nor the newest.
 
-    That one is given, as clocks may have gone back since others were written.
+    The newest is given because the clock may have gone back since the others were written.
     """
     if not limit or limit <= 0:
         return
@@ -137,15 +133,14 @@ def rotate(newest: Path, limit: int | None, best: str | None) -> None:
 
 @contextmanager
 def checkpoint_errors(name: str, run: Path) -> Iterator[None]:
-    """Say what a checkpoint that cannot be written inside leaves behind.
+    """Raise CheckpointError where a checkpoint cannot be written inside the block.
 
-    Raises:
-        CheckpointError: Writing failed: no space, a quota, a read-only file system.
+    The message names the checkpoint from which training resumes.
     """
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        # torch and safetensors have errors of their own for a disk that is full.
+        # torch and safetensors raise errors of their own for a full disk.
         if isinstance(error, RuntimeError) and not _of_torch(error):
             raise
         shutil.rmtree(run / STAGING, ignore_errors=True)
@@ -156,14 +151,13 @@ def checkpoint_errors(name: str, run: Path) -> Iterator[None]:
 
 @contextmanager
 def stage_errors(name: str, folder: Path) -> Iterator[None]:
-    """Say what a stage of a recipe that cannot be written inside leaves behind.
+    """Raise CheckpointError where a recipe's stage cannot be written inside the block.
+
+    Other errors stay.
 
     Args:
-        name: Of the stage.
-        folder: The recipe's.
-
-    Raises:
-        CheckpointError: Writing failed, as for `checkpoint_errors`. Other errors stay.
+        name: The stage's name.
+        folder: The recipe's folder.
     """
     try:
         yield

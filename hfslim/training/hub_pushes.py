@@ -1,4 +1,4 @@
-"""A Trainer whose pushes are complete commits, with a card that says what is known."""
+"""Pushes of a Trainer to the Hub: complete commits, with a model card and a report."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import tempfile
 from collections.abc import Sized
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors.torch import load_file
 from transformers import Trainer
@@ -24,11 +25,6 @@ from hfslim.hub.push import LEFT_OUT, PushError, push, told
 from hfslim.reporting.provenance import Machine, Origin, Provenance
 from hfslim.reporting.report import REPORT, Quality, Report
 
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
-
 __all__ = ["HubMixin"]
 
 logger = logging.get_logger(__name__)
@@ -36,21 +32,21 @@ logger = logging.get_logger(__name__)
 _SPEED = ("runtime", "samples_per_second", "steps_per_second", "jit_compilation_time")
 
 
-class HubMixin(_Base):
+class HubMixin(Trainer):
     """Makes each push of a Trainer one commit from which the model loads.
 
     Put it before the Trainer class. `create_model_card` writes hfslim's card and `report.json`;
     `push_to_hub` pushes them with the model. Pushes during training (`hub_strategy` `every_save`,
     `checkpoint`, `all_checkpoints`) are made from a copy of the checkpoint, with the key names of
-    the Hub's files; one that fails is warned about, and training goes on. Pickles such as
-    `training_args.bin` are pushed only inside the checkpoints that are there to resume from.
+    the Hub's files; where one fails, training goes on with a warning. Pickles such as
+    `training_args.bin` are pushed only inside checkpoints.
 
     Raises:
         PushError: The Hub refuses the token, the repository or the push.
     """
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Make the repository, as `transformers.Trainer.init_hf_repo`."""
+        """Create the repository, as `transformers.Trainer.init_hf_repo`."""
         token = token or self.args.hub_token
         with told(repr(self.args.hub_model_id or self.args.output_dir), token):
             super().init_hf_repo(token=token, private=private)
@@ -69,14 +65,14 @@ class HubMixin(_Base):
     ) -> None:
         """Write hfslim's card and `report.json` into the output folder.
 
-        A `report.json` there that holds measurements is taken as it is.
+        A `report.json` there that holds measurements stays as it is.
 
         Args:
-            language: For the card's metadata.
-            license: For the card's metadata.
-            tags: For the card's metadata.
+            language: For the card's metadata; likewise `license` and `tags`.
+            license: See `language`.
+            tags: See `language`.
             model_name: Not used: the card is named after the repository.
-            finetuned_from: Hub id of the base model; by default where the model was loaded from.
+            finetuned_from: Hub id of the base model; by default the source of the model.
             tasks: transformers' name of the task; by default that of the model's class.
             dataset_tags: Hub ids of the data sets.
             dataset: Name of the data, where it is not on the Hub.
@@ -119,13 +115,13 @@ class HubMixin(_Base):
         Args:
             commit_message: First line of the commit.
             blocking: Whether to wait for the push.
-            token: Of the Hub; by default `args.hub_token`.
+            token: The Hub's; by default `args.hub_token`.
             revision: Branch; by default `args.hub_revision`.
             private: Whether a new repository is private; by default `args.hub_private_repo`.
             **kwargs: As for `create_model_card`.
 
         Returns:
-            The commit, or its future if `blocking` is False; None but on the first process.
+            The commit, or its future if `blocking` is False; None on other than the first process.
 
         Raises:
             PushError: Nothing was pushed; the output folder is complete.
@@ -142,14 +138,15 @@ class HubMixin(_Base):
         own = getattr(self._unwrapped(), "model_tags", None) or []
         kwargs["tags"] = list(dict.fromkeys([*_listed(kwargs.get("tags")), *own]))
         self.create_model_card(**kwargs)
-        job: dict[str, Any] = {
-            "folder": str(args.output_dir),
-            "repo_id": str(self.hub_model_id),
-            "token": token,
-            "revision": revision or args.hub_revision,
-            "commit_message": commit_message or "End of training",
-        }
-        return push(**job) if blocking else hf_api().run_as_future(push, **job)
+        job = partial(
+            push,
+            str(args.output_dir),
+            str(self.hub_model_id),
+            token=token,
+            revision=revision or args.hub_revision,
+            commit_message=commit_message or "End of training",
+        )
+        return job() if blocking else hf_api().run_as_future(job)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         args, checkpoint, output = self.args, Path(checkpoint_folder), str(self.args.output_dir)
@@ -175,9 +172,10 @@ class HubMixin(_Base):
             self.processing_class.save_pretrained(staged)
         if not _measured(staged):
             self._report(None, []).write(staged)
-        step = f"step {self.state.global_step}"
-        if args.save_strategy != SaveStrategy.STEPS:
-            step = f"epoch {int(self.state.epoch or 0)}"
+        by_steps = args.save_strategy == SaveStrategy.STEPS
+        step = (
+            f"step {self.state.global_step}" if by_steps else f"epoch {int(self.state.epoch or 0)}"
+        )
         also = {}
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             last = args.hub_strategy == HubStrategy.CHECKPOINT
@@ -201,7 +199,7 @@ class HubMixin(_Base):
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _report(self, finetuned_from: str | None, tasks: list[str]) -> Report:
-        """Report what a Trainer knows: origins, losses, evaluation, pruning by a callback."""
+        """Return a report of origins, losses, evaluation, and pruning by a callback."""
         args: Any = self.args
         model, teacher = self._unwrapped(), getattr(self, "teacher", None)
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
@@ -213,7 +211,7 @@ class HubMixin(_Base):
             if isinstance(kept, Structure) and isinstance(callback, ExportableState):
                 given = callback.state()["args"].items()
                 stages.append({"prune": {k: v for k, v in given if v is not None}})
-                # Until training ends the units are gated only, and the weights are all there.
+                # During training the units are only gated, and no weight is removed.
                 structure = [] if kept.is_full or self.is_in_train else kept.table()
         settings = ("learning_rate", "num_train_epochs", "max_steps", "lr_scheduler_type")
         used = {name: getattr(args, name) for name in settings}
@@ -257,7 +255,7 @@ class HubMixin(_Base):
 
 
 def _push_staged(folder: Path, repo_id: str, **how: Any) -> None:
-    """Push a copy of a checkpoint and remove it; what goes wrong must not stop the training."""
+    """Push a copy of a checkpoint and remove it; an error must not stop the training."""
     try:
         push(folder, repo_id, **how)
     except PushError as error:

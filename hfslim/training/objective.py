@@ -1,15 +1,14 @@
 """The supervised loss of a classifier, as the mean over the examples of one optimizer step.
 
-The stock Trainer counts labels where it should count examples and skips the division for gradient
-accumulation for every head that accepts keyword arguments, so gradients grow with the number of
-accumulation steps, of processes, or of classes. `MeanLossMixin` weighs every example the same,
-however the examples of a step are laid out.
+The stock Trainer counts labels instead of examples and skips the division for gradient accumulation
+for every head that accepts keyword arguments, so gradients grow with the number of accumulation
+steps, processes or classes. `MeanLossMixin` weighs every example the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig, Trainer
 from transformers.trainer_pt_utils import find_batch_size
 
-from hfslim.training.batch_shares import Share, real_examples, running, share_of, trimmed
-
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
+from hfslim.training.batch_shares import Share, keep_first, real_examples, running, share_of
 
 __all__ = ["IGNORED_LABEL", "MeanLossMixin", "ProblemType", "hard_loss", "problem_type"]
 
@@ -31,20 +25,17 @@ IGNORED_LABEL = -100
 
 
 def problem_type(config: PreTrainedConfig, labels: Tensor | None = None) -> ProblemType:
-    """Tell what a classifier's outputs mean, by the rule that transformers uses.
+    """Return a classifier's problem type, by the rule of transformers.
 
-    `config.problem_type` decides where it is set; else one label means regression, integer labels
-    mean one class per example, and other labels one yes-or-no question per class.
+    `config.problem_type` decides where it is set. Otherwise one label means regression, integer
+    labels mean one class per example, and other labels a yes-or-no question per class.
 
     Args:
-        config: Of the classifier.
-        labels: Of a batch; without them an unset type is taken as single-label.
-
-    Returns:
-        The problem type.
+        config: The classifier's.
+        labels: Labels of a batch; without them an unset type counts as single-label.
 
     Raises:
-        ValueError: If `config.problem_type` is none of the three.
+        ValueError: `config.problem_type` is none of the three.
 
     Examples:
         >>> from transformers import BertConfig
@@ -60,7 +51,7 @@ def problem_type(config: PreTrainedConfig, labels: Tensor | None = None) -> Prob
         if labels is None or not labels.is_floating_point():
             return "single_label_classification"
         return "multi_label_classification"
-    known = ("regression", "single_label_classification", "multi_label_classification")
+    known = get_args(ProblemType)
     if declared not in known:
         raise ValueError(
             f"config.problem_type is {declared!r}; expected one of {', '.join(known)}."
@@ -79,15 +70,15 @@ def hard_loss(
     Args:
         logits: `[batch, classes]`, of any floating dtype; computed in float32.
         labels: `[batch]` integers, where -100 marks an example without a label, or for the other
-            two problems `[batch, classes]` (`[batch]` where there is one output).
-        problem: What the logits mean.
+            two problems `[batch, classes]` (`[batch]` with one output).
+        problem: The problem type.
         label_smoothing: Fraction of the target spread evenly over the classes (single-label only).
 
     Returns:
         `[batch]`, 0 where the label is -100.
 
     Raises:
-        ValueError: If the labels do not fit the logits, or smoothing does not fit the problem.
+        ValueError: The labels do not fit the logits, or smoothing does not fit the problem.
 
     Examples:
         >>> hard_loss(torch.zeros(1, 4), torch.tensor([2]), "single_label_classification")
@@ -137,18 +128,16 @@ def labelled(labels: Tensor) -> Tensor:
     return (labels != IGNORED_LABEL).sum()
 
 
-class MeanLossMixin(_Base):
+class MeanLossMixin(Trainer):
     """Gives a Trainer the supervised loss as a mean over the examples of each optimizer step.
 
     The gradient is the same for one batch of 16, four accumulated batches of 4 and two processes
-    with 8 each, also where batches differ in size. Examples that accelerate repeats, so that all
-    processes have as many, count nothing. In evaluation the loss is the batch's mean.
-
-    The model runs without labels, so its own loss is not used. Label smoothing applies to
-    single-label classification.
+    with 8 each, also where batches differ in size. Examples that accelerate repeats have weight 0.
+    In evaluation the loss is the batch's mean. The model runs without labels, so its own loss is
+    not used. Label smoothing applies to single-label classification.
 
     Raises:
-        ValueError: If `compute_loss_func` is given, or a training batch has no labels.
+        ValueError: `compute_loss_func` is given, or a training batch has no labels.
     """
 
     loss_is_scaled_for_ga = True
@@ -163,7 +152,7 @@ class MeanLossMixin(_Base):
                 "use transformers.Trainer with hfslim.training.checkpoint.CheckpointMixin for a "
                 "custom loss."
             )
-        # `get_batch_samples` counts over processes itself, examples in place of tokens.
+        # `get_batch_samples` counts over processes itself: examples, not tokens.
         self.args.average_tokens_across_devices = False
 
     def get_batch_samples(
@@ -172,7 +161,7 @@ class MeanLossMixin(_Base):
         """Fetch the batches of one optimizer step and count their examples over all processes.
 
         Returns:
-            The batches, and a float tensor `[2]`: labelled examples, examples.
+            The batches, and a float tensor `[2]`: labelled examples, all examples.
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = torch.zeros(2, device=device)
@@ -183,7 +172,7 @@ class MeanLossMixin(_Base):
                 real = real_examples(self.accelerator, examples)
                 self._stands_in = real == 0
                 if real < examples:
-                    trimmed(batch, max(real, 1))
+                    keep_first(batch, max(real, 1))
                 examples = real
             labels = batch.get("labels")
             if examples and labels is not None:
@@ -215,13 +204,10 @@ class MeanLossMixin(_Base):
         """Compute this process's share of the step's mean loss.
 
         Args:
-            model: As wrapped for training, so that gradients are synchronised.
+            model: The wrapped model, which synchronises gradients.
             inputs: A batch.
             return_outputs: Whether to return the model's outputs too.
             num_items_in_batch: Counts of `get_batch_samples`; None for the mean of this batch.
-
-        Returns:
-            The loss, or the loss and the outputs.
         """
         labels = inputs.get("labels")
         if labels is None:
@@ -234,16 +220,14 @@ class MeanLossMixin(_Base):
         return (loss, with_loss(outputs, loss)) if return_outputs else loss
 
     def hard_loss_share(self, logits: Tensor, labels: Tensor, counts: Tensor | None) -> Tensor:
-        """Sum the examples' losses, scaled so that shares add up to the mean over the step.
+        """Return the hard loss of a batch as its share of the step's mean, a scalar.
+
+        The sum over accumulated batches, averaged over processes, is the step's loss.
 
         Args:
             logits: `[batch, classes]`.
-            labels: Of the same examples.
+            labels: Labels of the same examples.
             counts: Of `get_batch_samples`, or None for the mean of this batch.
-
-        Returns:
-            A scalar. Summed over accumulated batches and averaged over processes, it is the step's
-            loss.
         """
         live: Any = self.model
         problem = self.problem_of(labels)
@@ -255,7 +239,7 @@ class MeanLossMixin(_Base):
         return self.share(losses, labelled(labels) if counts is None else counts[0], counts is None)
 
     def problem_of(self, labels: Tensor | None) -> ProblemType:
-        """Tell what the model's outputs mean, and note in its config what labels tell of it."""
+        """Return the model's problem type, and set it in the config where the labels decide it."""
         live: Any = self.model
         problem = problem_type(live.config, labels)
         if live.config.problem_type is None and labels is not None:
@@ -263,7 +247,7 @@ class MeanLossMixin(_Base):
         return problem
 
     def share(self, losses: Tensor, count: Tensor, local: bool) -> Tensor:
-        """Divide a sum of losses by the examples that it is a part of.
+        """Divide the sum of a batch's losses by a number of examples.
 
         Args:
             losses: `[batch]`.
@@ -271,7 +255,7 @@ class MeanLossMixin(_Base):
             local: Whether `count` is of this batch only.
 
         Returns:
-            A scalar; the number of processes is multiplied in, as their gradients get averaged.
+            A scalar, times the number of processes, over which gradients are averaged.
         """
         processes = 1 if local else self.accelerator.num_processes
         share = share_of(self.model)  # type: ignore[arg-type]  # there is a model
@@ -281,10 +265,10 @@ class MeanLossMixin(_Base):
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """Take the logits from a model's outputs, in either of their forms.
+    """Return the logits of a model's outputs, a tuple or a `ModelOutput`.
 
     Raises:
-        TypeError: There are none.
+        TypeError: The outputs have no logits.
     """
     if not isinstance(outputs, dict):
         return outputs[0]
@@ -298,5 +282,5 @@ def logits_of(outputs: Any) -> Tensor:
 
 
 def with_loss(outputs: Any, loss: Tensor) -> Any:
-    """Put the loss in front of tuple outputs, where the evaluation loop expects it."""
+    """Put the loss before tuple outputs, where the evaluation loop expects it."""
     return outputs if isinstance(outputs, dict) else (loss, *outputs)

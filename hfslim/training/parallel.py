@@ -1,4 +1,4 @@
-"""What a launch keeps whole on each process and what in parts: DDP, DeepSpeed's ZeRO, FSDP."""
+"""Ways to train on several processes: DDP, DeepSpeed's ZeRO, FSDP."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ CONFIGURATIONS = {
     "ZeRO-3": "deepspeed_zero3.yaml",
     "FSDP": "fsdp2.yaml",
 }
-"""Ways to train on several processes and the file in accelerate_configs that launches them."""
+"""Each way and the file in accelerate_configs that launches it."""
 _FLAGS = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
 
 
 def way_of(args: TrainingArguments) -> str:
-    """Return the way in which a launch, or the arguments, let a Trainer train: a key above.
+    """Return the way of a launch or of a Trainer's arguments, a key of `CONFIGURATIONS`.
 
-    One process counts as DDP, and the lower stages of ZeRO as the second.
+    One process counts as DDP, the first stage of ZeRO as the second.
     """
     if args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return "FSDP"
@@ -47,11 +47,7 @@ def way_of(args: TrainingArguments) -> str:
 
 
 def check_fsdp(args: TrainingArguments) -> None:
-    """Refuse FSDP where the Trainer ignores it: on the CPU, and in one process.
-
-    Raises:
-        ValueError: With what to use instead.
-    """
+    """Raise ValueError for FSDP where the Trainer ignores it: on the CPU, and in one process."""
     if way_of(args) == "FSDP" and PartialState().distributed_type in (
         DistributedType.NO,
         DistributedType.MULTI_CPU,
@@ -64,20 +60,20 @@ def check_fsdp(args: TrainingArguments) -> None:
 
 
 def save_where_asked(model: Any) -> None:
-    """Let a model's `save_pretrained` write wherever a Trainer tells it to.
+    """Let a model's `save_pretrained` write on every process that a Trainer calls it on.
 
-    It would write on the first of all processes alone, also where `save_on_each_node` asks the
-    first of each machine.
+    Otherwise it writes on the first process of all only, and `save_on_each_node` needs the first
+    process of each machine.
     """
     if isinstance(model, PreTrainedModel):
         model.should_save_on_this_rank = bool  # type: ignore[method-assign, assignment]
 
 
 def forget_trainers() -> None:
-    """Let the next Trainer be set up by its own arguments, and models load whole until then.
+    """Forget the DeepSpeed settings of earlier Trainers, so that a new one uses its own.
 
-    The first Trainer under DeepSpeed leaves its settings behind: accelerate refuses those of a
-    second one, and transformers builds whatever is loaded in ZeRO-3's parts.
+    accelerate refuses a second Trainer's settings otherwise, and transformers loads every model in
+    ZeRO-3's parts.
     """
     AcceleratorState._reset_state()
     deepspeed.unset_hf_deepspeed_config()
@@ -87,8 +83,8 @@ def forget_trainers() -> None:
 def loading_whole() -> Iterator[None]:
     """Load models whole on each process inside the block.
 
-    Otherwise a Trainer that is set up for ZeRO-3 has them built in parts, and FSDP may leave new
-    weights to the first process of a machine.
+    Otherwise they are built in parts after a Trainer is set up for ZeRO-3, and FSDP may initialise
+    new weights only on the first process of a machine.
     """
     before = deepspeed._hf_deepspeed_config_weak_ref
     deepspeed.unset_hf_deepspeed_config()
@@ -101,10 +97,10 @@ def loading_whole() -> Iterator[None]:
 
 @contextmanager
 def whole(args: TrainingArguments) -> Iterator[TrainingArguments]:
-    """Give arguments of a Trainer that evaluates a model whole on each process, inside the block.
+    """Yield arguments of a Trainer that evaluates a model whole on each process.
 
-    The Trainer would put the model in parts, where the first process alone could not run it any
-    more, and under ZeRO evaluates at stage 3 alone.
+    By its own arguments the Trainer splits the model, which the first process alone cannot run any
+    more, and under ZeRO it evaluates only at stage 3.
     """
     if way_of(args) == "DDP":
         yield args

@@ -1,4 +1,4 @@
-"""SIGTERM in a training: a checkpoint after the step at hand, then the end."""
+"""Preemption: on SIGTERM a training saves a checkpoint after the current step and ends."""
 
 from __future__ import annotations
 
@@ -15,18 +15,15 @@ __all__ = ["SaveOnSigterm"]
 logger = logging.get_logger(__name__)
 
 EXIT_CODE = 128 + signal.SIGTERM
-"""What a shell gives for a process that SIGTERM ended."""
+"""A shell's exit code of a process that SIGTERM ended."""
 
 
 class SaveOnSigterm(TrainerCallback):
-    """Ends a training on SIGTERM, as pre-emption sends it, between two steps.
+    """Ends a training between two steps on SIGTERM, the signal of preemption.
 
-    All processes agree at the end of each step, so that one signal to one of them is enough, and
-    none waits for another. The checkpoint is an ordinary one. `SystemExit` keeps the script from
-    going on as if the training had ended, also where the signal came after its last step.
-
-    Args:
-        accelerator: Of the Trainer.
+    All processes exchange at the end of each step whether one has received it, so one signal to one
+    process is enough. The checkpoint is an ordinary one. `SystemExit` keeps the script from going
+    on as if the training were complete, also where the signal came after the last step.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -35,11 +32,7 @@ class SaveOnSigterm(TrainerCallback):
         self._before: Any = None
 
     def leave(self) -> None:
-        """Exit where the signal came while the last step was evaluated or saved.
-
-        Raises:
-            SystemExit: It came to one of the processes.
-        """
+        """Raise SystemExit if the signal came while the last step was evaluated or saved."""
         if self._before is not None and self._asked_anywhere():
             logger.warning(
                 "SIGTERM after the last step: exiting; "
@@ -48,20 +41,20 @@ class SaveOnSigterm(TrainerCallback):
             raise SystemExit(EXIT_CODE)
 
     def stop(self) -> None:
-        """Give SIGTERM back its old meaning."""
+        """Restore the earlier handler of SIGTERM."""
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
             self._before = None
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Listen for SIGTERM."""
+        """Install the handler of SIGTERM."""
         self._asked = self._agreed = False
         self._before = signal.signal(signal.SIGTERM, self._note)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Ask for a checkpoint if any process got the signal."""
+        """Request a checkpoint if any process has received the signal."""
         self._agreed = self._asked_anywhere()
         if self._agreed:
             control.should_save = control.should_training_stop = True
@@ -69,7 +62,7 @@ class SaveOnSigterm(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Ask for a checkpoint where no other step follows."""
+        """Request a checkpoint after the last step."""
         last = self._before is not None and state.global_step >= state.max_steps
         if last and self._asked_anywhere():
             control.should_save = True
@@ -77,7 +70,7 @@ class SaveOnSigterm(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Exit: the checkpoint is written."""
+        """Exit, after the checkpoint is written."""
         if self._agreed:
             logger.warning(
                 f"SIGTERM: checkpoint-{state.global_step} is saved, exiting; "

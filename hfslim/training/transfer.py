@@ -1,4 +1,4 @@
-"""Transfer learning: which parameters train, when they begin to, and how far they may go."""
+"""Transfer learning: train the head only, LoRA, gradual unfreezing and the L2-SP penalty."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ logger = logging.get_logger(__name__)
 
 
 def head_modules(model: PreTrainedModel) -> list[str]:
-    """Return the names of what a classifier has besides the encoder with its layers.
+    """Return the names of a classifier's modules outside of its encoder.
 
     Raises:
-        ValueError: The two cannot be told apart.
+        ValueError: The model does not separate its head from its encoder.
     """
     body: list[nn.Module] = [model.base_model] if model.base_model is not model else []
     layers = [] if body else layer_modules(model)
@@ -43,41 +43,38 @@ def head_modules(model: PreTrainedModel) -> list[str]:
             names.append(name)
     if not names or len(names) == len(list(model.named_children())):
         raise ValueError(
-            f"{type(model).__name__} does not tell its head from its encoder: freeze parameters by "
-            "requires_grad yourself, and train in full."
+            f"{type(model).__name__} does not separate its head from its encoder: freeze "
+            "parameters by requires_grad yourself, and train in full."
         )
     return names
 
 
 def train_head_only(model: PreTrainedModel) -> PreTrainedModel:
-    """Freeze all of a classifier but its head, in place.
-
-    Returns:
-        The same model.
+    """Freeze all of a classifier but its head, in place, and return it.
 
     Raises:
-        ValueError: The head cannot be told.
+        ValueError: The model does not separate its head from its encoder.
     """
-    head = tuple(f"{name}." for name in head_modules(model))
+    head = _head_prefixes(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(head))
-    logger.info(f"trained is the head alone: {', '.join(head_modules(model))}")
+    logger.info(f"only the head trains: {', '.join(head_modules(model))}")
     return model
 
 
 def with_lora(model: PreTrainedModel, rank: int) -> Any:
-    """Put LoRA on every linear map inside a classifier's layers; its head trains whole.
+    """Add LoRA to every linear map inside a classifier's layers; its head trains in full.
 
     Args:
         model: The classifier, which is changed.
-        rank: Of the adapters; their scale is 2.
+        rank: Rank of the adapters; their scale is 2.
 
     Returns:
         A `peft.PeftModel`; `hfslim.merge_adapters` turns it back into a plain model.
 
     Raises:
-        ValueError: No layers are found, or no head; or weights are sparse, whose zeros the adapters
-            would fill when they are folded in.
+        ValueError: No layers or no head are found, or weights are sparse: the adapters would fill
+            their zeros when they are merged.
 
     References:
         Hu et al., LoRA, 2021, arXiv:2106.09685.
@@ -106,17 +103,17 @@ def with_lora(model: PreTrainedModel, rank: int) -> Any:
 
 
 class GradualUnfreezing(TrainerCallback):
-    """Lets a classifier's layers begin to train one after another, from the head down.
+    """Unfreezes a classifier's layers one after another, from the head down.
 
-    The head, with all that comes after the last layer, trains from the first step; the last layer
-    comes next, the embeddings last. What is frozen has no gradient in the optimizer step and in the
-    gradient's norm, yet the backward pass computes it: every wrapper works, and no time is saved.
+    The head and the modules after the last layer train from the first step, then the last layer,
+    at the end the embeddings. Frozen parameters have no gradient in the optimizer step and in the
+    gradient norm. The backward pass still computes it: every wrapper works, and no time is saved.
 
     Args:
-        until: Share of the training's steps after which all is trained, above 0 and up to 1.
+        until: Fraction of the steps after which all parameters train, above 0 and up to 1.
 
     Raises:
-        ValueError: If `until` is out of range; or, when training begins, parameters are sharded.
+        ValueError: `until` is out of range; or, when training begins, parameters are sharded.
 
     References:
         Howard and Ruder, Universal Language Model Fine-tuning, 2018, arXiv:1801.06146.
@@ -133,7 +130,7 @@ class GradualUnfreezing(TrainerCallback):
     def on_train_begin(  # type: ignore[override]
         self, args: TrainingArguments, state: TrainerState, *_: Any, model: Any, **__: Any
     ) -> None:
-        """Find the layers."""
+        """Find the layers, and mask the gradients of the frozen ones."""
         check_whole_parameters(args, type(self).__name__)
         self.groups = _from_the_head_down(base_of(model))
         closed = {p: depth for depth, group in enumerate(self.groups) for p in group}
@@ -146,41 +143,41 @@ class GradualUnfreezing(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any
     ) -> None:
-        """Tell what this step trains."""
+        """Set the number of groups that train in this step."""
         progress = state.global_step / (max(state.max_steps, 1) * self.until)
-        # The small sum keeps a step that ends exactly on a boundary from falling short of it.
+        # 1e-9 keeps a step exactly on a boundary from being rounded below it.
         opened = 1 + math.floor(min(progress, 1.0) * (len(self.groups) - 1) + 1e-9)
         if opened != self.open:
             logger.info(f"step {state.global_step}: {opened} of {len(self.groups)} groups train")
         self.open = opened
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """Keep the optimizer, and so its weight decay, away from what is frozen."""
+        """Keep the optimizer, and so its weight decay, away from frozen parameters."""
         for group in self.groups[self.open :]:
             for parameter in group:
                 parameter.grad = None
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Take the hooks away."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles, self.open = [], 0
 
 
 class L2SP(FiguresCallback):
-    """Adds to the loss `strength/2 · ‖w − w₀‖² + head/2 · ‖v‖²`: the penalty of starting points.
+    """Adds the starting-point penalty `strength/2 · ‖w − w₀‖² + head/2 · ‖v‖²` to the loss.
 
-    w are the encoder's weights, w₀ those that it had when the Trainer was made, v the head's. The
-    gradient is added to that of the loss before each optimizer step, after clipping; the value is
-    logged as `loss_l2_sp`, and is no part of `loss`. Set `weight_decay` to 0: it pulls to 0.
+    w are the encoder's weights, w₀ their values when the Trainer was made, v the head's weights.
+    The gradient is added to that of the loss before each optimizer step, after clipping. The value
+    is logged as `loss_l2_sp` and is no part of `loss`. Set `weight_decay` to 0: it pulls to 0.
 
     Args:
-        strength: Of the pull back to the starting point; 0.001 to 1 in the paper.
-        head: Of the pull of the head to 0.
+        strength: Factor for the encoder; 0.001 to 1 in the paper.
+        head: Factor for the head.
 
     Raises:
-        ValueError: If a strength is below 0, both are 0, parameters are sharded, or the gradients
-            are scaled, as in fp16.
+        ValueError: A factor is below 0, both are 0, parameters are sharded, or the gradients are
+            scaled, as in fp16.
 
     References:
         Li et al., Explicit Inductive Bias for Transfer Learning, 2018, arXiv:1802.01483.
@@ -198,7 +195,7 @@ class L2SP(FiguresCallback):
         self, args: TrainingArguments, *_: Any, model: Any, **__: Any
     ) -> None:
         """Keep the starting point, before any checkpoint is read."""
-        self._head = tuple(f"{name}." for name in head_modules(model))
+        self._head = _head_prefixes(model)
         self._start = {
             name: parameter.detach().clone()
             for name, parameter in model.named_parameters()
@@ -208,7 +205,7 @@ class L2SP(FiguresCallback):
     def on_train_begin(  # type: ignore[override]
         self, args: TrainingArguments, *_: Any, model: Any, **__: Any
     ) -> None:
-        """Refuse what would distort the pull."""
+        """Refuse a training that would distort the penalty."""
         check_whole_parameters(args, type(self).__name__)
         if AcceleratorState().mixed_precision == "fp16":
             raise ValueError("fp16 scales gradients, which L2SP adds to: train with bf16=True.")
@@ -243,6 +240,10 @@ class L2SP(FiguresCallback):
         return {"loss_l2_sp": float(self._value)}
 
 
+def _head_prefixes(model: PreTrainedModel) -> tuple[str, ...]:
+    return tuple(f"{name}." for name in head_modules(model))
+
+
 def _from_the_head_down(model: PreTrainedModel) -> list[list[nn.Parameter]]:
     layers = [set(layer.parameters()) for layer in layer_modules(model)]
     if not layers:
@@ -250,7 +251,7 @@ def _from_the_head_down(model: PreTrainedModel) -> list[list[nn.Parameter]]:
             f"{type(model).__name__} has no layers that hfslim finds, so they cannot begin to "
             "train one by one; train in full."
         )
-    head = tuple(f"{name}." for name in head_modules(model))
+    head = _head_prefixes(model)
     groups: list[list[nn.Parameter]] = [[] for _ in range(len(layers) + 2)]
     top, bottom = 0, len(layers) + 1
     passed = False

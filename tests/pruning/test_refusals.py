@@ -47,7 +47,7 @@ def test_a_model_without_the_units_asked_for(tmp_path: Path) -> None:
 
 def test_a_model_whose_config_does_not_tell_the_size_of_an_image(tmp_path: Path) -> None:
     message = refusal(tmp_path, model_config=RESNET)
-    assert "'resnet' does not tell the size of an image" in message
+    assert "'resnet' does not state the size of an image" in message
     assert "set `processor`" in message
 
 

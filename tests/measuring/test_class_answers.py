@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hfslim.measuring.class_answers import ClassAnswers, calibration_error, churn, confusion
+from hfslim.measuring.class_answers import ClassAnswers, calibration_error, churn
 
 A, B, C = range(3)
 
@@ -13,8 +13,8 @@ def logits(*answers: int, sure: float = 4.0) -> np.ndarray:
 
 
 def test_confusion_counts_true_classes_down_and_answers_across() -> None:
-    found = confusion(np.array([A, A, B, C]), np.array([A, B, B, A]), 3)
-    assert found.tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 0]]
+    answers = ClassAnswers.of("abc", np.array([A, A, B, C]), logits(A, B, B, A))
+    assert answers.confusion == [[1, 1, 0], [0, 1, 0], [1, 0, 0]]
 
 
 def test_churn_is_the_share_of_answers_that_differ() -> None:
