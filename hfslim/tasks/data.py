@@ -219,17 +219,10 @@ def find_column(
     key: str,
     holds: tuple[type, str] = (object, ""),
 ) -> str:
-    """Return the column that `key` names, or the first default that exists.
-
-    Args:
-        dataset: A split of the data.
-        given: The column's name in the recipe.
-        defaults: The names that are tried without it.
-        key: The recipe's key.
-        holds: The type of the column's feature, and its name for the message.
+    """Return the column that the recipe's `key` gives, or the first default that exists.
 
     Raises:
-        ValueError: There is no such column, or it holds something else.
+        ValueError: There is no such column, or its feature is not of the type that it `holds`.
     """
     feature, called = holds
     for name in (given,) if given else defaults:

@@ -172,10 +172,9 @@ class HubMixin(Trainer):
             self.processing_class.save_pretrained(staged)
         if not _measured(staged):
             self._report(None, []).write(staged)
-        by_steps = args.save_strategy == SaveStrategy.STEPS
-        step = (
-            f"step {self.state.global_step}" if by_steps else f"epoch {int(self.state.epoch or 0)}"
-        )
+        step = f"epoch {int(self.state.epoch or 0)}"
+        if args.save_strategy == SaveStrategy.STEPS:
+            step = f"step {self.state.global_step}"
         also = {}
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             last = args.hub_strategy == HubStrategy.CHECKPOINT
