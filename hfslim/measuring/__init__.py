@@ -1,4 +1,4 @@
-"""What a model costs and how fast it runs; what it answers, class by class."""
+"""A model's costs and speed, and its answers class by class."""
 
 from hfslim.measuring.measurement import Comparison, Measurement, compare, measure
 

@@ -24,12 +24,10 @@ from hfslim.measuring.timing import (
 
 __all__ = [
     "Comparison",
-    "Latency",
     "Measurement",
     "compare",
     "count_bytes",
     "count_parameters",
-    "latency",
     "macs",
     "macs_by_module",
     "measure",
@@ -249,9 +247,5 @@ def _grouped_flops(rows: torch.Size, experts: torch.Size, *_: Any, **__: Any) ->
 
 def _names_an_embedding(parameter_name: str) -> bool:
     *modules, own = parameter_name.split(".")
-    return (
-        any(module.startswith("patch_embed") for module in modules)
-        or "position" in own
-        or "pos_embed" in own
-        or own.endswith("_token")
-    )
+    table = "position" in own or "pos_embed" in own or own.endswith("_token")
+    return table or any(module.startswith("patch_embed") for module in modules)

@@ -58,7 +58,7 @@ def flush(path: Path) -> None:
 
 
 def put_in_place(staged: Path, target: Path) -> None:
-    """Rename what is flushed to its target on the same file system, and make the name durable."""
+    """Rename a flushed file or folder to its target on the same file system, durably."""
     staged.replace(target)
     _flush(target.parent)
 

@@ -1,4 +1,4 @@
-"""The interface of a task: what text, image and audio classification implement."""
+"""The interface of text, image and audio classification."""
 
 from __future__ import annotations
 

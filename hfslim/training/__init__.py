@@ -1,1 +1,1 @@
-"""A Trainer whose loss, checkpoints and pushes are exact, and what it is made of."""
+"""A Trainer with an exact loss, exact checkpoints and complete pushes, and its parts."""

@@ -1,4 +1,4 @@
-"""What a callback that prunes requires of a training, and its state in a checkpoint."""
+"""Requirements of a pruning callback on a training, and its state in a checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CUT_AFTER = ", or cut the trained model in one go by hfslim.prune or hfslim.spar
 def check_whole_parameters(
     args: TrainingArguments, callback: str, ways: Sequence[str] = ("DDP",), otherwise: str = ""
 ) -> None:
-    """Refuse a training whose processes hold only parts of what a callback needs.
+    """Raise ValueError for a training that splits between processes what a callback needs whole.
 
     Args:
         args: The training's.
@@ -30,9 +30,6 @@ def check_whole_parameters(
         ways: The results of `way_of` that suit it. Under ZeRO-2 parameters are whole, gradients and
             the optimizer's state are not.
         otherwise: Another way out, for the message.
-
-    Raises:
-        ValueError: The training is parallel in another way.
     """
     way = way_of(args)
     if way not in ways:

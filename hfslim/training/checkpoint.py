@@ -55,7 +55,7 @@ the removed units or weights, and the consequence."""
 
 @contextmanager
 def _live_keys(model: nn.Module) -> Iterator[None]:
-    """Let `model.save_pretrained` write the live model's keys inside the block."""
+    """Make `model.save_pretrained` write the live model's keys inside the block."""
     if not isinstance(model, PreTrainedModel):
         yield
         return
@@ -225,7 +225,7 @@ class CheckpointMixin(Trainer):
                 )
                 if then != now:
                     logger.warning(
-                        f"the best model, {best}, is of another structure than the schedule says "
+                        f"the best model, {best}, has another structure than the last one "
                         f"({name} has removed more since): the last weights are kept"
                     )
                     return

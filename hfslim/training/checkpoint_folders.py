@@ -168,7 +168,7 @@ def stage_errors(name: str, folder: Path) -> Iterator[None]:
         forbidden = isinstance(error, PermissionError) and str(folder) in str(error)
         if not (refused or forbidden or _of_torch(error) or "while serializing" in str(error)):
             raise
-        left = "what was finished before is whole, the same command goes on from there"
+        left = "the stages before are whole, the same command goes on from there"
         raise _unwritten(name, folder, error, left) from error
 
 

@@ -29,6 +29,7 @@ __all__ = ["HubMixin"]
 
 logger = logging.get_logger(__name__)
 
+Names = str | list[str] | None
 _SPEED = ("runtime", "samples_per_second", "steps_per_second", "jit_compilation_time")
 
 
@@ -53,15 +54,15 @@ class HubMixin(Trainer):
 
     def create_model_card(
         self,
-        language: str | list[str] | None = None,
+        language: Names = None,
         license: str | None = None,
-        tags: str | list[str] | None = None,
+        tags: Names = None,
         model_name: str | None = None,
         finetuned_from: str | None = None,
-        tasks: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
+        tasks: Names = None,
+        dataset_tags: Names = None,
+        dataset: Names = None,
+        dataset_args: Names = None,
     ) -> None:
         """Write hfslim's card and `report.json` into the output folder.
 
@@ -272,5 +273,5 @@ def _measured(folder: Path) -> bool:
     return (folder / REPORT).exists() and bool(Report.load(folder).comparisons)
 
 
-def _listed(value: str | list[str] | None) -> list[str]:
+def _listed(value: Names) -> list[str]:
     return [value] if isinstance(value, str) else list(value or [])

@@ -60,7 +60,7 @@ def check_fsdp(args: TrainingArguments) -> None:
 
 
 def save_where_asked(model: Any) -> None:
-    """Let a model's `save_pretrained` write on every process that a Trainer calls it on.
+    """Make a model's `save_pretrained` write on every process that a Trainer calls it on.
 
     Otherwise it writes on the first process of all only, and `save_on_each_node` needs the first
     process of each machine.

@@ -93,7 +93,7 @@ def with_lora(model: PreTrainedModel, rank: int) -> Any:
     if not targets:
         raise ValueError(
             f"{type(model).__name__} has no layers with linear maps that hfslim finds: use peft "
-            "yourself and say which modules to adapt, or train in full."
+            "yourself and name the modules to adapt, or train in full."
         )
     logger.info(f"LoRA of rank {rank} on {len(targets)} linear maps")
     settings = LoraConfig(

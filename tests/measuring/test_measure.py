@@ -23,11 +23,11 @@ from hfslim.measuring.measurement import (
     compare,
     count_bytes,
     count_parameters,
-    latency,
     macs,
     macs_by_module,
     measure,
 )
+from hfslim.measuring.timing import latency
 
 BATCH, TOKENS, WIDTH, NEURONS, LAYERS, LABELS = 2, 7, 32, 48, 2, 3
 VOCABULARY, POSITIONS = 50, 16
