@@ -25,39 +25,17 @@ class ScoreFunction(NamedTuple):
 
 
 _f1: Any = partial(sk.f1_score, zero_division=0)
-_CLASSES: tuple[Problem, ...] = ("single_label_classification", "multi_label_classification")
+_ONE: tuple[Problem, ...] = ("single_label_classification",)
+_ANY: tuple[Problem, ...] = (*_ONE, "multi_label_classification")
+_VALUE: tuple[Problem, ...] = ("regression",)
 
 SCORES: Mapping[str, ScoreFunction] = {
-    "accuracy": ScoreFunction(
-        sk.accuracy_score,
-        _CLASSES,
-        "Fraction of examples that are right; for multi-label, right in every class.",
-    ),
-    "f1_macro": ScoreFunction(
-        partial(_f1, average="macro"),
-        _CLASSES,
-        "Mean over classes of the harmonic mean of precision and recall.",
-    ),
-    "f1_binary": ScoreFunction(
-        partial(_f1, average="binary"),
-        _CLASSES[:1],
-        "F1 of the second of two classes (index 1), as GLUE scores MRPC and QQP.",
-    ),
-    "matthews_correlation": ScoreFunction(
-        sk.matthews_corrcoef,
-        _CLASSES[:1],
-        "Correlation between predicted and true classes, as GLUE scores CoLA.",
-    ),
-    "pearson": ScoreFunction(
-        lambda references, predictions: stats.pearsonr(predictions, references)[0],
-        ("regression",),
-        "Linear correlation between predicted and true values.",
-    ),
-    "spearman": ScoreFunction(
-        lambda references, predictions: stats.spearmanr(predictions, references)[0],
-        ("regression",),
-        "Correlation between the ranks of predicted and true values.",
-    ),
+    "accuracy": ScoreFunction(sk.accuracy_score, _ANY, "Fraction of examples right in every class"),
+    "f1_macro": ScoreFunction(partial(_f1, average="macro"), _ANY, "Mean over classes of their F1"),
+    "f1_binary": ScoreFunction(partial(_f1, average="binary"), _ONE, "F1 of the second class"),
+    "matthews_correlation": ScoreFunction(sk.matthews_corrcoef, _ONE, "Correlation of classes"),
+    "pearson": ScoreFunction(lambda r, p: stats.pearsonr(p, r)[0], _VALUE, "Correlation of values"),
+    "spearman": ScoreFunction(lambda r, p: stats.spearmanr(p, r)[0], _VALUE, "The same of ranks"),
 }
 
 
@@ -76,8 +54,7 @@ class LocalMetric(evaluate.Metric):
         super().__init__(**kwargs)
 
     def _info(self) -> evaluate.MetricInfo:
-        regression = self._score.problems == ("regression",)
-        value: Any = datasets.Value("float32" if regression else "int32")
+        value: Any = datasets.Value("float32" if self._score.problems == _VALUE else "int32")
         feature = datasets.Sequence(value) if self._multi_label else value
         return evaluate.MetricInfo(
             description=self._score.description,
