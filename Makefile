@@ -93,7 +93,7 @@ $(DEEPSPEED)/.hfslim: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.hfslim: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) -e '.[plots]'
+	$(INSTALL) -e .
 	@touch $@
 
 $(VENV)/.hfslim-test: pyproject.toml constraints.txt | $(BIN)/python

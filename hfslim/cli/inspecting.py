@@ -78,7 +78,7 @@ def inspect(
         from hfslim.pruning.scores.criteria import criteria_by_kind
 
         if picture is not None:
-            from hfslim.reporting.heatmap import check_picture
+            from hfslim.reporting.plots.heat_maps import check_picture
 
             with asked("--picture"):
                 check_picture(picture)
@@ -102,9 +102,9 @@ def inspect(
             other_bench = workbench(against, data, None, seed, batch_size) if data else None
             findings += subject.against(against, other_bench)
         if picture is not None:
-            from hfslim.reporting.heatmap import draw
+            from hfslim.reporting.plots.heat_maps import draw_heat_maps
 
-            draw([p for one in findings for p in one.panels()], picture, model)
+            draw_heat_maps([p for one in findings for p in one.panels()], picture, model)
 
     def tell(console: Console) -> None:
         for finding in findings:

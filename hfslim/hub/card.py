@@ -1,4 +1,4 @@
-"""The model card: what a compressed model is, costs and scores, and how to load it."""
+"""The model card: cost, quality and origin of a compressed model, and how to load it."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 
 from hfslim.hub.edits import CARD, MARKER, merge
-from hfslim.hub.saved_model import Saved
+from hfslim.hub.saved_model import SavedModel
 from hfslim.reporting import sparsity_text
-from hfslim.reporting.picture import draw_structure
+from hfslim.reporting.plots.maps import draw_structure
 from hfslim.reporting.provenance import Origin, Provenance
 from hfslim.reporting.report import REPORT, Report
-from hfslim.reporting.tables import NOT_MEASURED, kept, markdown_table
+from hfslim.reporting.tables import NOT_MEASURED, formatted, kept_rows, markdown_table
 
 __all__ = ["PICTURE", "RECIPE", "write_card"]
 
 PICTURE, RECIPE = "structure.png", "recipe.yaml"
 NOT_STATED = "not stated"
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
-NOTICE = "<!-- hfslim writes this card again at each push, down to the line that says so. -->"
+NOTICE = "<!-- Each push writes this card anew, down to the line that hfslim marks. -->"
 
 
 def write_card(
@@ -34,15 +34,15 @@ def write_card(
 ) -> Path:
     """Write the model card of a folder, and the picture of the structure beside it.
 
-    Every figure is that of the report. What stands below `MARKER` in an earlier card is kept, and
-    so is its metadata (such as `license` and `language`) that hfslim does not write; a card without
-    the marker is kept whole, below it.
+    All figures come from the report. The text below `MARKER` in an earlier card is kept, with
+    metadata (such as `license` and `language`) that hfslim does not write; a card without the
+    marker is kept whole, below it.
 
     Args:
-        folder: Of a saved model.
+        folder: The folder of a saved model.
         report: Its report; by default the folder's `report.json`, or none.
-        name: Hub id that the examples load; by default the folder.
-        metadata: More of the card's metadata, such as `license`, `language` and `tags`.
+        name: The Hub id in the examples; by default the folder.
+        metadata: Further metadata of the card, such as `license`, `language` and `tags`.
 
     Returns:
         The card's path.
@@ -52,7 +52,7 @@ def write_card(
         ValueError: `report.json` is damaged.
     """
     folder = Path(folder)
-    saved = Saved.read(folder)
+    saved = SavedModel.read(folder)
     if report is None and (folder / REPORT).exists():
         report = Report.load(folder)
     report = report or Report(model=name or folder.name)
@@ -66,14 +66,12 @@ def write_card(
 
 
 def _render(
-    folder: Path, saved: Saved, report: Report, name: str, metadata: Mapping[str, Any]
+    folder: Path, saved: SavedModel, report: Report, name: str, metadata: Mapping[str, Any]
 ) -> str:
     structure = ""
     if report.structure:
-        rows = [
-            (f"`{path}`", kind, f"`{bar}`", count)
-            for path, kind, bar, count in kept(report.structure)
-        ]
+        bars = kept_rows(report.structure)
+        rows = [(f"`{path}`", kind, f"`{bar}`", count) for path, kind, bar, count in bars]
         structure = markdown_table(("layer", "units", "kept", ""), rows)
     made, sparse = report.provenance, report.weight_sparsity
     command = f"hfslim run {RECIPE}"
@@ -89,20 +87,18 @@ def _render(
         summary=_summary(saved, report),
         picture=PICTURE if report.structure else None,
         figures=markdown_table(("", "before", "after", "change"), report.costs()),
-        conditions=report.conditions(),
+        conditions=report.measurement_conditions(),
         machine=str(made.machine) if made.machine else NOT_MEASURED,
         quality=_quality(report),
-        behaviour=[section.to_markdown(level=3) for section in report.behaviour()],
-        ways=saved.ways(name),
+        answers=[section.to_markdown(level=3) for section in report.answer_sections()],
+        loading=saved.loading_examples(name),
         origins=_origins(report),
-        stages=report.path(),
+        stages=report.stage_lines(),
         recipe=RECIPE if (folder / RECIPE).exists() else None,
         command=command,
         structure=structure,
-        zeros=markdown_table(sparsity_text.HEADINGS, sparsity_text.cells(sparse))
-        if sparse
-        else None,
-        use_of_zeros=sparsity_text.use(sparse),
+        zeros=sparse and markdown_table(sparsity_text.HEADINGS, sparsity_text.table_rows(sparse)),
+        speed_of_zeros=sparsity_text.speed_note(sparse),
         limits=_limits(report),
     )
     card.text = re.sub(r"\n{3,}", "\n\n", card.text)
@@ -112,7 +108,7 @@ def _render(
     return str(card)
 
 
-def _metadata(saved: Saved, report: Report, name: str) -> ModelCardData:
+def _metadata(saved: SavedModel, report: Report, name: str) -> ModelCardData:
     made = report.provenance
     task = made.task or saved.task
     stages = {stage for one in report.stages for stage in one}
@@ -151,7 +147,7 @@ def _metadata(saved: Saved, report: Report, name: str) -> ModelCardData:
     )
 
 
-def _summary(saved: Saved, report: Report) -> str:
+def _summary(saved: SavedModel, report: Report) -> str:
     made = report.provenance
     kind = (made.task or saved.task or "model").replace("-", " ")
     base = _link(made.base) if made.base else f"`{saved.config.get('model_type', 'unknown')}`"
@@ -160,7 +156,7 @@ def _summary(saved: Saved, report: Report) -> str:
         first = report.comparisons[0]
         share = first.after.macs / first.before.macs if first.before.macs else 1
         done = f"cut to {share:.1%} of its multiply-accumulates"
-    taught = ", and taught by the model named as its teacher" if made.teacher else ""
+    taught = ", and distilled from the teacher named below" if made.teacher else ""
     sparse = report.weight_sparsity
     layers = sparsity_text.summary(sparse) if sparse else "Its layers are dense."
     return f"A model for {kind}: {base}, {done} with hfslim{taught}. {layers}"
@@ -170,17 +166,11 @@ def _quality(report: Report) -> str:
     headings = ("metric", "data", "before", "after", "difference", "n", "seeds")
     rows = []
     for quality in report.quality:
-        numbers = [
-            NOT_MEASURED if value is None else f"{value:{sign}.4f}"
-            for value, sign in (
-                (quality.teacher, ""),
-                (quality.value, ""),
-                (quality.difference, "+"),
-            )
-        ]
+        numbers = (formatted(quality.teacher), formatted(quality.value))
+        change = formatted(quality.difference, sign="+")
         count = NOT_MEASURED if quality.examples is None else f"{quality.examples:,}"
         seeds = ", ".join(map(str, quality.seeds)) or NOT_MEASURED
-        rows.append((quality.metric, quality.data, *numbers, count, seeds))
+        rows.append((quality.metric, quality.data, *numbers, change, count, seeds))
     return markdown_table(headings, rows or [(NOT_MEASURED,) * len(headings)])
 
 
@@ -214,21 +204,17 @@ def _link(origin: Origin, kind: str = "") -> str:
 
 
 def _limits(report: Report) -> list[str]:
-    unknown = (
-        "Robustness and fairness" if report.answers else "Robustness, calibration and fairness"
-    )
+    calibration = "" if report.answers else ", calibration"
     limits = [
         "Labels, biases and licence conditions of the base model and of the data apply.",
-        f"{unknown} after compression: not measured.",
+        f"Robustness{calibration} and fairness after compression: not measured.",
     ]
     if report.comparisons:
-        limits.append(
-            "Times hold for the machine, the input and the number of threads that are stated."
-        )
+        limits.append("Times hold for the stated machine, input and number of threads.")
     for quality in report.quality:
         if len(quality.seeds) == 1:
             limits.append(
-                f"The {quality.metric} is that of one run (seed {quality.seeds[0]}): how much it "
-                "varies from seed to seed is not measured."
+                f"The {quality.metric} is that of one run (seed {quality.seeds[0]}): its variation "
+                "from seed to seed is not measured."
             )
     return limits

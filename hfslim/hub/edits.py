@@ -1,4 +1,4 @@
-"""What a user wrote on a model card, and how it gets onto the next one."""
+"""Carry the user's edits of a model card over to the next card."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ GENERATED = (
     "This model card has been generated automatically according to the information the Trainer",
     "This is the model card of a 🤗 transformers model that has been pushed on the Hub",
 )
-"""Marks of transformers' own drafts, which hold nothing of the user's."""
+"""Marks of transformers' drafts, which hold no text of the user's."""
 OWN = ("library_name", "metrics", "model-index", "pipeline_tag", "tags")
 OWN_TAGS = ("hfslim", "pruned", "distilled", "generated_from_trainer")
 
 
 class CardError(ValueError):
-    """A card cannot be written, or two versions of the user's part cannot be joined."""
+    """A card cannot be written, or two versions of the user's part differ."""
 
 
 def merge(card: str, *earlier: str) -> str:
-    """Carry the user's part of earlier versions of a card over to a new one.
+    """Return a new card with the user's part of earlier versions.
 
     Args:
-        card: As hfslim has just written it.
+        card: The card that hfslim has just written.
         *earlier: Earlier versions, the most trusted first.
 
     Returns:
-        The card with the text that stood below the marker and the metadata that are not hfslim's.
+        The card with the text below the marker, and the metadata that are not hfslim's.
 
     Raises:
         CardError: Two versions hold different text of the user's.

@@ -1,4 +1,4 @@
-"""Push a folder to the Hub: one commit, that holds all of it or nothing."""
+"""Push a folder to the Hub in one commit, whole or not at all."""
 
 from __future__ import annotations
 
@@ -19,18 +19,14 @@ from huggingface_hub import (
     get_token,
     hf_hub_download,
 )
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-)
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, OfflineModeIsEnabled
 
 from hfslim.hub.card import write_card
 from hfslim.hub.edits import CARD, CardError, merge
 from hfslim.hub.format import modeling_hfslim
-from hfslim.hub.saved_model import Saved
+from hfslim.hub.saved_model import SavedModel
 
-__all__ = ["LEFT_OUT", "PushError", "check_login", "push", "told"]
+__all__ = ["LEFT_OUT", "PushError", "check_login", "hub_errors_explained", "push"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,43 +34,46 @@ LEFT_OUT = (
     *(".*", "_*", "checkpoint-*", "*.lock"),
     *("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt"),
 )
-"""Names that are not pushed: hidden and temporary files, checkpoints, and pickles."""
+"""Patterns of names that are not pushed: hidden and temporary files, checkpoints, pickles."""
 OURS = (
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
     *("modeling_hfslim.py", "report.json", "report.md", "structure.png", "recipe.yaml"),
 )
-"""Names that are deleted from the repository where the folder no longer has them."""
-PASSING = (409, 412, 429, 500, 502, 503, 504)
+"""Patterns of names that are deleted from the repository if the folder does not have them."""
+TRANSIENT = (409, 412, 429, 500, 502, 503, 504)
+"""Status codes after which the same call may succeed."""
 ATTEMPTS = 4
 
 
 class PushError(ValueError):
-    """A folder could not be pushed; the message has the reason, and the folder is complete."""
+    """A folder could not be pushed. The folder itself is complete."""
 
 
 def check_login(token: str | None = None) -> None:
-    """Refuse a missing or wrong token before hours of work; a Hub that is down is no reason.
+    """Check the token before hours of work; a Hub that is down passes with a warning.
 
     Raises:
         PushError: There is no token, the Hub refuses it, or the process is offline.
     """
-    with told("the Hub", token):
+    with hub_errors_explained("the Hub", token):
         try:
             HfApi().whoami(token=token)
         except Exception as error:
-            if not _passing(error):
+            if not _is_transient(error):
                 raise
-            logger.warning("the Hub cannot be asked for the token now: %s", _line(error))
+            logger.warning("the Hub cannot check the token now: %s", _line(error))
 
 
 @contextmanager
-def told(place: str, token: str | None, folder: Path | None = None) -> Iterator[None]:
-    """Turn whatever goes wrong with the Hub inside the block into a `PushError` of one line.
+def hub_errors_explained(
+    place: str, token: str | None, folder: Path | None = None
+) -> Iterator[None]:
+    """Turn any error of the Hub inside the block into a `PushError` of one line.
 
     Args:
-        place: Where it goes wrong.
+        place: The name of the repository, for the message.
         token: The token that was given.
-        folder: What is being pushed.
+        folder: The folder that is pushed.
     """
     try:
         yield
@@ -96,22 +95,22 @@ def push(
     create_pr: bool = False,
     also: Mapping[str, Path] | None = None,
 ) -> CommitInfo:
-    """Push a saved model with its card and all that lies beside it, in one commit.
+    """Push a saved model with its card and all files beside it, in one commit.
 
-    The card is written anew for `repo_id`, and keeps what was edited on the Hub below its marker.
-    Uploads are the Hub client's, with its retries; the commit is tried again where the repository
-    changed meanwhile or the Hub failed, so that a push that ended in an error can be repeated.
+    The card is written anew for `repo_id`, and keeps the text below its marker on the Hub. The Hub
+    client uploads the files, with its retries; the commit is tried again if the repository changed
+    meanwhile or the Hub failed. A push that ended in an error can be repeated.
 
     Args:
-        folder: Of a saved model. Checkpoints, hidden files and pickles in it are left out.
+        folder: The folder of a saved model, pushed without checkpoints, hidden files and pickles.
         repo_id: Such as `you/bert-sst2-half`; the repository is made if it does not exist.
-        private: Whether a new repository is private; by default as the organisation's settings say.
+        private: Whether a new repository is private; by default the organisation's setting.
         revision: Branch to push to, made if it does not exist; `main` by default.
-        token: Of the Hub; by default that of `hf auth login` or `HF_TOKEN`.
+        token: Token of the Hub; by default that of `hf auth login` or `HF_TOKEN`.
         commit_message: First line of the commit.
         commit_description: The rest of its message.
         create_pr: Whether to open a pull request instead.
-        also: Folders that are pushed whole, by their paths in the repository.
+        also: Further folders, pushed whole, by their paths in the repository.
 
     Returns:
         The commit.
@@ -121,13 +120,13 @@ def push(
     """
     folder = Path(folder)
     try:
-        saved = Saved.read(folder)
+        saved = SavedModel.read(folder)
     except CardError as error:
         raise PushError(str(error)) from error
     if not any(folder.glob("*.safetensors")):
         raise PushError(f"{folder} holds no *.safetensors: save the model there first")
     repository = _Repository(HfApi(library_name="hfslim"), repo_id, token, revision)
-    with told(repr(repo_id), token, folder):
+    with hub_errors_explained(repr(repo_id), token, folder):
         repository.make(private)
         return repository.commit(
             folder,
@@ -149,7 +148,7 @@ class _Repository:
     revision: str | None
 
     def make(self, private: bool | None) -> None:
-        """Make what does not exist: the repository, and the branch."""
+        """Make the repository and the branch if they do not exist."""
         place: dict[str, Any] = {"token": self.token, "exist_ok": True}
         url = _patiently(self.api.create_repo, repo_id=self.repo_id, private=private, **place)
         self.repo_id = url.repo_id
@@ -158,18 +157,11 @@ class _Repository:
             _patiently(self.api.create_branch, **branch, **place)
 
     def commit(
-        self,
-        folder: Path,
-        saved: Saved,
-        also: Mapping[str, Path],
-        **how: Any,
+        self, folder: Path, saved: SavedModel, also: Mapping[str, Path], **how: Any
     ) -> CommitInfo:
-        """Commit a folder on top of what is there, as often as that changes meanwhile."""
-        place: dict[str, Any] = {
-            "repo_id": self.repo_id,
-            "token": self.token,
-            "revision": self.revision,
-        }
+        """Commit a folder on top of the branch; again if the branch changes meanwhile."""
+        place: dict[str, Any] = {"repo_id": self.repo_id, "token": self.token}
+        place["revision"] = self.revision
         for attempt in range(ATTEMPTS):
             head = _patiently(self.api.model_info, **place)
             present = {file.rfilename for file in head.siblings or ()}
@@ -188,17 +180,17 @@ class _Repository:
                     **place,
                     operations=[*additions, *(CommitOperationDelete(name) for name in stale)],
                     **how,
-                    # Its card was merged: one that was edited in between must not be lost.
+                    # The card of this commit was merged; a later edit must not be lost.
                     parent_commit=head.sha,
                 )
             except Exception as error:
-                if attempt == ATTEMPTS - 1 or not _passing(error):
+                if attempt == ATTEMPTS - 1 or not _is_transient(error):
                     raise
                 _wait(attempt, error)
         raise AssertionError("unreachable")
 
     def _write_card(self, folder: Path, earlier: str | None) -> None:
-        """Write the folder's card, with the user's part of the one at an earlier commit."""
+        """Write the folder's card, with the user's part of the card at an earlier commit."""
         path = write_card(folder, name=self.repo_id)
         if earlier is not None:
             place = {"repo_id": self.repo_id, "filename": CARD, "revision": earlier}
@@ -226,7 +218,7 @@ def _patiently(call: Any, **arguments: Any) -> Any:
         except EntryNotFoundError:
             raise
         except Exception as error:
-            if attempt == ATTEMPTS - 1 or not _passing(error):
+            if attempt == ATTEMPTS - 1 or not _is_transient(error):
                 raise
             _wait(attempt, error)
     raise AssertionError("unreachable")
@@ -249,12 +241,12 @@ def _status(error: BaseException) -> int | None:
     return next((r.status_code for r in responses if r is not None), None)
 
 
-def _passing(error: BaseException) -> bool:
-    """Tell whether the same call may succeed a little later."""
+def _is_transient(error: BaseException) -> bool:
+    """Return whether the same call may succeed a little later."""
     status = _status(error)
     if status is not None:
-        return status in PASSING
-    # The client's HTTP library, whose name depends on the client's version.
+        return status in TRANSIENT
+    # The name of the client's HTTP library depends on the client's version.
     return any(type(one).__module__.partition(".")[0].startswith("httpx") for one in _chain(error))
 
 
@@ -271,7 +263,7 @@ def _explained(
         reason = "HF_HUB_OFFLINE is set: unset it to push"
     elif any(isinstance(one, HFValidationError | CardError) for one in chain):
         reason = str(error)
-    elif not (token or get_token()) and not _passing(error):
+    elif not (token or get_token()) and not _is_transient(error):
         reason = "no token: log in with `hf auth login`, or set HF_TOKEN"
     elif status == 401:
         reason = "the Hub refused the token: log in with `hf auth login`, or set HF_TOKEN"
@@ -283,6 +275,6 @@ def _explained(
         reason = _line(error)
     after = ""
     if folder is not None:
-        pushed = "push again to complete it" if _passing(error) else "nothing was pushed"
+        pushed = "push again to complete it" if _is_transient(error) else "nothing was pushed"
         after = f"; {pushed}, {folder} is complete"
     return PushError(f"{place}: {reason}{after}")

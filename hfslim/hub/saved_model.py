@@ -1,4 +1,4 @@
-"""What a folder says of the model that was saved to it, and the ways to load it."""
+"""The config of a saved model, and code that loads the model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from hfslim.hub.edits import CardError
 
-__all__ = ["Saved", "Way"]
+__all__ = ["LoadingExample", "SavedModel"]
 
 TASKS = {
     "ForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification"),
@@ -18,21 +18,21 @@ TASKS = {
 }
 
 
-class Way(NamedTuple):
-    """One way of loading the model: what it needs, and the code."""
+class LoadingExample(NamedTuple):
+    """Code that loads the model, and when it works."""
 
     when: str
     code: str
 
 
 @dataclass(frozen=True)
-class Saved:
-    """What a folder says of the model that was saved to it.
+class SavedModel:
+    """The config of a saved model, and the task and class that follow from it.
 
     Attributes:
-        config: Its `config.json`.
-        task: transformers' name of the task; None if it is none of hfslim's.
-        auto_class: The auto class that loads it.
+        config: The content of `config.json`.
+        task: transformers' name of the task; None if it is not one of hfslim's.
+        auto_class: The auto class that loads the model.
     """
 
     config: dict[str, Any]
@@ -40,7 +40,7 @@ class Saved:
     auto_class: str
 
     @classmethod
-    def read(cls, folder: Path) -> Saved:
+    def read(cls, folder: Path) -> SavedModel:
         """Read the `config.json` of a folder.
 
         Raises:
@@ -62,32 +62,29 @@ class Saved:
 
     @property
     def pruned(self) -> bool:
-        """Whether its structure is one that a stock config cannot say."""
+        """Whether the structure is one that a stock config cannot express."""
         return "hfslim" in self.config
 
-    def ways(self, name: str) -> list[Way]:
-        """Return the ways of loading that hold for it.
-
-        Args:
-            name: Hub id or folder to load.
-        """
+    def loading_examples(self, name: str) -> list[LoadingExample]:
+        """Return the code that loads this model from a Hub id or folder, in each way that works."""
         if not self.pruned:
-            return [Way("With transformers alone:", self._code(name))]
-        ways = [Way("Where hfslim is installed:", self._code(name, first="import hfslim"))]
+            return [LoadingExample("With transformers alone:", self._code(name))]
+        code = self._code(name, first="import hfslim\n")
+        examples = [LoadingExample("Where hfslim is installed:", code)]
         if self.config.get("auto_map"):
-            ways.append(
-                Way(
-                    "With transformers alone, by the small file `modeling_hfslim.py` beside the "
-                    "weights, which builds the layers in their sizes:",
-                    self._code(name, more=", trust_remote_code=True"),
-                )
+            when = (
+                "With transformers alone, by the small file `modeling_hfslim.py` beside the "
+                "weights, which builds the layers in their sizes:"
             )
-        return ways
+            code = self._code(name, more=", trust_remote_code=True")
+            examples.append(LoadingExample(when, code))
+        return examples
 
     def _code(self, name: str, first: str = "", more: str = "") -> str:
         names = f"{self.auto_class}, pipeline" if self.task else self.auto_class
-        lines = [*([first] if first else []), f"from transformers import {names}", ""]
-        lines.append(f'model = {self.auto_class}.from_pretrained("{name}"{more})')
+        code = f"""{first}from transformers import {names}
+
+model = {self.auto_class}.from_pretrained("{name}"{more})"""
         if self.task:
-            lines.append(f'classify = pipeline("{self.task}", model="{name}"{more})')
-        return "\n".join(lines)
+            code += f'\nclassify = pipeline("{self.task}", model="{name}"{more})'
+        return code

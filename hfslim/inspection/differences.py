@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from hfslim.inspection import Changes, UnitAgreement
 from hfslim.inspection.findings import table_of
-from hfslim.reporting import heatmap
+from hfslim.reporting.plots import heat_maps
 
 TOLD = 10
 """Lost examples that are told one by one."""
@@ -67,7 +67,7 @@ class Agreement:
         ]
         return {"against": self.source, "agreement": rows}
 
-    def panels(self) -> list[heatmap.Panel]:
+    def panels(self) -> list[heat_maps.HeatMap]:
         """Return none: a few numbers are better read."""
         return []
 
@@ -137,7 +137,7 @@ class Lost:
         told = {"examples": self.changes.examples, "classes": classes, "changed": changes}
         return {"against": self.source, "predictions": told}
 
-    def panels(self) -> list[heatmap.Panel]:
+    def panels(self) -> list[heat_maps.HeatMap]:
         """Return none."""
         return []
 

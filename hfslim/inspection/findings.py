@@ -13,7 +13,8 @@ from rich.table import Table
 from torch import Tensor
 
 from hfslim.anatomy.structure import KINDS, Kind
-from hfslim.reporting import heatmap
+from hfslim.reporting.plots import heat_maps
+from hfslim.reporting.unit_rows import means_of_neighbours
 
 if TYPE_CHECKING:
     from hfslim.anatomy.units import Units
@@ -33,7 +34,7 @@ class Finding(Protocol):
     def values(self) -> dict[str, Any]:
         """Return it as plain values, ready for JSON."""
 
-    def panels(self) -> list[heatmap.Panel]:
+    def panels(self) -> list[heat_maps.HeatMap]:
         """Return what of it is better drawn."""
 
 
@@ -51,8 +52,7 @@ class Importance:
             self.title, "units", "layer", "#number", "#share", "importance", "least important"
         )
         bars = {
-            key: heatmap.means_of_neighbours(values, BAR_COLUMNS)
-            for key, values in self.scores.items()
+            key: means_of_neighbours(values, BAR_COLUMNS) for key, values in self.scores.items()
         }
         totals, highest = dict[str, float](), dict[str, float]()
         for (kind, path), values in self.scores.items():
@@ -88,9 +88,9 @@ class Importance:
         ]
         return {"units": rows, "refused": [vars(refusal) for refusal in self.units.refusals]}
 
-    def panels(self) -> list[heatmap.Panel]:
+    def panels(self) -> list[heat_maps.HeatMap]:
         """Return a panel for each kind."""
-        return heatmap.importance_panels(self.scores)
+        return heat_maps.importance_maps(self.scores)
 
 
 @dataclass(frozen=True)
@@ -127,10 +127,10 @@ class ClassesFinding(Importance):
         pairs = zip(self.parts.classes, self.parts.examples.tolist(), strict=True)
         return {**values, "classes": [{"name": n, "examples": count} for n, count in pairs]}
 
-    def panels(self) -> list[heatmap.Panel]:
+    def panels(self) -> list[heat_maps.HeatMap]:
         """Return two panels for each kind."""
         own = [
-            heatmap.class_panel(k, self.parts.shares(k), self.parts.classes) for k in self._kinds
+            heat_maps.class_map(k, self.parts.shares(k), self.parts.classes) for k in self._kinds
         ]
         return super().panels() + own
 
@@ -158,9 +158,9 @@ class Similarity:
         """Return the matrix."""
         return {"similarity": self.cka.tolist()}
 
-    def panels(self) -> list[heatmap.Panel]:
+    def panels(self) -> list[heat_maps.HeatMap]:
         """Return the matrix."""
-        return [heatmap.similarity_panel(self.cka)]
+        return [heat_maps.similarity_map(self.cka)]
 
 
 def standing_out(shares: Mapping[Key, Tensor], most: int = 2) -> list[list[str]]:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hfslim.reporting.readable_json import lined
+from hfslim.reporting.readable_json import readable_json
 from hfslim.reporting.staged_writes import write_whole
 
 FILE = "manifest.json"
@@ -32,9 +32,9 @@ class Entry:
         finished: Whether its results are complete.
         metrics: Metrics of the model after it.
         structure: Rows of `Structure.table` where the stage cut the model.
-        units: Rows of `units_of` where the stage cut the model.
+        units: Rows of `unit_rows` where the stage cut the model.
         steps: Steps that it trained.
-        series: What it logged, as of `series_of`.
+        series: What it logged, as of `training_curves`.
     """
 
     name: str
@@ -136,7 +136,7 @@ class Manifest:
         """Write the manifest in one step: a crash leaves the old one or the new one."""
         self.folder.mkdir(parents=True, exist_ok=True)
         content = {"base": self.base, "stages": [asdict(entry) for entry in self.stages]}
-        write_whole(self.folder / FILE, lined(content))
+        write_whole(self.folder / FILE, readable_json(content))
 
 
 def on_disk(folder: Path) -> str:

@@ -33,7 +33,7 @@ from hfslim.pipeline.task_examples import Workbench
 from hfslim.pruning.search.search import Search
 from hfslim.pruning.steps import check_reachable
 from hfslim.pruning.target import Target
-from hfslim.reporting.training_curves import series_of
+from hfslim.reporting.training_curves import training_curves
 from hfslim.sparsity.weight_callback import WeightPruningCallback
 from hfslim.tasks import build_model
 from hfslim.training.checkpoint_folders import last_whole
@@ -144,7 +144,10 @@ class Work(Workbench):
         whole, _ = last_whole(own)
         self._hold_zeros(trainer)
         trainer.train(resume_from_checkpoint=all(gather_object([whole is not None])))
-        entry.steps, entry.series = trainer.state.global_step, series_of(trainer.state.log_history)
+        entry.steps, entry.series = (
+            trainer.state.global_step,
+            training_curves(trainer.state.log_history),
+        )
         plain = merge_adapters(trainer.model)
         if plain is not trainer.model:
             self.save_whole(plain, entry)

@@ -36,10 +36,10 @@ from hfslim.pipeline.stages import (
     Transfer,
 )
 from hfslim.pruning import Batches, PruningCallback, prune, shrink
-from hfslim.reporting.page import publish
+from hfslim.reporting.page import write_all
 from hfslim.reporting.report import REPORT
 from hfslim.reporting.staged_writes import flush
-from hfslim.reporting.training_curves import units_of
+from hfslim.reporting.unit_rows import unit_rows
 from hfslim.sparsity import sparsify
 from hfslim.tasks import TASKS
 from hfslim.training.checkpoint import SlimTrainer
@@ -158,7 +158,7 @@ def _publish(work: Work) -> None:
     """Write the report of the last model beside the stages."""
     report = current_report(work)
     if PartialState().is_main_process:
-        publish(report, work.manifest.folder, "tensorboard" in (work.evaluation.report_to or ()))
+        write_all(report, work.manifest.folder, "tensorboard" in (work.evaluation.report_to or ()))
         for warning in report.warnings:
             logger.warning("warning: %s", warning)
 
@@ -239,7 +239,7 @@ def _prune(work: Work, stage: Prune, entry: Entry, args: Any) -> None:
         structure = callback.structure
         if structure is None:
             raise RuntimeError("training ended before pruning began")
-        entry.structure, entry.units = structure.table(), units_of(structure, callback.scores)
+        entry.structure, entry.units = structure.table(), unit_rows(structure, callback.scores)
         return
     torch.nn.Module.to(model, work.evaluation.device)
     result = prune(
@@ -252,7 +252,7 @@ def _prune(work: Work, stage: Prune, entry: Entry, args: Any) -> None:
         **shared,
     )
     entry.structure = result.structure.table()
-    entry.units = units_of(result.structure, result.scores)
+    entry.units = unit_rows(result.structure, result.scores)
     work.save_whole(model, entry)
 
 

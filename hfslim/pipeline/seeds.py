@@ -17,9 +17,9 @@ from hfslim.pipeline.manifest import FILE, OutputError
 from hfslim.pipeline.recipe import Recipe, RecipeError
 from hfslim.pipeline.runner import run
 from hfslim.pipeline.stages import Push
-from hfslim.reporting.page import publish
+from hfslim.reporting.page import write_all
 from hfslim.reporting.report import Quality, Report
-from hfslim.reporting.seed_statistics import Spread
+from hfslim.reporting.seed_statistics import SeedStatistics
 
 __all__ = ["over_seeds", "run_seeds"]
 
@@ -60,7 +60,7 @@ def run_seeds(recipe: Recipe, count: int) -> Path:
         run(replace(recipe, seed=seed, output_dir=str(folder / f"seed-{seed}")))
     if PartialState().is_main_process:
         report = over_seeds({seed: Report.load(folder / f"seed-{seed}") for seed in seeds})
-        publish(report, folder, "tensorboard" in str(recipe.training.get("report_to")))
+        write_all(report, folder, "tensorboard" in str(recipe.training.get("report_to")))
         report.print()
         for warning in report.warnings:
             logger.warning("warning: %s", warning)
@@ -100,14 +100,14 @@ def over_seeds(reports: Mapping[int, Report]) -> Report:
     )
 
 
-def _stability(reports: Mapping[int, Report]) -> list[Spread]:
+def _stability(reports: Mapping[int, Report]) -> list[SeedStatistics]:
     seeds, runs = tuple(reports), list(reports.values())
     spreads = []
 
     def add(figure: str, values: list[float | None], better: Literal["high", "low"]) -> None:
         known = [value for value in values if value is not None and math.isfinite(value)]
         if len(known) == len(seeds):
-            spreads.append(Spread(figure, tuple(known), seeds, better))
+            spreads.append(SeedStatistics(figure, tuple(known), seeds, better))
 
     quality = [one.quality[0] for one in runs]
     metric = quality[0].metric

@@ -1,1 +1,1 @@
-"""What compression did to a model: reports, tables, figures, one web page."""
+"""Reports of a compression: tables, figures, one web page."""

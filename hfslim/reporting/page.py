@@ -1,23 +1,20 @@
-"""A report as one web page that needs nothing else, and its figures as PNG files."""
+"""The report as one self-contained web page, and its figures as PNG files."""
 
 from __future__ import annotations
 
 import io
 import json
 import logging
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image
 
-from hfslim.reporting.plots import check_matplotlib, plots, to_png, to_svg
+from hfslim.reporting.plots import plots_of
+from hfslim.reporting.plots.style import to_png, to_svg
 from hfslim.reporting.report import Report
 
-__all__ = ["FIGURES", "PAGE", "page", "publish", "write_page"]
+__all__ = ["page", "write_all", "write_page"]
 
 logger = logging.getLogger(__name__)
 
@@ -25,45 +22,36 @@ PAGE, FIGURES = "report.html", "figures"
 
 
 def page(report: Report) -> str:
-    """Return a report as HTML, with everything inside: styles, figures and the report itself.
+    """Return a report as HTML that holds its styles, its figures and the report itself.
 
-    The same report gives the same text. It has no scripts, and follows the reader's choice of light
-    or dark.
-
-    Raises:
-        RuntimeError: matplotlib is not installed.
+    The same report gives the same text. The page has no scripts, and follows the reader's choice of
+    light or dark.
     """
-    check_matplotlib()
-    values = report.to_dict()
-    inside = json.dumps(values, separators=(",", ":")).replace("<", "\\u003c")
-    drawn = [(plot, Markup(to_svg(plot))) for plot in plots(report)]
+    inside = json.dumps(report.to_dict(), separators=(",", ":")).replace("<", "\\u003c")
     environment = Environment(
-        loader=PackageLoader("hfslim.reporting", "."), autoescape=True, undefined=StrictUndefined
+        loader=PackageLoader("hfslim.reporting", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    environment.trim_blocks = environment.lstrip_blocks = True
     made = report.provenance
+    origins = {
+        "Task": made.task,
+        "Base model": made.base,
+        "Teacher": made.teacher,
+        "Data": made.data,
+        "Seeds": ", ".join(map(str, made.seeds)),
+        "Machine": made.machine,
+    }
     return environment.get_template("page.html.jinja").render(
         report=report,
         tiles=_tiles(report),
-        drawn=drawn,
-        figures=report.figures(),
-        behaviour=report.behaviour(),
-        rest=report.rest(with_units=not report.units),
-        conditions=report.conditions(),
+        drawn=[(plot, Markup(to_svg(plot))) for plot in plots_of(report)],
+        answers=report.answer_sections(),
+        structure=report.structure_sections(with_units=not report.units),
         about=" · ".join(str(part) for part in (made.task, made.data) if part),
-        origins=[
-            (name, str(value))
-            for name, value in (
-                ("Task", made.task),
-                ("Base model", made.base),
-                ("Teacher", made.teacher),
-                ("Data", made.data),
-                ("Seeds", ", ".join(map(str, made.seeds))),
-                ("Machine", made.machine),
-            )
-            if value
-        ],
-        losses=list(made.losses.items()),
+        origins={name: str(value) for name, value in origins.items() if value},
         runs=[f"seed-{seed}" for seed in report.stability[0].seeds] if report.stability else [],
         values=Markup(inside),
     )
@@ -73,79 +61,68 @@ def write_page(report: Report, folder: str | Path) -> Path:
     """Write `report.html`, and each of its figures as a PNG file in `figures`.
 
     Args:
-        report: What to show.
-        folder: Where to write; it exists.
+        report: The report to show.
+        folder: An existing folder.
 
     Returns:
         The path of the page.
-
-    Raises:
-        RuntimeError: matplotlib is not installed.
     """
-    folder = Path(folder)
-    text = page(report)
-    path = folder / PAGE
-    path.write_text(text, encoding="utf-8")
-    pictures = folder / FIGURES
+    path = Path(folder) / PAGE
+    path.write_text(page(report), encoding="utf-8")
+    pictures = path.with_name(FIGURES)
     pictures.mkdir(exist_ok=True)
-    for plot in plots(report):
+    for plot in plots_of(report):
         (pictures / f"{plot.name}.png").write_bytes(to_png(plot))
     return path
 
 
-def publish(report: Report, folder: Path, tensorboard: bool = False) -> None:
-    """Write a report in all its forms, pages and figures where matplotlib is installed.
+def write_all(report: Report, folder: Path, tensorboard: bool = False) -> None:
+    """Write a report as a page with figures, in Markdown and in JSON.
 
     Args:
-        report: What to write.
-        folder: Where; made if it does not exist.
+        report: The report to write.
+        folder: The folder, made if it does not exist.
         tensorboard: Whether to log figures, numbers and text to TensorBoard too.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        check_matplotlib()
-    except RuntimeError as error:
-        logger.warning("no %s: %s, then hfslim report %s", folder / PAGE, error, folder)
-    else:
-        logger.info("report in %s", write_page(report, folder))
-        if tensorboard:
-            log_to_tensorboard(report, folder / "tensorboard")
-    # Last: where it is, all of the report is.
-    report.write(folder)
-
-
-def log_to_tensorboard(report: Report, folder: Path) -> None:
-    """Log the figures, what stands out and the text of a report.
 
     Raises:
         ImportError: tensorboard is not installed.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    logger.info("report in %s", write_page(report, folder))
+    if tensorboard:
+        _log_to_tensorboard(report, folder / "tensorboard")
+    # report.json is the last file: where it exists, the report is complete.
+    report.write(folder)
+
+
+def _log_to_tensorboard(report: Report, folder: Path) -> None:
+    from matplotlib.image import imread
     from torch.utils.tensorboard import SummaryWriter
 
+    values: dict[str, float | None] = {}
+    for quality in report.quality:
+        values[quality.metric] = quality.value
+        values[f"{quality.metric} before"] = quality.teacher
+    for compared in report.comparisons:
+        values[f"speedup, batch {compared.after.latency.batch_size}"] = compared.speedup
+    if report.answers is not None:
+        values |= {"calibration error": report.answers.ece, "churn": report.answers.churn}
     with SummaryWriter(str(folder)) as writer:
-        for plot in plots(report):
-            picture = Image.open(io.BytesIO(to_png(plot))).convert("RGB")
-            writer.add_image(f"report/{plot.name}", np.asarray(picture), dataformats="HWC")
-        for quality in report.quality:
-            writer.add_scalar(f"report/{quality.metric}", quality.value)
-            if quality.teacher is not None:
-                writer.add_scalar(f"report/{quality.metric} before", quality.teacher)
-        for compared in report.comparisons:
-            batch = compared.after.latency.batch_size
-            writer.add_scalar(f"report/speedup, batch {batch}", compared.speedup)
-        if report.answers is not None:
-            writer.add_scalar("report/calibration error", report.answers.ece)
-            if report.answers.churn is not None:
-                writer.add_scalar("report/churn", report.answers.churn)
+        for plot in plots_of(report):
+            pixels = imread(io.BytesIO(to_png(plot)))[..., :3]
+            writer.add_image(f"report/{plot.name}", pixels, dataformats="HWC")
+        for name, value in values.items():
+            if value is not None:
+                writer.add_scalar(f"report/{name}", value)
         writer.add_text("report", report.to_markdown())
 
 
 def _tiles(report: Report) -> list[tuple[str, str, str]]:
-    """Return the figures that stand out, means over seeds: what, how much, beside what."""
+    """Return the main figures, means over seeds: name, value, a note on the value."""
     tiles, over = [], {one.figure: one for one in report.stability}
     for quality in report.quality[:1]:
-        beside = "" if quality.teacher is None else f"{quality.teacher:.4f} before"
-        tiles.append((quality.metric, f"{quality.value:.4f}", beside))
+        note = "" if quality.teacher is None else f"{quality.teacher:.4f} before"
+        tiles.append((quality.metric, f"{quality.value:.4f}", note))
     for compared in report.comparisons[:1]:
         before, after = compared.before, compared.after
         several = over.get(f"MACs kept, batch {after.latency.batch_size}")
@@ -153,9 +130,9 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
         kept = several.mean if several else kept
         tiles.append(("MACs kept", f"{kept:.1%}", "multiply-accumulates"))
         share = after.parameters / before.parameters
-        whose = f", seed {several.seeds[0]}" if several else ""
-        tiles.append(("parameters kept", f"{share:.1%}", f"{after.parameters:,}{whose}"))
-    for compared in _ends(report.comparisons):
+        seed = f", seed {several.seeds[0]}" if several else ""
+        tiles.append(("parameters kept", f"{share:.1%}", f"{after.parameters:,}{seed}"))
+    for compared in [*report.comparisons[:1], *report.comparisons[1:][-1:]]:
         figure = f"speedup, batch {compared.after.latency.batch_size}"
         several = over.get(figure)
         faster, interval = compared.speedup, f"{compared.low:.2f} to {compared.high:.2f}"
@@ -167,7 +144,3 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     if answers is not None and answers.churn is not None:
         tiles.append(("churn", f"{answers.churn:.1%}", "answers that changed"))
     return tiles
-
-
-def _ends(comparisons: Sequence[Any]) -> list[Any]:
-    return [*comparisons[:1], *comparisons[1:][-1:]]

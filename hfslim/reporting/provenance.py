@@ -1,4 +1,4 @@
-"""Where a model comes from: what it was made from, with what, and on which machine."""
+"""The provenance of a model: base model, teacher, data, losses and machine."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ PACKAGES = ("hfslim", "transformers", "torch", "accelerate", "datasets")
 
 @dataclass(frozen=True)
 class Origin:
-    """A model or a data set that something was made from.
+    """A model or a data set from which a model was made.
 
     Attributes:
-        name: Its Hub id, or what to call it if it is not on the Hub.
+        name: Its Hub id, or a name for it if it is not on the Hub.
         on_hub: Whether `name` is a Hub id.
-        revision: The commit that was read, if it is on the Hub and known.
+        revision: The commit that was read, if known.
         config: Configuration of a data set.
         split: Split of a data set.
     """
@@ -38,7 +38,7 @@ class Origin:
 
     @classmethod
     def of_model(cls, source: str) -> Origin:
-        """Tell what a model is that was loaded from a folder, or from a Hub id, at which commit.
+        """Return the origin of a model that was loaded from a folder or from the Hub.
 
         Args:
             source: Folder, Hub id, or Hub id with a revision as `id@revision`.
@@ -57,12 +57,12 @@ class Origin:
 
 @dataclass(frozen=True)
 class Machine:
-    """What figures of time hold for.
+    """The machine on which times were measured.
 
     Attributes:
         hardware: Processors and accelerators.
         system: Operating system.
-        versions: Versions of Python and of the libraries that matter.
+        versions: Versions of Python and of the main libraries.
     """
 
     hardware: str
@@ -71,7 +71,7 @@ class Machine:
 
     @classmethod
     def here(cls) -> Machine:
-        """Describe the machine that this process runs on."""
+        """Return the machine of this process."""
         versions = {"python": platform.python_version()}
         for package in PACKAGES:
             try:
@@ -91,17 +91,17 @@ class Machine:
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a compressed model was made from, and how.
+    """The models, data, losses and machine with which a compressed model was made.
 
     Attributes:
         task: transformers' name of the task, such as `text-classification`.
-        base: The model that all began with; None if it was untrained.
-        teacher: The model whose outputs were learnt; None if there was none.
+        base: The model at the start; None if it was untrained.
+        teacher: The teacher of the distillation; None if there was none.
         data: The examples.
-        losses: What each training stage minimised, by the stage's number and name.
-        seeds: Seeds of the runs that the metric was taken over.
+        losses: The loss of each training stage, by the stage's number and name.
+        seeds: Seeds of the runs over which the metric was averaged.
         processes: Number of processes of the launch.
-        machine: What the times hold for.
+        machine: The machine on which times were measured.
     """
 
     task: str | None = None
@@ -115,13 +115,12 @@ class Provenance:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Provenance:
-        """Rebuild from what `dataclasses.asdict` gives."""
+        """Rebuild the provenance from `dataclasses.asdict`."""
         parts: dict[str, Any] = dict(values)
-        for name in ("base", "teacher", "data"):
+        made = {"base": Origin, "teacher": Origin, "data": Origin, "machine": Machine}
+        for name, make in made.items():
             if parts.get(name) is not None:
-                parts[name] = Origin(**parts[name])
-        if parts.get("machine") is not None:
-            parts["machine"] = Machine(**parts["machine"])
+                parts[name] = make(**parts[name])
         parts["seeds"] = tuple(parts.get("seeds", ()))
         return cls(**parts)
 

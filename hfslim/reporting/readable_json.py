@@ -1,4 +1,4 @@
-"""Plain values as JSON that people can read."""
+"""Plain values as readable JSON."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import json
 import re
 from typing import Any
 
-__all__ = ["lined"]
+__all__ = ["readable_json"]
 
 
-def lined(content: Any) -> str:
-    """Return content as JSON that people can read: indented, but lists of numbers on one line."""
+def readable_json(content: Any) -> str:
+    """Return content as indented JSON, with each list of numbers on one line."""
     text = json.dumps(content, indent=2)
     numbers = r"\[\n\s+([^\[\]{}\"]+?)\n\s+\]"
     return re.sub(numbers, lambda found: "[" + re.sub(r"\n\s+", " ", found[1]) + "]", text)

@@ -1,4 +1,4 @@
-"""A figure over several seeds: its mean, how far it spreads, its worst."""
+"""The statistics of a figure over several seeds."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-__all__ = ["Spread"]
+__all__ = ["SeedStatistics"]
 
 
 @dataclass(frozen=True)
-class Spread:
-    """One figure of the runs of several seeds.
+class SeedStatistics:
+    """The values of one figure in the runs of several seeds, and their statistics.
 
     Attributes:
-        figure: What it is.
-        values: One for each seed.
+        figure: The name of the figure.
+        values: One value for each seed.
         seeds: The seeds, in the same order.
-        better: Whether high or low values are.
+        better: Whether high or low values are better.
 
     Examples:
-        >>> accuracy = Spread("accuracy", (0.9, 0.8, 0.7), (42, 43, 44), "high")
+        >>> accuracy = SeedStatistics("accuracy", (0.9, 0.8, 0.7), (42, 43, 44), "high")
         >>> accuracy.cells()
         ('accuracy', '0.8000', '0.1000', '0.7000', '44')
     """
@@ -33,12 +33,12 @@ class Spread:
 
     @property
     def mean(self) -> float:
-        """Mean over the seeds."""
+        """The mean over the seeds."""
         return fmean(self.values)
 
     @property
     def std(self) -> float | None:
-        """Standard deviation of a sample, over n − 1; None of a single seed."""
+        """The standard deviation of the sample, over n − 1; None for a single seed."""
         return stdev(self.values) if len(self.values) > 1 else None
 
     @property
@@ -52,18 +52,18 @@ class Spread:
         return (min if self.better == "high" else max)(self.values)
 
     def cells(self) -> tuple[str, str, str, str, str]:
-        """Return figure, mean, spread, worst value and worst seed as text."""
+        """Return figure, mean, standard deviation, worst value and worst seed as text."""
         spread = "-" if self.std is None else f"{self.std:.4f}"
         worst = (f"{self.worst:.4f}", str(self.worst_seed))
         return (self.figure, f"{self.mean:.4f}", spread, *worst)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, ready for JSON, with what follows from them."""
-        told = ("mean", "std", "worst", "worst_seed")
-        return {**asdict(self), **{name: getattr(self, name) for name in told}}
+        """Return fields and statistics as plain values, ready for JSON."""
+        derived = ("mean", "std", "worst", "worst_seed")
+        return {**asdict(self), **{name: getattr(self, name) for name in derived}}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Spread:
-        """Rebuild from what `to_dict` gives."""
-        own = (values["figure"], tuple(values["values"]), tuple(values["seeds"]), values["better"])
-        return cls(*own)
+    def from_dict(cls, values: Mapping[str, Any]) -> SeedStatistics:
+        """Rebuild the statistics from `to_dict`."""
+        seeds = tuple(values["seeds"])
+        return cls(values["figure"], tuple(values["values"]), seeds, values["better"])

@@ -1,4 +1,4 @@
-"""What a report tells of the zeros among a model's weights."""
+"""The table and the sentences on zero weights, for reports and model cards."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 HEADINGS = ("modules", "weights", "zero", "pattern")
 Rows = Sequence[Mapping[str, Any]]
-"""As `WeightSparsity.to_dict` gives them: one for each kind of module, the last for all."""
+"""Rows of `WeightSparsity.to_dict`: one for each kind of module, the last for all."""
 
 
-def cells(rows: Rows) -> list[tuple[str, str, str, str]]:
-    """Return the lines of a table under `HEADINGS`.
+def table_rows(rows: Rows) -> list[tuple[str, str, str, str]]:
+    """Return the rows of a table under `HEADINGS`.
 
     Examples:
-        >>> cells([{"kind": "all", "weights": 2048, "sparsity": 0.5, "pattern": "2:4"}])
+        >>> table_rows([{"kind": "all", "weights": 2048, "sparsity": 0.5, "pattern": "2:4"}])
         [('all', '2,048', '50.0%', '2:4')]
     """
     return [
@@ -29,13 +29,13 @@ def cells(rows: Rows) -> list[tuple[str, str, str, str]]:
 
 
 def summary(rows: Rows) -> str:
-    """Return one sentence on all of them."""
+    """Return one sentence on the share of zeros, and their pattern."""
     pattern = f" in the pattern {rows[-1]['pattern']}" if rows[-1]["pattern"] else ""
-    return f"Of the weights of its encoder {rows[-1]['sparsity']:.1%} are zero{pattern}."
+    return f"{rows[-1]['sparsity']:.1%} of the weights of its encoder are zero{pattern}."
 
 
-def use(rows: Rows) -> str:
-    """Return what the zeros are good for, and what not."""
+def speed_note(rows: Rows) -> str:
+    """Return what the zeros gain in speed and size."""
     text = (
         "Dense kernels multiply zeros like any other number: they bring no speed, and no smaller "
         "file, only one that compresses better."

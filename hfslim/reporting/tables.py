@@ -1,4 +1,4 @@
-"""Tables of a report: their rows, on the screen and in Markdown."""
+"""The tables of a report, on the screen and in Markdown."""
 
 from __future__ import annotations
 
@@ -13,34 +13,25 @@ from rich.table import Table
 from hfslim.measuring.class_answers import ClassLine
 from hfslim.measuring.measurement import Comparison
 from hfslim.measuring.timing import Latency
-from hfslim.reporting.picture import natural
+from hfslim.reporting.layer_names import natural_key
 
 __all__ = [
-    "NOT_MEASURED",
-    "Row",
-    "Section",
-    "by_class",
-    "costs",
-    "kept",
-    "markdown_table",
-    "number",
+    *("NOT_MEASURED", "FigureRow", "Section", "class_table", "cost_rows", "formatted"),
+    *("kept_rows", "markdown_table", "measurement_conditions"),
 ]
 
 BAR_WIDTH = 24
 NOT_MEASURED = "not measured"
-COSTS = (
-    "parameters",
-    "parameters without embeddings",
-    "bytes of weights",
-    "MACs",
-    "p50 ms",
-    "p95 ms",
-    "examples/s",
-)
+SIZES = {
+    "parameters": "parameters",
+    "parameters without embeddings": "parameters_without_embeddings",
+    "bytes of weights": "bytes",
+}
+COSTS = (*SIZES, "MACs", "p50 ms", "p95 ms", "examples/s")
 
 
-class Row(NamedTuple):
-    """A line of the table of figures: what it is, before, after, and how they relate."""
+class FigureRow(NamedTuple):
+    """A row of the table of figures: name, value before, value after, change."""
 
     figure: str
     before: str
@@ -53,12 +44,12 @@ class Section:
     """A table under a title.
 
     Attributes:
-        title: What stands above.
+        title: The title above.
         headings: One for each column.
         rows: Cells as text.
         notes: Lines below the table.
-        code: Columns that are set as code in Markdown.
-        right: Columns that are flush right on the screen.
+        code: Columns set as code in Markdown.
+        right: Columns set flush right on the screen.
     """
 
     title: str
@@ -69,10 +60,10 @@ class Section:
     right: Sequence[int] = ()
 
     def print(self, console: Console) -> None:
-        """Show it on the screen."""
+        """Print the table and its notes on the screen."""
         table = Table(title=escape(self.title), title_justify="left")
-        for number, heading in enumerate(self.headings):
-            table.add_column(heading, justify="right" if number in self.right else "left")
+        for column, heading in enumerate(self.headings):
+            table.add_column(heading, justify="right" if column in self.right else "left")
         for row in self.rows:
             table.add_row(*map(escape, row))
         console.print(table)
@@ -80,7 +71,7 @@ class Section:
             console.print(note, markup=False)
 
     def to_markdown(self, level: int = 2) -> str:
-        """Return it as Markdown, under a heading of a level."""
+        """Return the table as Markdown, under a heading of a level."""
         rows = [
             [f"`{cell}`" if i in self.code else cell for i, cell in enumerate(row)]
             for row in self.rows
@@ -90,55 +81,51 @@ class Section:
 
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay out rows as a Markdown table."""
+    """Return rows as a Markdown table."""
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in x) + " |" for x in lines)
 
 
-def number(value: float | None, after: str = "", sign: str = "") -> str:
-    """Write a figure with four decimals."""
+def formatted(value: float | None, after: str = "", sign: str = "") -> str:
+    """Return a figure with four decimals, or `not measured`."""
     return NOT_MEASURED if value is None else f"{value:{sign}z.4f}{after}"
 
 
-def costs(comparisons: Sequence[Comparison]) -> list[Row]:
-    """Return the lines of parameters, bytes, multiply-accumulates and times."""
+def cost_rows(comparisons: Sequence[Comparison]) -> list[FigureRow]:
+    """Return the rows of parameters, bytes, multiply-accumulates and times."""
     if not comparisons:
-        return [Row(figure, NOT_MEASURED, NOT_MEASURED, "-") for figure in COSTS]
+        return [FigureRow(figure, NOT_MEASURED, NOT_MEASURED, "-") for figure in COSTS]
     before, after = comparisons[0].before, comparisons[0].after
-    rows = [
-        _count("parameters", before.parameters, after.parameters),
-        _count(
-            "parameters without embeddings",
-            before.parameters_without_embeddings,
-            after.parameters_without_embeddings,
-        ),
-        _count("bytes of weights", before.bytes, after.bytes),
-    ]
+    rows = [_count(name, getattr(before, at), getattr(after, at)) for name, at in SIZES.items()]
     for c in comparisons:
         at = f"batch {c.after.latency.batch_size}"
-        rows.append(_count(f"MACs, {at}", c.before.macs, c.after.macs))
-        rows += _times(at, c)
+        old, new = c.before.latency, c.after.latency
+        faster = f"speedup {c.speedup:.2f}x ({c.low:.2f} to {c.high:.2f})"
+        rate = (old.throughput, new.throughput)
+        rows += [
+            _count(f"MACs, {at}", c.before.macs, c.after.macs),
+            FigureRow(f"p50 ms, {at}", f"{old.p50_ms:.2f}", f"{new.p50_ms:.2f}", faster),
+            _times(f"p95 ms, {at}", ".2f", old.p95_ms, new.p95_ms, old.p95_ms / new.p95_ms),
+            _times(f"examples/s, {at}", ",.1f", *rate, rate[1] / rate[0]),
+        ]
     return rows
 
 
-def conditions(comparisons: Sequence[Comparison]) -> list[str]:
-    """Return what each measurement holds for: input, device, dtype, threads, calls."""
+def measurement_conditions(comparisons: Sequence[Comparison]) -> list[str]:
+    """Return the input, device, dtype, threads and calls of each measurement."""
     lines = []
     for c in comparisons:
-        before, after = _stated(c.before.latency), _stated(c.after.latency)
-        stated = after if before == after else f"before {before}; after {after}"
-        inputs = c.after.inputs
-        if c.before.inputs != inputs:
-            inputs = f"before {c.before.inputs}; after {inputs}"
+        time = _before_and_after(_stated(c.before.latency), _stated(c.after.latency))
         lines.append(
-            f"Batch {c.after.latency.batch_size}: {inputs}; {stated}; "
+            f"Batch {c.after.latency.batch_size}: "
+            f"{_before_and_after(c.before.inputs, c.after.inputs)}; {time}; "
             f"{c.after.latency.calls} calls of each in turn; "
             "speedup of the median with its 95 % interval."
         )
     return lines
 
 
-def kept(structure: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
+def kept_rows(structure: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
     """Return layer, kind of unit, a bar and the numbers kept and before, layer by layer."""
     return [
         (
@@ -147,19 +134,19 @@ def kept(structure: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, st
             _bar(row["kept"], row["total"]),
             f"{row['kept']:,} / {row['total']:,}",
         )
-        for row in sorted(structure, key=lambda row: natural(row["path"]))
+        for row in sorted(structure, key=lambda row: natural_key(row["path"]))
     ]
 
 
-def by_class(lines: Sequence[ClassLine], notes: Sequence[str] = ()) -> Section:
-    """Return classes and the share of each one's examples that is answered right."""
+def class_table(lines: Sequence[ClassLine], notes: Sequence[str] = ()) -> Section:
+    """Return the share of each class's examples that is answered right, before and after."""
     rows = [
         (
             line.name,
             f"{line.examples:,}",
-            number(line.teacher),
-            number(line.model),
-            "-" if line.change is None else number(line.change, sign="+"),
+            formatted(line.teacher),
+            formatted(line.model),
+            "-" if line.change is None else formatted(line.change, sign="+"),
         )
         for line in lines
     ]
@@ -167,37 +154,25 @@ def by_class(lines: Sequence[ClassLine], notes: Sequence[str] = ()) -> Section:
     return Section("Class by class", headings, rows, notes, right=(1, 2, 3, 4))
 
 
-def _count(figure: str, before: int, after: int) -> Row:
+def _count(figure: str, before: int, after: int) -> FigureRow:
     change = f"{after / before:.1%} kept" if before else "-"
-    return Row(figure, f"{before:,}", f"{after:,}", change)
+    return FigureRow(figure, f"{before:,}", f"{after:,}", change)
 
 
-def _times(at: str, comparison: Comparison) -> list[Row]:
-    before, after = comparison.before.latency, comparison.after.latency
-    faster = f"speedup {comparison.speedup:.2f}x ({comparison.low:.2f} to {comparison.high:.2f})"
-    return [
-        Row(f"p50 ms, {at}", f"{before.p50_ms:.2f}", f"{after.p50_ms:.2f}", faster),
-        Row(
-            f"p95 ms, {at}",
-            f"{before.p95_ms:.2f}",
-            f"{after.p95_ms:.2f}",
-            f"{before.p95_ms / after.p95_ms:.2f}x",
-        ),
-        Row(
-            f"examples/s, {at}",
-            f"{before.throughput:,.1f}",
-            f"{after.throughput:,.1f}",
-            f"{after.throughput / before.throughput:.2f}x",
-        ),
-    ]
+def _times(figure: str, form: str, before: float, after: float, faster: float) -> FigureRow:
+    return FigureRow(figure, f"{before:{form}}", f"{after:{form}}", f"{faster:.2f}x")
 
 
 def _stated(time: Latency) -> str:
     return f"{time.device}, {time.dtype}, {time.threads} threads"
 
 
+def _before_and_after(before: str, after: str) -> str:
+    return after if before == after else f"before {before}; after {after}"
+
+
 def _bar(kept: int, total: int) -> str:
-    # Neither a survivor nor a removal may vanish in the rounding.
+    # Rounding must neither hide the last kept unit nor the only removed one.
     filled = round(BAR_WIDTH * kept / total) if total else 0
     if 0 < kept < total:
         filled = min(max(filled, 1), BAR_WIDTH - 1)

@@ -21,7 +21,7 @@ from transformers.utils.hub import PushInProgress, hf_api
 from hfslim.anatomy.structure import Structure
 from hfslim.anatomy.weights import zeros_of
 from hfslim.hub.card import write_card
-from hfslim.hub.push import LEFT_OUT, PushError, push, told
+from hfslim.hub.push import LEFT_OUT, PushError, hub_errors_explained, push
 from hfslim.reporting.provenance import Machine, Origin, Provenance
 from hfslim.reporting.report import REPORT, Quality, Report
 
@@ -49,7 +49,7 @@ class HubMixin(Trainer):
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Create the repository, as `transformers.Trainer.init_hf_repo`."""
         token = token or self.args.hub_token
-        with told(repr(self.args.hub_model_id or self.args.output_dir), token):
+        with hub_errors_explained(repr(self.args.hub_model_id or self.args.output_dir), token):
             super().init_hf_repo(token=token, private=private)
 
     def create_model_card(

@@ -7,7 +7,7 @@ from models import tiny
 
 from hfslim.anatomy.inputs import example_inputs
 from hfslim.inspection import layer_similarity, linear_cka, prediction_changes, unit_agreement
-from hfslim.reporting.heatmap import class_panel
+from hfslim.reporting.plots.heat_maps import class_map
 
 
 def unbiased_hsic(x, y):
@@ -149,9 +149,9 @@ def test_a_map_of_classes_shows_places_or_the_units_of_one_place():
         ("heads", "a"): torch.tensor([[0.2, 0.2], [0.1, 0.1]]),
         ("heads", "b"): torch.tensor([[0.3, 0.3], [0.7, 0.1]]),
     }
-    panel = class_panel("heads", shares, ["cat"])
+    panel = class_map("heads", shares, ["cat"])
     torch.testing.assert_close(panel.values, torch.tensor([[0.5, 0.8 / 0.6]]))
     layers = {("layers", "x"): torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.0, 0.5]])}
-    panel = class_panel("layers", layers, ["cat"])
+    panel = class_map("layers", layers, ["cat"])
     torch.testing.assert_close(panel.values, torch.tensor([[1.0, 0.0, 2.5]]))
     assert panel.columns == ["0", "1", "2"]

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,8 +16,8 @@ from comparisons import comparison
 from hfslim.cli import main
 from hfslim.measuring.class_answers import ClassAnswers
 from hfslim.pipeline.seeds import over_seeds
-from hfslim.reporting.page import page, publish, write_page
-from hfslim.reporting.plots import plots
+from hfslim.reporting.page import page, write_all, write_page
+from hfslim.reporting.plots import plots_of
 from hfslim.reporting.plots.style import MARKS, PAPER
 from hfslim.reporting.report import Quality, Report
 
@@ -200,7 +201,7 @@ def test_every_name_on_the_page_is_unique_and_resolves(text: str) -> None:
 
 
 def test_every_figure_is_there_with_words_and_numbers(text: str) -> None:
-    made = plots(report_of())
+    made = plots_of(report_of())
     assert [plot.name for plot in made] == FIGURES
     assert Page(text).pictures == len(FIGURES)
     for plot in made:
@@ -222,7 +223,7 @@ def test_the_page_holds_the_report_and_shows_its_values(text: str) -> None:
         assert {f"{line.teacher:.4f}", f"{line.model:.4f}", f"{line.change:+.4f}"} <= set(
             found.cells
         )
-    for plot in plots(report):
+    for plot in plots_of(report):
         for row in plot.table.rows:
             assert set(row) <= {*found.cells, ""}
 
@@ -269,7 +270,7 @@ def test_seeds_are_drawn_and_linked() -> None:
     report = over_seeds({1: report_of(), 2: report_of(), 3: report_of()})
     found = Page(page(report))
     assert found.links == [f"seed-{n}/report.html" for n in (1, 2, 3)]
-    assert [plot.name for plot in plots(report)] == ["seeds", *FIGURES]
+    assert [plot.name for plot in plots_of(report)] == ["seeds", *FIGURES]
 
 
 def test_over_seeds_the_figures_that_stand_out_are_means() -> None:
@@ -282,12 +283,12 @@ def test_over_seeds_the_figures_that_stand_out_are_means() -> None:
     assert (tiles["speedup, batch 1"], tiles["speedup, batch 32"]) == ("2.75×", "3.50×")
     assert "<span>2.00 to 5.00 by seed</span>" in text
     assert re.search(r"<span>[\d,]+, seed 7</span>", text)
-    assert report.conditions()[0] == "Costs are those of seed 7."
+    assert report.measurement_conditions()[0] == "Costs are those of seed 7."
 
 
 def test_equal_values_of_seeds_do_not_hide_each_other() -> None:
     report = over_seeds({1: report_of(), 2: report_of(), 3: report_of()})
-    plot = next(one for one in plots(report) if one.name == "seeds")
+    plot = next(one for one in plots_of(report) if one.name == "seeds")
     for axes in plot.draw(PAPER).axes:
         marks = [line.get_xydata()[0] for line in axes.lines if line.get_marker() in MARKS]
         assert len({(float(x), float(y)) for x, y in marks}) == 3
@@ -315,7 +316,7 @@ def test_no_text_is_cut_off_however_long_the_names(name: str, make) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.text import Text
 
-    plot = next(one for one in plots(make()) if one.name == name)
+    plot = next(one for one in plots_of(make()) if one.name == name)
     with rc_context(PAPER.settings):
         figure = plot.draw(PAPER)
         FigureCanvasAgg(figure).draw()
@@ -331,30 +332,37 @@ def test_no_text_is_cut_off_however_long_the_names(name: str, make) -> None:
 
 
 def test_no_two_lines_of_one_figure_look_alike() -> None:
-    plot = next(one for one in plots(long_report()) if one.name == "course")
+    plot = next(one for one in plots_of(long_report()) if one.name == "course")
     for axes in plot.draw(PAPER).axes[:2]:
         lines = [line for line in axes.lines if not line.get_label().startswith("_")]
         assert len(lines) > 4
         assert len({(line.get_color(), str(line._dash_pattern)) for line in lines}) == len(lines)
 
 
-def test_without_matplotlib_the_report_is_kept_and_the_way_told(
-    tmp_path: Path, monkeypatch, caplog, capsys
-) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    with caplog.at_level("WARNING", "hfslim"):
-        publish(report_of(), tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"report.json", "report.md"}
-    (told,) = [record.message for record in caplog.records]
-    assert "pip install 'hfslim[plots]', then hfslim report" in told
-    main_exits(["report", str(tmp_path)], 1)
-    assert "hfslim[plots]" in capsys.readouterr().err
+DRAWS = """
+import sys
+from pathlib import Path
+import hfslim.cli.sharing, hfslim.hub.card, hfslim.reporting.page
+from hfslim.reporting.plots.maps import draw_structure
+assert not any(name.startswith("matplotlib") for name in sys.modules)
+draw_structure([{"kind": "heads", "path": "a", "kept": 1, "total": 2}], Path(sys.argv[1]))
+assert "matplotlib.pyplot" not in sys.modules
+import matplotlib
+assert not isinstance(dict.__getitem__(matplotlib.rcParams, "backend"), str)
+"""
+
+
+def test_matplotlib_is_imported_to_draw_and_keeps_its_backend(tmp_path: Path) -> None:
+    picture = tmp_path / "structure.png"
+    done = subprocess.run([sys.executable, "-c", DRAWS, str(picture)], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_tensorboard_gets_figures_numbers_and_text(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    publish(report_of(), tmp_path, tensorboard=True)
+    write_all(report_of(), tmp_path, tensorboard=True)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     tags = events.Tags()

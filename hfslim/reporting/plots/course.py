@@ -1,4 +1,4 @@
-"""Figures of how a run went: losses, sparsity and the metric over time, and what speed cost."""
+"""Figures of a run: losses, kept units and the metric over the steps; the metric over latency."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 SHARES = ("kept_", "expected_", "weight_sparsity")
 
 LINE = 0.14
-"""Inches for a line of text."""
+"""The height of a line of text in inches."""
 LETTERS = 0.023
-"""Share of the width that a letter takes."""
+"""The share of the width that a letter takes."""
 LEGEND, BESIDE = 42, 7
-"""Letters that a legend has room for; those that one more column's line takes."""
+"""The letters that a legend has room for, and that a further column takes for its line."""
 TURN = 0.6
-"""Share of the width from which on a stage's name stands left of its line."""
+"""The share of the width from which a stage's name stands left of its line."""
 
 
-def course(report: Report) -> Plot | None:
-    """Draw loss terms, what is kept and the metric over the steps of all stages."""
+def training_course(report: Report) -> Plot | None:
+    """Plot loss terms, shares of kept units and the metric over the steps of all stages."""
     spans = _spans(report.history)
     if not any(one["series"] for one in report.history):
         return None
@@ -89,7 +89,7 @@ def course(report: Report) -> Plot | None:
         axes[-1].set_xlabel("steps of all stages")
         return figure
 
-    rows, told = [], []
+    rows, metrics = [], []
     for one in report.history:
         last = {name: values["value"][-1] for name, values in one["series"].items()}
         own = ", ".join(f"{name} {value:.4g}" for name, value in last.items() if "loss" in name)
@@ -98,16 +98,16 @@ def course(report: Report) -> Plot | None:
             (one["stage"], str(one["steps"]), own or "-", "-" if after is None else f"{after:.4f}")
         )
         if after is not None:
-            told.append(f"after {one['stage']} {metric} is {after:.4f}")
+            metrics.append(f"after {one['stage']} {metric} is {after:.4f}")
     headings = ("stage", "steps", "at its end", metric or "metric")
     table = Section("Stages", headings, rows, right=(1, 3))
     names = ", ".join([*losses, *shares])
-    alt = f"Lines over the training steps of all stages: {names}; {'; '.join(told)}."
+    alt = f"Lines over the training steps of all stages: {names}; {'; '.join(metrics)}."
     return Plot("course", "How it went", alt, draw, table)
 
 
-def curve(report: Report) -> Plot | None:
-    """Draw the metric against the latency of the whole model and of each cut one."""
+def speed_cost(report: Report) -> Plot | None:
+    """Plot the metric against the latency of the whole model and of each cut model."""
     points = report.curve
     if not points:
         return None
@@ -149,16 +149,16 @@ def curve(report: Report) -> Plot | None:
     ]
     headings = ("model", "seed", metric, "MACs", *(f"ms, batch {size}" for size in sizes))
     table = Section("Speed", headings, rows, right=tuple(range(1, len(headings))))
-    told = [
+    values = [
         f"{p['label']}: {metric} {p['metric']:.4f} at {p['latency_ms'][sizes[-1]]:.2f} ms"
         for p in points[:8]
     ]
-    alt = f"Points of {metric} against latency, batch {sizes[-1]}: {'; '.join(told)}."
+    alt = f"Points of {metric} against latency, batch {sizes[-1]}: {'; '.join(values)}."
     return Plot("curve", "What speed costs", alt, draw, table)
 
 
 def _rows(begun: Mapping[int, str], end: int) -> list[int]:
-    """Return, for the name of each stage, the lowest row above the axes in which it has room."""
+    """Return for each stage the lowest row above the axes that has room for its name."""
     rows: list[list[tuple[float, float]]] = []
     places = []
     for start, name in begun.items():
@@ -176,7 +176,7 @@ def _rows(begun: Mapping[int, str], end: int) -> list[int]:
 
 
 def _columns(names: Iterable[str]) -> int:
-    """Return how many names of a legend, which go down first, have room beside each other."""
+    """Return the number of columns of a legend, whose names go down first."""
     lengths = [len(name) for name in names]
     for columns in (3, 2):
         parts = np.array_split(lengths, min(columns, len(lengths)))
@@ -196,7 +196,7 @@ def _spans(history: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
 def _steps_of_cuts(
     report: Report, spans: Sequence[tuple[int, int]]
 ) -> dict[str, tuple[list[float], list[float]]]:
-    """Return the share of each kind's units that is left, which cuts in one go lower at once."""
+    """Return the kept share of each kind over the steps, for cuts that are made at once."""
     places = {one["stage"]: start for one, (start, _) in zip(report.history, spans, strict=True)}
     totals: dict[tuple[str, str], list[float]] = {}
     for row in report.units:

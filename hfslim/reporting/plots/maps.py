@@ -1,14 +1,16 @@
-"""Maps of a model: which units are kept, and how much each matters."""
+"""Pictures of a model layer by layer: the units that it keeps, and their importance."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hfslim.reporting.picture import natural, short_names
-from hfslim.reporting.plots.style import Plot, Theme, new_figure
+from hfslim.reporting.layer_names import natural_key, short_names
+from hfslim.reporting.plots.heat_maps import draw_cells
+from hfslim.reporting.plots.style import LETTER, Plot, Theme, label_rows, new_figure, save
 from hfslim.reporting.report import Report
 from hfslim.reporting.tables import Section
 
@@ -16,60 +18,94 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Rows = Sequence[Mapping[str, Any]]
+Panels = Mapping[tuple[str, str], Rows]
 FEW = 400
-"""Cells up to which each is drawn as a square of its own."""
-WIDEST = 47
-"""Letters of a title that have room."""
-ROOM = 0.17
-"""Inches for each line."""
+"""The number of cells up to which each is drawn as a square of its own."""
+LINE = 0.17
+"""The height of a row in inches."""
+BAR = 2.1
+"""The width of a bar of a card's picture in inches."""
 
 
-def structure(report: Report) -> Plot | None:
-    """Draw which units are kept, layer by layer: one map for each kind."""
+def draw_structure(rows: Rows, path: Path) -> None:
+    """Draw the share of units that each layer keeps, with a panel of bars for each kind.
+
+    Args:
+        rows: `{"kind", "path", "kept", "total"}`, as of `Structure.table`.
+        path: The PNG file to write.
+
+    Raises:
+        ValueError: There is no row.
+    """
+    if not rows:
+        raise ValueError("no rows were given, expected those of Structure.table()")
+    kinds = dict.fromkeys(row["kind"] for row in rows)
+    layers = sorted(rows, key=lambda row: natural_key(row["path"]))
+    panels = {kind: [row for row in layers if row["kind"] == kind] for kind in kinds}
+    labels = {kind: short_names([row["path"] for row in panels[kind]]) for kind in kinds}
+    counts = {
+        kind: [f"{row['kept']:,} / {row['total']:,}" for row in panels[kind]] for kind in kinds
+    }
+    widths = {
+        kind: BAR + 0.3 + LETTER * (max(map(len, labels[kind][0])) + max(map(len, counts[kind])))
+        for kind in kinds
+    }
+    most = max(map(len, panels.values()))
+
+    def draw(theme: Theme) -> Figure:
+        figure, axes = new_figure(0.5 + LINE * most, 1, len(kinds), sum(widths.values()))
+        for place, (kind, colour) in zip(axes, _colours(kinds, theme).items(), strict=True):
+            names, pattern = labels[kind]
+            label_rows(place, names, f"{kind}{pattern}", widths[kind])
+            shares = [row["kept"] / row["total"] if row["total"] else 0 for row in panels[kind]]
+            bars = range(len(shares))
+            place.barh(bars, 1, height=0.7, color=theme.grid, linewidth=0)
+            # The bar of one unit among many is still visible.
+            visible = [share and max(share, 0.01) for share in shares]
+            place.barh(bars, visible, height=0.7, color=colour, linewidth=0)
+            place.set(xlim=(0, 1), ylim=(most - 0.5, -0.6))
+            _count_beside(place, counts[kind], theme)
+        return figure
+
+    save(draw, path)
+
+
+def kept_units(report: Report) -> Plot | None:
+    """Plot which units are kept, layer by layer: one map for each kind."""
     if not report.units:
         return None
     panels = _panels(report.units)
-    parts = [_told(kind, rows) for (_, kind), rows in panels.items()]
 
     def draw(theme: Theme) -> Figure:
         figure, axes = _stack(panels)
+        colours = _colours((kind for _, kind in panels), theme)
         for one, ((stage, kind), rows) in zip(axes, panels.items(), strict=True):
-            labels, pattern = short_names([row["path"] for row in rows])
-            totals = [row["total"] for row in rows]
-            counts = [f"{round(_share(row) * row['total']):,}" for row in rows]
-            _lines(one, labels, f"{_title(panels, stage, kind)}{pattern}")
-            if max(totals) * len(rows) <= FEW:
-                _squares(one, [row["kept"] for row in rows], theme)
-            else:
-                _bands(one, [row["kept"] for row in rows], theme)
-            for line, count in enumerate(counts):
-                one.annotate(
-                    f"{count} of {totals[line]:,}",
-                    (1.02, line),
-                    xycoords=("axes fraction", "data"),
-                    va="center",
-                    fontsize=6.5,
-                    color=theme.muted,
-                )
+            _label(one, panels, stage, kind)
+            kept, totals = [row["kept"] for row in rows], [row["total"] for row in rows]
+            few = max(totals) * len(rows) <= FEW
+            (_draw_squares if few else _draw_bands)(one, kept, colours[kind], theme)
+            counts = [f"{_count(row):,} of {row['total']:,}" for row in rows]
+            _count_beside(one, counts, theme)
         return figure
 
     rows = [
-        (stage, row["path"], kind, f"{round(_share(row) * row['total']):,}", f"{row['total']:,}")
+        (stage, row["path"], kind, f"{_count(row):,}", f"{row['total']:,}")
         for (stage, kind), lines in panels.items()
         for row in lines
     ]
     table = Section(
         "Kept", ("stage", "layer", "units", "kept", "of"), rows, code=(1,), right=(3, 4)
     )
+    counts = [_summary(kind, rows) for (_, kind), rows in panels.items()]
     alt = (
-        "Maps with a line for each layer and its units from left to right; filled is kept, hollow "
-        f"or pale is removed. {' '.join(parts)}"
+        "Maps with a row for each layer and its units from left to right; filled is kept, hollow "
+        f"or pale is removed. {' '.join(counts)}"
     )
     return Plot("structure", "What is kept", alt, draw, table)
 
 
 def importance(report: Report) -> Plot | None:
-    """Draw how much each unit mattered when it was decided on: one heat map for each kind."""
+    """Plot the importance of each unit at the time of the cut: one heat map for each kind."""
     scored = [row for row in report.units if row.get("importance")]
     if not scored:
         return None
@@ -78,69 +114,64 @@ def importance(report: Report) -> Plot | None:
     def draw(theme: Theme) -> Figure:
         figure, axes = _stack(panels)
         for one, ((stage, kind), rows) in zip(axes, panels.items(), strict=True):
-            labels, pattern = short_names([row["path"] for row in rows])
-            _lines(one, labels, f"{_title(panels, stage, kind)}{pattern}")
+            _label(one, panels, stage, kind)
             grid = _grid([row["importance"] for row in rows])
-            top = max(float(np.nanmax(grid)), 1e-30)
-            # Most units matter little: the square root keeps them apart.
-            image = one.imshow(
-                np.sqrt(np.clip(grid / top, 0, None)),
-                aspect="auto",
-                vmin=0,
-                vmax=1,
-                cmap="cividis",
-                interpolation="nearest",
-            )
-            bar = figure.colorbar(image, ax=one, pad=0.02, fraction=0.06, ticks=[0, 0.5, 1])
-            bar.ax.set_yticklabels(["0", "¼", "max"], fontsize=6.5)
-            bar.outline.set_visible(False)
+            # Most units have little importance: the square root keeps them apart.
+            shares = np.clip(grid / max(float(np.nanmax(grid)), 1e-30), 0, None)
+            bar = draw_cells(figure, one, shares, highest=1, gamma=0.5)
+            bar.set_ticks([0, 0.25, 1], labels=["0", "¼", "max"])
         return figure
 
     rows = []
     for (stage, kind), lines in panels.items():
-        total = sum(sum(row["importance"]) * row["total"] / len(row["importance"]) for row in lines)
-        for row in lines:
-            own = sum(row["importance"]) * row["total"] / len(row["importance"])
-            share = f"{own / total:.1%}" if total else "-"
+        sums = [_whole(row) for row in lines]
+        for row, own in zip(lines, sums, strict=True):
+            share = f"{own / sum(sums):.1%}" if sum(sums) else "-"
             rows.append((stage, row["path"], kind, share, f"{max(row['importance']):.3g}"))
     headings = ("stage", "layer", "units", "share of all", "greatest")
     table = Section("Importance", headings, rows, code=(1,), right=(3, 4))
     top = [
-        f"Of the {kind}, those of {max(lines, key=lambda row: sum(row['importance']))['path']} "
-        "matter most."
+        f"The most important {kind} are those of "
+        f"{max(lines, key=lambda row: sum(row['importance']))['path']}."
         for (_, kind), lines in panels.items()
         if len(lines) > 1
     ]
     alt = (
-        "Heat maps with a line for each layer and its units from left to right, from dark for "
+        "Heat maps with a row for each layer and its units from left to right, from dark for "
         f"unimportant to bright for the most important of the kind. {' '.join(top)}"
     )
     return Plot("importance", "What matters", alt, draw, table)
 
 
-def _panels(units: Rows) -> dict[tuple[str, str], list[Mapping[str, Any]]]:
-    """Return the rows of each stage and kind, layers in order."""
-    panels: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for row in sorted(units, key=lambda row: natural(row["path"])):
-        panels.setdefault((row["stage"], row["kind"]), []).append(row)
-    order = {key: place for place, key in enumerate(dict.fromkeys(map(_place, units)))}
-    return dict(sorted(panels.items(), key=lambda item: order[item[0]]))
+def _colours(kinds: Iterable[str], theme: Theme) -> dict[str, str]:
+    different = dict.fromkeys(kinds)
+    return {kind: theme.series[place % 4] for place, kind in enumerate(different)}
 
 
-def _place(row: Mapping[str, Any]) -> tuple[str, str]:
-    return row["stage"], row["kind"]
-
-
-def _title(panels: Mapping[tuple[str, str], Rows], stage: str, kind: str) -> str:
-    several = len({stage for stage, _ in panels}) > 1
-    return f"{stage}: {kind}" if several else kind
+def _panels(units: Rows) -> dict[tuple[str, str], Rows]:
+    """Return the rows of each stage and kind, in the order of the layers."""
+    panels: dict[tuple[str, str], list[Mapping[str, Any]]] = {
+        (row["stage"], row["kind"]): [] for row in units
+    }
+    for row in sorted(units, key=lambda row: natural_key(row["path"])):
+        panels[row["stage"], row["kind"]].append(row)
+    return {**panels}
 
 
 def _share(row: Mapping[str, Any]) -> float:
     return float(np.mean(row["kept"])) if row["kept"] else 0.0
 
 
-def _told(kind: str, rows: Rows) -> str:
+def _count(row: Mapping[str, Any]) -> int:
+    return round(_share(row) * row["total"])
+
+
+def _whole(row: Mapping[str, Any]) -> float:
+    """Return the sum of the importance of a layer's units, whose cells are means."""
+    return sum(row["importance"]) * row["total"] / len(row["importance"])
+
+
+def _summary(kind: str, rows: Rows) -> str:
     kept = round(sum(_share(row) * row["total"] for row in rows))
     total = sum(row["total"] for row in rows)
     least = min(rows, key=_share)
@@ -148,29 +179,31 @@ def _told(kind: str, rows: Rows) -> str:
     return f"{kept:,} of {total:,} {kind} are kept{where}."
 
 
-def _stack(panels: Mapping[Any, Rows]) -> tuple[Figure, list[Any]]:
+def _stack(panels: Panels) -> tuple[Figure, list[Any]]:
     lines = [max(len(rows), 2) for rows in panels.values()]
-    height = ROOM * sum(lines) + 0.42 * len(lines)
+    height = LINE * sum(lines) + 0.42 * len(lines)
     return new_figure(height, len(lines), height_ratios=lines)
 
 
-def _lines(axes: Any, labels: Sequence[str], title: str) -> None:
-    # What ends a pattern tells more than what begins it.
-    kind, told, pattern = title.partition(" in ")
-    room = WIDEST - len(kind) - len(told)
-    short = pattern if len(pattern) <= room else f"…{pattern[1 - room :]}"
-    axes.set_title(f"{kind}{told}{short}", fontsize=7.5)
-    step = max(1, len(labels) // 24)
-    axes.set_yticks(range(0, len(labels), step), labels[::step], fontsize=6.5)
-    axes.set_ylim(len(labels) - 0.5, -0.5)
-    axes.set_xticks([])
-    axes.grid(False)
-    axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+def _label(axes: Any, panels: Panels, stage: str, kind: str) -> None:
+    labels, pattern = short_names([row["path"] for row in panels[stage, kind]])
+    several = len({stage for stage, _ in panels}) > 1
+    label_rows(axes, labels, f"{stage}: {kind}{pattern}" if several else f"{kind}{pattern}")
 
 
-def _squares(axes: Any, kept: Sequence[Sequence[float]], theme: Theme) -> None:
+def _count_beside(axes: Any, counts: Sequence[str], theme: Theme) -> None:
+    for row, count in enumerate(counts):
+        axes.annotate(
+            count,
+            (1.02, row),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize=6.5,
+            color=theme.muted,
+        )
+
+
+def _draw_squares(axes: Any, kept: Sequence[Sequence[float]], colour: str, theme: Theme) -> None:
     for full in (False, True):
         found = [
             (x, y) for y, row in enumerate(kept) for x, v in enumerate(row) if (v > 0.5) is full
@@ -180,22 +213,20 @@ def _squares(axes: Any, kept: Sequence[Sequence[float]], theme: Theme) -> None:
                 *zip(*found, strict=True),
                 marker="s",
                 s=36,
-                facecolors=theme.series[0] if full else "none",
-                edgecolors=theme.series[0] if full else theme.muted,
+                facecolors=colour if full else "none",
+                edgecolors=colour if full else theme.muted,
                 linewidths=0.7,
             )
     axes.set_xlim(-0.6, max(map(len, kept)) - 0.4)
 
 
-def _bands(axes: Any, kept: Sequence[Sequence[float]], theme: Theme) -> None:
-    """Draw shares as the height of bars in each line's band, over a pale ground."""
+def _draw_bands(axes: Any, kept: Sequence[Sequence[float]], colour: str, theme: Theme) -> None:
+    """Draw the kept share of neighbours as a height within each row's pale band."""
     for line, row in enumerate(kept):
         edges = np.linspace(0, 1, len(row) + 1)
         axes.barh(line, 1, height=0.8, color=theme.grid, linewidth=0)
         top = line + 0.4
-        axes.stairs(
-            top - 0.8 * np.asarray(row), edges, baseline=top, fill=True, color=theme.series[0]
-        )
+        axes.stairs(top - 0.8 * np.asarray(row), edges, baseline=top, fill=True, color=colour)
     axes.set_xlim(0, 1)
 
 

@@ -1,24 +1,29 @@
-"""How figures look: one set of colours for pages in light and dark, one for PNG files."""
+"""The colours of figures on pages and on paper, and the functions that render a figure."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
+from xml.sax.saxutils import escape
 
 from hfslim.reporting.tables import Section
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from matplotlib.figure import Figure
 
-__all__ = ["PAGE", "PAPER", "Plot", "Theme", "check_matplotlib", "new_figure", "to_png", "to_svg"]
+__all__ = ["PAGE", "PAPER", "Plot", "Theme", "label_rows", "new_figure", "save", "to_png", "to_svg"]
 
 WIDTH = 3.4
 """Inches, 245 points: on a phone, 324 pixels of CSS, 6.5 points are 8.6 pixels."""
+LETTER = 0.06
+"""The width of a letter of a label in inches."""
 BLUE, ORANGE, GREEN, PINK = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
-"""Of Okabe and Ito's palette, which all kinds of colour vision tell apart."""
+"""From the palette of Okabe and Ito, whose colours are distinct under colour blindness."""
 MARKS = ("o", "s", "D", "^", "v", "P")
 DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 HATCHES = ("", "////", "\\\\\\\\", "xxx")
@@ -26,16 +31,16 @@ HATCHES = ("", "////", "\\\\\\\\", "xxx")
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a figure.
+    """The colours of a figure.
 
     Attributes:
-        ink: Of text.
-        muted: Of axes and lesser text.
-        grid: Of lines behind the data.
-        paper: Behind the figure.
-        card: Behind a legend.
-        on_series: Of text on the first colour of the series.
-        series: Of what is compared: the model, the teacher, and more.
+        ink: Text.
+        muted: Axes and secondary text.
+        grid: Lines behind the data.
+        paper: The ground of the figure.
+        card: The ground of a legend.
+        on_series: Text on the first colour of the series.
+        series: What is compared: the model, the teacher, and more.
     """
 
     ink: str
@@ -48,42 +53,28 @@ class Theme:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Settings of matplotlib; names are text, never formulas."""
+        """The settings of matplotlib; names are plain text, never formulas."""
+        inked = ("axes.label", "axes.title", "legend.label", "text.", "xtick.label", "ytick.label")
         return {
-            "axes.edgecolor": self.muted,
+            **{f"{one}color": self.ink for one in inked},
+            **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), self.muted),
+            **dict.fromkeys(("figure.facecolor", "savefig.facecolor"), self.paper),
+            **dict.fromkeys(("axes.labelsize", "font.size"), 8),
+            **dict.fromkeys(("legend.fontsize", "xtick.labelsize", "ytick.labelsize"), 7.5),
+            **dict.fromkeys(("grid.linewidth", "hatch.linewidth"), 0.6),
+            **dict.fromkeys(("axes.spines.right", "axes.spines.top", "legend.fancybox"), False),
+            **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
             "axes.facecolor": "none",
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "axes.labelcolor": self.ink,
-            "axes.labelsize": 8,
-            "axes.spines.right": False,
-            "axes.spines.top": False,
-            "axes.titlecolor": self.ink,
             "axes.titlelocation": "left",
             "axes.titlesize": 8.5,
-            "figure.facecolor": self.paper,
             "font.family": "sans-serif",
-            "font.size": 8,
             "grid.color": self.grid,
-            "grid.linewidth": 0.6,
-            "hatch.linewidth": 0.6,
-            "legend.fontsize": 7.5,
             "legend.edgecolor": "none",
             "legend.facecolor": self.card,
-            "legend.fancybox": False,
-            "legend.labelcolor": self.ink,
             "lines.linewidth": 1.5,
-            "savefig.facecolor": self.paper,
             "svg.fonttype": "none",
             "svg.hashsalt": "hfslim",
-            "text.color": self.ink,
             "text.parse_math": False,
-            "xtick.color": self.muted,
-            "xtick.labelcolor": self.ink,
-            "xtick.labelsize": 7.5,
-            "ytick.color": self.muted,
-            "ytick.labelcolor": self.ink,
-            "ytick.labelsize": 7.5,
         }
 
 
@@ -93,7 +84,7 @@ PAGE = Theme(
     *("#000001", "#000002", "#000003", "none", "#000004", "#000005"),
     ("#000011", "#000012", "#000013", "#000014"),
 )
-"""Placeholders, which `to_svg` makes variables of the page, so that it decides on light or dark."""
+"""Placeholders. `to_svg` replaces them by CSS variables, which the page sets for light or dark."""
 VARIABLES = {
     **{PAGE.ink: "ink", PAGE.muted: "muted", PAGE.grid: "grid"},
     **{PAGE.card: "card", PAGE.on_series: "on-series"},
@@ -103,13 +94,13 @@ VARIABLES = {
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure with what it says in words and numbers.
+    """A figure with its description in words and its numbers.
 
     Attributes:
-        name: Of its files and anchors.
-        title: What stands above.
-        alt: What it shows, in words.
-        draw: Draws it in a theme.
+        name: The name of its files and anchors.
+        title: The heading above it.
+        alt: A description in words.
+        draw: A function that draws it in a theme.
         table: The numbers behind it.
     """
 
@@ -120,47 +111,77 @@ class Plot:
     table: Section
 
 
-def check_matplotlib() -> None:
-    """Refuse to draw where matplotlib is not installed.
-
-    Raises:
-        RuntimeError: It is not.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise RuntimeError("pictures need matplotlib: pip install 'hfslim[plots]'") from error
-
-
-def new_figure(height: float, rows: int = 1, **ratios: Any) -> tuple[Figure, list[Any]]:
-    """Return an empty figure as wide as a phone, with axes from top to bottom.
+def new_figure(
+    height: float, rows: int = 1, columns: int = 1, width: float = WIDTH, **ratios: Any
+) -> tuple[Figure, list[Any]]:
+    """Return an empty figure and its axes, row by row.
 
     Args:
-        height: In inches.
-        rows: Number of axes.
+        height: Height in inches.
+        rows: Number of axes from top to bottom.
+        columns: Number of axes from left to right.
+        width: Width in inches.
         ratios: Further arguments of matplotlib's `subplots`.
     """
+    # A figure without pyplot has a canvas of its own: the user's backend stays as it is.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    axes = figure.subplots(rows, 1, squeeze=False, **ratios)
-    return figure, list(axes[:, 0])
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False, **ratios).flat)
+
+
+def label_rows(axes: Any, labels: Sequence[str], title: str, width: float = WIDTH) -> None:
+    """Label the rows of a map, and shorten a title that is too long.
+
+    Args:
+        axes: Axes without a frame, whose row `i` is at `y = i`.
+        labels: One for each row.
+        title: `what in pattern`, or any text.
+        width: Width of labels, axes and what stands beside them, in inches.
+    """
+    # The end of a pattern is more specific than its start.
+    kind, within, pattern = title.partition(" in ")
+    letters = int((width - LETTER * max(map(len, labels))) / 1.16 / LETTER)
+    room = max(letters - len(kind) - len(within), 1)
+    end = pattern[len(pattern) - room + 1 :].lstrip(".")
+    short = pattern if len(pattern) <= room else f"…{end}"
+    axes.set_title(f"{kind}{within}{short}", fontsize=7.5)
+    axes.set_yticks(range(len(labels)), labels, fontsize=6.5)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_xticks([])
+    axes.grid(False)
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def save(draw: Callable[[Theme], Figure], file: Path | BinaryIO, **options: Any) -> None:
+    """Draw on white paper, at 200 dots per inch.
+
+    Args:
+        draw: A function that draws a figure in a theme.
+        file: The file to write.
+        options: Further arguments of matplotlib's `savefig`.
+    """
+    _render(draw, PAPER, file, dpi=200, **options)
 
 
 def to_png(plot: Plot) -> bytes:
-    """Draw on white paper, at 200 dots per inch."""
-    return _drawn(plot, PAPER, format="png", dpi=200)
+    """Return a figure as a PNG file."""
+    file = io.BytesIO()
+    save(plot.draw, file, format="png")
+    return file.getvalue()
 
 
 def to_svg(plot: Plot) -> str:
-    """Draw as an SVG element to stand inside a page, in the page's colours.
+    """Return a figure as an SVG element for a page, in the page's colours.
 
     The same report gives the same text. No identifier occurs in the SVG of another plot, and
     nothing in it refers to anything outside.
     """
-    from xml.sax.saxutils import escape
-
-    text = _drawn(plot, PAGE, format="svg", transparent=True, metadata={"Date": None}).decode()
+    file = io.BytesIO()
+    _render(plot.draw, PAGE, file, format="svg", transparent=True, metadata={"Date": None})
+    text = file.getvalue().decode()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
     view = re.search(r'viewBox="[^"]+"', text)
@@ -185,11 +206,9 @@ def to_svg(plot: Plot) -> str:
     return head + body.strip()
 
 
-def _drawn(plot: Plot, theme: Theme, **how: Any) -> bytes:
+def _render(draw: Callable[[Theme], Figure], theme: Theme, file: Any, **options: Any) -> None:
     import matplotlib
 
-    file = io.BytesIO()
     settings: Any = theme.settings
     with matplotlib.rc_context(settings):
-        plot.draw(theme).savefig(file, **how)
-    return file.getvalue()
+        draw(theme).savefig(file, **options)
