@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 import hfslim
 from hfslim.anatomy.inputs import example_inputs
-from hfslim.hub.export.exporting import open_exported
+from hfslim.hub.export import open_exported
 from hfslim.measuring.measurement import macs
 from hfslim.measuring.timing import call_seconds, evaluating, in_turn, paired, summarise
 from hfslim.pipeline.recipe import load_recipe

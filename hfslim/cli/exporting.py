@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from transformers import PreTrainedModel
 
-    from hfslim.hub.export.exporting import Export
+    from hfslim.hub.export import Export
     from hfslim.pipeline.task_examples import Workbench
 
 FORMATS = ("onnx", "torch-export")
@@ -68,8 +68,8 @@ def export(
     and `export_report.json`.
     """
     with working():
-        from hfslim.hub.export.exporting import check_format
-        from hfslim.hub.export.exporting import export as write_export
+        from hfslim.hub.export import check_format
+        from hfslim.hub.export import export as write_export
         from hfslim.pipeline.opening import explained, open_classifier
 
         with asked("--format"):
@@ -95,7 +95,7 @@ def export(
 
 def _judged(bench: Workbench, model: PreTrainedModel, output: Path) -> dict[str, Any]:
     """Let the model and its export judge the evaluation examples."""
-    from hfslim.hub.export.exporting import open_exported
+    from hfslim.hub.export import open_exported
     from hfslim.pipeline.task_examples import agreement
 
     shown = sys.stderr.isatty()

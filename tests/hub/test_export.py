@@ -14,7 +14,7 @@ from structures import uneven
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import hfslim
-from hfslim.hub.export.exporting import ExportError, open_exported
+from hfslim.hub.export import ExportError, open_exported
 
 QUICK = {"batch_sizes": [2], "calls": 1}
 

@@ -1,5 +1,6 @@
-"""Write a classifier as an ONNX or torch.export file."""
+"""Export a classifier as an ONNX or torch.export file."""
 
-from hfslim.hub.export.exporting import Export, ExportError, export, open_exported
+from hfslim.hub.export.exporting import Export, export
+from hfslim.hub.export.formats import ExportError, check_format, open_exported
 
-__all__ = ["Export", "ExportError", "export", "open_exported"]
+__all__ = ["Export", "ExportError", "check_format", "export", "open_exported"]

@@ -1,4 +1,4 @@
-"""Random inputs of several sizes, to trace a model with and to compare its export on."""
+"""Random inputs of several sizes, to trace a model and to compare its export."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["input_names", "inputs_of", "probes", "sample_inputs"]
 def sample_inputs(
     model: PreTrainedModel, names: Sequence[str]
 ) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
-    """Return inputs to trace with, and the axes of each that are free."""
+    """Return inputs for tracing, and the free axes of each."""
     sample = inputs_of(model, names, 2)
     other = inputs_of(model, names, 3, length=_shorter(sample))
     return sample, {
@@ -27,7 +27,7 @@ def sample_inputs(
 
 
 def probes(model: PreTrainedModel, names: Sequence[str]) -> list[dict[str, torch.Tensor]]:
-    """Return inputs of several sizes; where there is a mask the last of an example is padding."""
+    """Return inputs of several sizes; with a mask, the end of one example is padding."""
     whole = inputs_of(model, names, 1, seed=1)
     short = inputs_of(model, names, 3, seed=2, length=_shorter(whole))
     if "attention_mask" in short:
@@ -43,7 +43,7 @@ def inputs_of(
     seed: int = 0,
     length: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Return random inputs of a size, with those of `names` that the model takes."""
+    """Return random inputs of a batch size, with a mask and token types if `names` has them."""
     inputs = example_inputs(model, batch_size, seed, length)
     shape = next(iter(inputs.values())).shape[:2]
     for name in names:
@@ -60,7 +60,7 @@ def _shorter(sample: Mapping[str, torch.Tensor]) -> int:
 
 
 def input_names(model: PreTrainedModel, processor: Any) -> tuple[str, ...]:
-    """Return the inputs that a processor gives and a model takes."""
+    """Return the names of inputs that the processor gives and the model takes."""
     taken = inspect.signature(model.forward).parameters
     names = [name for name in getattr(processor, "model_input_names", ()) if name in taken]
     if getattr(processor, "return_attention_mask", True) is False:
