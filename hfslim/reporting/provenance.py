@@ -78,7 +78,8 @@ class Machine:
                 versions[package] = version(package)
             except PackageNotFoundError:
                 continue
-        parts = [f"{_processor()}, {_cores()} cores"]
+        affine = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+        parts = [f"{_processor()}, {len(affine(0))} cores"]
         if torch.cuda.is_available():
             names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
             parts += [f"{names.count(name)} x {name}" for name in dict.fromkeys(names)]
@@ -132,9 +133,3 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

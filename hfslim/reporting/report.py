@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from hfslim.measuring.class_answers import ClassAnswers
 from hfslim.measuring.measurement import Comparison, Measurement
@@ -150,15 +148,9 @@ class Report:
             console: The terminal by default.
         """
         console = console or Console()
-        figures = Table(title=escape(self.model), title_justify="left", caption_justify="left")
-        figures.caption = escape("\n".join(self.measurement_conditions()))
-        figures.add_column("")
-        for heading in ("before", "after", "change"):
-            figures.add_column(heading, justify="right")
-        for row in self.figures():
-            figures.add_row(*map(escape, row))
-        console.print(figures)
-        for section in self.sections():
+        headings, conditions = ("", "before", "after", "change"), self.measurement_conditions()
+        figures = Section(self.model, headings, self.figures(), conditions, right=(1, 2, 3))
+        for section in (figures, *self.sections()):
             section.print(console)
         for line in self.stage_lines():
             console.print(line, markup=False)

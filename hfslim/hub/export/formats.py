@@ -142,16 +142,10 @@ def _exporters() -> Any:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Suppress the exporters' progress messages and warnings."""
-    noisy = [logging.getLogger(name) for name in ("torch.onnx", "transformers", "root")]
-    before = [one.level for one in noisy]
-    for one in noisy:
-        one.setLevel(logging.ERROR)
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        with (
-            contextlib.redirect_stdout(io.StringIO()),
-            warnings.catch_warnings(action="ignore"),
-        ):
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
             yield
     finally:
-        for one, level in zip(noisy, before, strict=True):
-            one.setLevel(level)
+        logging.disable(before)

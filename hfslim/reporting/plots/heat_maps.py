@@ -7,24 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from hfslim.anatomy.structure import KINDS, Kind
 from hfslim.reporting.layer_names import short_names
-from hfslim.reporting.plots.style import WIDTH, Theme, label_rows, new_figure, save
+from hfslim.reporting.plots.style import WIDTH, Theme, label_rows, save, stacked_axes
 from hfslim.reporting.unit_rows import COLUMNS, means_of_neighbours
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    "HeatMap",
-    "check_picture",
-    "class_map",
-    "draw_cells",
-    "draw_heat_maps",
-    "importance_maps",
-    "similarity_map",
+    *("HeatMap", "check_picture", "class_map", "draw_heat_maps", "heat_map_figure"),
+    *("importance_map", "importance_maps", "similarity_map"),
 ]
 
 SUFFIXES = (".svg", ".png", ".pdf")
@@ -39,16 +35,20 @@ class HeatMap:
         values: Colours, `[rows, columns]`; nan where there is no cell.
         rows: The names of the rows.
         columns: The names of the columns; without labels if empty.
-        highest: The value of the last colour, where 0 has the first; the greatest value if None.
+        highest: The value of the last colour, where 0 has the first.
         colours: A colour map of matplotlib.
+        gamma: The power of a value, as a fraction of `highest`, that its colour shows.
+        ticks: Labels of the colour bar by value; numbers if None.
     """
 
     title: str
-    values: torch.Tensor
+    values: Any
     rows: Sequence[str]
     columns: Sequence[str] = ()
-    highest: float | None = None
+    highest: float = 1.0
     colours: str = "cividis"
+    gamma: float = 1.0
+    ticks: Mapping[float, str] | None = None
 
 
 def check_picture(path: Path) -> None:
@@ -63,28 +63,30 @@ def check_picture(path: Path) -> None:
         raise ValueError(f"picture {str(path)!r}: there is no folder {str(path.parent)!r}")
 
 
+def importance_map(title: str, rows: Mapping[str, Any]) -> HeatMap:
+    """Return a map of importance by path, `[units]`, relative to the greatest."""
+    labels, pattern = short_names(list(rows))
+    grid = np.full((len(rows), max(map(len, rows.values()))), np.nan)
+    for line, values in enumerate(rows.values()):
+        grid[line, : len(values)] = values
+    shares = np.clip(grid / max(float(np.nanmax(grid)), 1e-300), 0, None)
+    ticks = {0.0: "0", 0.25: "¼", 1.0: "max"}
+    # Most units have little importance: the square root keeps them apart.
+    return HeatMap(f"{title}{pattern}", shares, labels, gamma=0.5, ticks=ticks)
+
+
 def importance_maps(scores: Mapping[tuple[Kind, str], torch.Tensor]) -> list[HeatMap]:
-    """Return one map of importance for each kind, with a row for each layer.
+    """Return one map for each kind from the importance by kind and path, `[units]`.
 
-    Layers of more than 96 units show the means of neighbours. The last colour is the greatest
-    importance of the kind.
-
-    Args:
-        scores: Importance by kind and path, `[units]`.
+    Layers of more than 96 units show the means of neighbours.
     """
     maps = []
     for kind in KINDS:
         rows = {path: values for (k, path), values in scores.items() if k == kind}
-        if not rows:
-            continue
-        columns = min(COLUMNS, max(len(values) for values in rows.values()))
-        grid = torch.full((len(rows), columns), float("nan"), dtype=torch.float64)
-        for row, values in enumerate(rows.values()):
-            means = means_of_neighbours(values.double(), columns)
-            grid[row, : len(means)] = means
-        total = sum(len(values) for values in rows.values())
-        labels, pattern = short_names(list(rows))
-        maps.append(HeatMap(f"importance of {total:,} {kind}{pattern}", grid, labels))
+        if rows:
+            total = sum(map(len, rows.values()))
+            cells = {p: means_of_neighbours(v.double(), COLUMNS) for p, v in rows.items()}
+            maps.append(importance_map(f"importance of {total:,} {kind}", cells))
     return maps
 
 
@@ -111,58 +113,38 @@ def class_map(
     return HeatMap(title, ratio, list(classes), numbers, 2.0, "coolwarm")
 
 
-def similarity_map(values: torch.Tensor) -> HeatMap:
-    """Return a map of the similarity of layers.
-
-    Args:
-        values: Linear CKA, `[layers, layers]`.
-    """
-    numbers = [str(number) for number in range(len(values))]
+def similarity_map(cka: torch.Tensor) -> HeatMap:
+    """Return a map of the similarity of layers, `[layers, layers]`."""
+    numbers = [str(number) for number in range(len(cka))]
     rows = [f"layer {number}" for number in numbers]
-    return HeatMap("similarity of layers, linear CKA", values, rows, numbers, 1.0)
+    return HeatMap("similarity of layers, linear CKA", cka, rows, numbers)
 
 
 def draw_heat_maps(maps: Sequence[HeatMap], path: Path, title: str) -> None:
     """Draw heat maps below one another into a .svg, .png or .pdf file."""
 
     def draw(theme: Theme) -> Figure:
-        lines = [max(len(one.rows), 2) for one in maps]
-        height = 0.3 + 0.17 * sum(lines) + 0.5 * len(lines)
-        figure, axes = new_figure(height, len(lines), width=2 * WIDTH, height_ratios=lines)
+        figure = heat_map_figure(maps, 2 * WIDTH)
         figure.suptitle(title, fontsize=9)
-        for one, place in zip(maps, axes, strict=True):
-            label_rows(place, one.rows, one.title, 2 * WIDTH)
-            step = max(1, len(one.columns) // 48)
-            place.set_xticks(range(0, len(one.columns), step), one.columns[::step], fontsize=6.5)
-            draw_cells(figure, place, one.values, one.highest, one.colours)
         return figure
 
     save(draw, path)
 
 
-def draw_cells(
-    figure: Figure,
-    axes: Any,
-    values: Any,
-    highest: float | None = None,
-    colours: str = "cividis",
-    gamma: float = 1.0,
-) -> Any:
-    """Draw `values`, `[rows, columns]`, as coloured cells, and return their colour bar.
-
-    Args:
-        figure: The figure that holds the axes.
-        axes: Where to draw.
-        values: nan where there is no cell.
-        highest: The value of the last colour; the greatest value if None.
-        colours: A colour map of matplotlib.
-        gamma: The power of a value's share of `highest` that its colour stands for.
-    """
+def heat_map_figure(maps: Sequence[HeatMap], width: float = WIDTH) -> Figure:
+    """Return a figure of heat maps below one another, `width` inches wide."""
     from matplotlib.colors import PowerNorm
 
-    norm = PowerNorm(gamma, vmin=0, vmax=highest)
-    image = axes.imshow(values, aspect="auto", norm=norm, cmap=colours, interpolation="nearest")
-    bar = figure.colorbar(image, ax=axes, pad=0.02, fraction=0.06)
-    bar.ax.tick_params(labelsize=6.5)
-    bar.outline.set_visible(False)
-    return bar
+    figure, places = stacked_axes([len(one.rows) for one in maps], width)
+    for axes, one in zip(places, maps, strict=True):
+        label_rows(axes, one.rows, one.title, width)
+        step = max(1, len(one.columns) // 48)
+        axes.set_xticks(range(0, len(one.columns), step), one.columns[::step], fontsize=6.5)
+        style = {"norm": PowerNorm(one.gamma, 0, one.highest), "cmap": one.colours}
+        image = axes.imshow(one.values, aspect="auto", interpolation="nearest", **style)
+        bar = figure.colorbar(image, ax=axes, pad=0.02, fraction=0.06)
+        if one.ticks:
+            bar.set_ticks(list(one.ticks), labels=list(one.ticks.values()))
+        bar.ax.tick_params(labelsize=6.5)
+        bar.outline.set_visible(False)
+    return figure

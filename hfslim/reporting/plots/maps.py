@@ -9,8 +9,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hfslim.reporting.layer_names import natural_key, short_names
-from hfslim.reporting.plots.heat_maps import draw_cells
-from hfslim.reporting.plots.style import LETTER, Plot, Theme, label_rows, new_figure, save
+from hfslim.reporting.plots.heat_maps import heat_map_figure, importance_map
+from hfslim.reporting.plots.style import (
+    LETTER,
+    ROW,
+    Plot,
+    Theme,
+    label_rows,
+    new_figure,
+    save,
+    stacked_axes,
+)
 from hfslim.reporting.report import Report
 from hfslim.reporting.tables import Section
 
@@ -21,8 +30,6 @@ Rows = Sequence[Mapping[str, Any]]
 Panels = Mapping[tuple[str, str], Rows]
 FEW = 400
 """The number of cells up to which each is drawn as a square of its own."""
-LINE = 0.17
-"""The height of a row in inches."""
 BAR = 2.1
 """The width of a bar of a card's picture in inches."""
 
@@ -43,17 +50,15 @@ def draw_structure(rows: Rows, path: Path) -> None:
     layers = sorted(rows, key=lambda row: natural_key(row["path"]))
     panels = {kind: [row for row in layers if row["kind"] == kind] for kind in kinds}
     labels = {kind: short_names([row["path"] for row in panels[kind]]) for kind in kinds}
-    counts = {
-        kind: [f"{row['kept']:,} / {row['total']:,}" for row in panels[kind]] for kind in kinds
-    }
+    counts = {k: [f"{row['kept']:,} / {row['total']:,}" for row in panels[k]] for k in kinds}
     widths = {
-        kind: BAR + 0.3 + LETTER * (max(map(len, labels[kind][0])) + max(map(len, counts[kind])))
-        for kind in kinds
+        kind: BAR + 0.3 + LETTER * (max(map(len, names)) + max(map(len, counts[kind])))
+        for kind, (names, _) in labels.items()
     }
     most = max(map(len, panels.values()))
 
     def draw(theme: Theme) -> Figure:
-        figure, axes = new_figure(0.5 + LINE * most, 1, len(kinds), sum(widths.values()))
+        figure, axes = new_figure(0.5 + ROW * most, 1, len(kinds), sum(widths.values()))
         for place, (kind, colour) in zip(axes, _colours(kinds, theme).items(), strict=True):
             names, pattern = labels[kind]
             label_rows(place, names, f"{kind}{pattern}", widths[kind])
@@ -77,10 +82,11 @@ def kept_units(report: Report) -> Plot | None:
     panels = _panels(report.units)
 
     def draw(theme: Theme) -> Figure:
-        figure, axes = _stack(panels)
+        figure, axes = stacked_axes([len(rows) for rows in panels.values()])
         colours = _colours((kind for _, kind in panels), theme)
         for one, ((stage, kind), rows) in zip(axes, panels.items(), strict=True):
-            _label(one, panels, stage, kind)
+            labels, pattern = short_names([row["path"] for row in rows])
+            label_rows(one, labels, f"{_title(panels, stage, kind)}{pattern}")
             kept, totals = [row["kept"] for row in rows], [row["total"] for row in rows]
             few = max(totals) * len(rows) <= FEW
             (_draw_squares if few else _draw_bands)(one, kept, colours[kind], theme)
@@ -110,18 +116,10 @@ def importance(report: Report) -> Plot | None:
     if not scored:
         return None
     panels = _panels(scored)
-
-    def draw(theme: Theme) -> Figure:
-        figure, axes = _stack(panels)
-        for one, ((stage, kind), rows) in zip(axes, panels.items(), strict=True):
-            _label(one, panels, stage, kind)
-            grid = _grid([row["importance"] for row in rows])
-            # Most units have little importance: the square root keeps them apart.
-            shares = np.clip(grid / max(float(np.nanmax(grid)), 1e-30), 0, None)
-            bar = draw_cells(figure, one, shares, highest=1, gamma=0.5)
-            bar.set_ticks([0, 0.25, 1], labels=["0", "¼", "max"])
-        return figure
-
+    maps = [
+        importance_map(_title(panels, *key), {row["path"]: row["importance"] for row in rows})
+        for key, rows in panels.items()
+    ]
     rows = []
     for (stage, kind), lines in panels.items():
         sums = [_whole(row) for row in lines]
@@ -140,7 +138,7 @@ def importance(report: Report) -> Plot | None:
         "Heat maps with a row for each layer and its units from left to right, from dark for "
         f"unimportant to bright for the most important of the kind. {' '.join(top)}"
     )
-    return Plot("importance", "What matters", alt, draw, table)
+    return Plot("importance", "What matters", alt, lambda _: heat_map_figure(maps), table)
 
 
 def _colours(kinds: Iterable[str], theme: Theme) -> dict[str, str]:
@@ -179,16 +177,8 @@ def _summary(kind: str, rows: Rows) -> str:
     return f"{kept:,} of {total:,} {kind} are kept{where}."
 
 
-def _stack(panels: Panels) -> tuple[Figure, list[Any]]:
-    lines = [max(len(rows), 2) for rows in panels.values()]
-    height = LINE * sum(lines) + 0.42 * len(lines)
-    return new_figure(height, len(lines), height_ratios=lines)
-
-
-def _label(axes: Any, panels: Panels, stage: str, kind: str) -> None:
-    labels, pattern = short_names([row["path"] for row in panels[stage, kind]])
-    several = len({stage for stage, _ in panels}) > 1
-    label_rows(axes, labels, f"{stage}: {kind}{pattern}" if several else f"{kind}{pattern}")
+def _title(panels: Panels, stage: str, kind: str) -> str:
+    return f"{stage}: {kind}" if len({stage for stage, _ in panels}) > 1 else kind
 
 
 def _count_beside(axes: Any, counts: Sequence[str], theme: Theme) -> None:
@@ -228,10 +218,3 @@ def _draw_bands(axes: Any, kept: Sequence[Sequence[float]], colour: str, theme: 
         top = line + 0.4
         axes.stairs(top - 0.8 * np.asarray(row), edges, baseline=top, fill=True, color=colour)
     axes.set_xlim(0, 1)
-
-
-def _grid(rows: Sequence[Sequence[float]]) -> np.ndarray:
-    grid = np.full((len(rows), max(map(len, rows))), np.nan)
-    for line, row in enumerate(rows):
-        grid[line, : len(row)] = row
-    return grid

@@ -16,12 +16,15 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
-__all__ = ["PAGE", "PAPER", "Plot", "Theme", "label_rows", "new_figure", "save", "to_png", "to_svg"]
+__all__ = [
+    *("PAGE", "PAPER", "Plot", "Theme", "label_rows", "new_figure", "save", "stacked_axes"),
+    *("to_png", "to_svg"),
+]
 
 WIDTH = 3.4
 """Inches, 245 points: on a phone, 324 pixels of CSS, 6.5 points are 8.6 pixels."""
-LETTER = 0.06
-"""The width of a letter of a label in inches."""
+LETTER, ROW = 0.06, 0.17
+"""The width of a letter of a label, and the height of a row of a map, in inches."""
 BLUE, ORANGE, GREEN, PINK = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
 """From the palette of Okabe and Ito, whose colours are distinct under colour blindness."""
 MARKS = ("o", "s", "D", "^", "v", "P")
@@ -112,22 +115,21 @@ class Plot:
 
 
 def new_figure(
-    height: float, rows: int = 1, columns: int = 1, width: float = WIDTH, **ratios: Any
+    height: float, rows: int = 1, columns: int = 1, width: float = WIDTH, **options: Any
 ) -> tuple[Figure, list[Any]]:
-    """Return an empty figure and its axes, row by row.
-
-    Args:
-        height: Height in inches.
-        rows: Number of axes from top to bottom.
-        columns: Number of axes from left to right.
-        width: Width in inches.
-        ratios: Further arguments of matplotlib's `subplots`.
-    """
+    """Return an empty figure, in inches, and its axes; `options` are those of `subplots`."""
     # A figure without pyplot has a canvas of its own: the user's backend stays as it is.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, list(figure.subplots(rows, columns, squeeze=False, **ratios).flat)
+    return figure, list(figure.subplots(rows, columns, squeeze=False, **options).flat)
+
+
+def stacked_axes(rows: Sequence[int], width: float = WIDTH) -> tuple[Figure, list[Any]]:
+    """Return a figure of maps below one another, whose heights follow their numbers of rows."""
+    ratios = [max(number, 2) for number in rows]
+    height = ROW * sum(ratios) + 0.42 * len(ratios)
+    return new_figure(height, len(ratios), width=width, height_ratios=ratios)
 
 
 def label_rows(axes: Any, labels: Sequence[str], title: str, width: float = WIDTH) -> None:
@@ -156,13 +158,7 @@ def label_rows(axes: Any, labels: Sequence[str], title: str, width: float = WIDT
 
 
 def save(draw: Callable[[Theme], Figure], file: Path | BinaryIO, **options: Any) -> None:
-    """Draw on white paper, at 200 dots per inch.
-
-    Args:
-        draw: A function that draws a figure in a theme.
-        file: The file to write.
-        options: Further arguments of matplotlib's `savefig`.
-    """
+    """Draw on white paper, 200 dots per inch; `options` are those of `savefig`."""
     _render(draw, PAPER, file, dpi=200, **options)
 
 
