@@ -15,14 +15,14 @@ from hfslim.reporting import sparsity_text
 from hfslim.reporting.plots.maps import draw_structure
 from hfslim.reporting.provenance import Origin, Provenance
 from hfslim.reporting.report import REPORT, Report
-from hfslim.reporting.tables import NOT_MEASURED, formatted, kept_rows, markdown_table
+from hfslim.reporting.tables import NOT_MEASURED, formatted, markdown_table
 
 __all__ = ["PICTURE", "RECIPE", "write_card"]
 
 PICTURE, RECIPE = "structure.png", "recipe.yaml"
 NOT_STATED = "not stated"
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
-NOTICE = "<!-- Each push writes this card anew, down to the line that hfslim marks. -->"
+NOTICE = "<!-- hfslim writes this card anew at each push, down to the line that it marks below. -->"
 
 
 def write_card(
@@ -68,16 +68,8 @@ def write_card(
 def _render(
     folder: Path, saved: SavedModel, report: Report, name: str, metadata: Mapping[str, Any]
 ) -> str:
-    structure = ""
-    if report.structure:
-        bars = kept_rows(report.structure)
-        rows = [(f"`{path}`", kind, f"`{bar}`", count) for path, kind, bar, count in bars]
-        structure = markdown_table(("layer", "units", "kept", ""), rows)
-    made, sparse = report.provenance, report.weight_sparsity
-    command = f"hfslim run {RECIPE}"
-    if made.processes > 1:
-        launch = f"accelerate launch --num_processes {made.processes}"
-        command = f"{launch} recipes/compress.py {RECIPE}"
+    processes = report.provenance.processes
+    launch = f"accelerate launch --num_processes {processes} recipes/compress.py"
     card = ModelCard.from_template(
         _metadata(saved, report, name),
         template_path=str(TEMPLATE),
@@ -88,17 +80,15 @@ def _render(
         picture=PICTURE if report.structure else None,
         figures=markdown_table(("", "before", "after", "change"), report.costs()),
         conditions=report.measurement_conditions(),
-        machine=str(made.machine) if made.machine else NOT_MEASURED,
+        machine=str(report.provenance.machine or NOT_MEASURED),
         quality=_quality(report),
         answers=[section.to_markdown(level=3) for section in report.answer_sections()],
         loading=saved.loading_examples(name),
         origins=_origins(report),
         stages=report.stage_lines(),
         recipe=RECIPE if (folder / RECIPE).exists() else None,
-        command=command,
-        structure=structure,
-        zeros=sparse and markdown_table(sparsity_text.HEADINGS, sparsity_text.table_rows(sparse)),
-        speed_of_zeros=sparsity_text.speed_note(sparse),
+        command=f"{launch if processes > 1 else 'hfslim run'} {RECIPE}",
+        structure=[section.to_markdown() for section in report.structure_sections()],
         limits=_limits(report),
     )
     card.text = re.sub(r"\n{3,}", "\n\n", card.text)
@@ -152,9 +142,8 @@ def _summary(saved: SavedModel, report: Report) -> str:
     kind = (made.task or saved.task or "model").replace("-", " ")
     base = _link(made.base) if made.base else f"`{saved.config.get('model_type', 'unknown')}`"
     done = "compressed"
-    if report.comparisons:
-        first = report.comparisons[0]
-        share = first.after.macs / first.before.macs if first.before.macs else 1
+    for one in report.comparisons[:1]:
+        share = one.after.macs / one.before.macs if one.before.macs else 1
         done = f"cut to {share:.1%} of its multiply-accumulates"
     taught = ", and distilled from the teacher named below" if made.teacher else ""
     sparse = report.weight_sparsity
@@ -177,11 +166,10 @@ def _quality(report: Report) -> str:
 def _origins(report: Report) -> str:
     made = report.provenance
     blank = NOT_STATED if made == Provenance() else "none"
+    stages = [(name, settings) for stage in report.stages for name, settings in stage.items()]
     criteria = [
         f"{number}. {name}: {settings['criterion']}"
-        for number, (name, settings) in enumerate(
-            ((name, settings) for stage in report.stages for name, settings in stage.items()), 1
-        )
+        for number, (name, settings) in enumerate(stages, 1)
         if "criterion" in settings
     ]
     losses = [f"{stage}: {loss}" for stage, loss in made.losses.items()]
@@ -211,10 +199,9 @@ def _limits(report: Report) -> list[str]:
     ]
     if report.comparisons:
         limits.append("Times hold for the stated machine, input and number of threads.")
-    for quality in report.quality:
-        if len(quality.seeds) == 1:
-            limits.append(
-                f"The {quality.metric} is that of one run (seed {quality.seeds[0]}): its variation "
-                "from seed to seed is not measured."
-            )
-    return limits
+    return limits + [
+        f"The {quality.metric} is that of one run (seed {quality.seeds[0]}): its variation from "
+        "seed to seed is not measured."
+        for quality in report.quality
+        if len(quality.seeds) == 1
+    ]

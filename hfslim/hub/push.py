@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -125,106 +125,79 @@ def push(
         raise PushError(str(error)) from error
     if not any(folder.glob("*.safetensors")):
         raise PushError(f"{folder} holds no *.safetensors: save the model there first")
-    repository = _Repository(HfApi(library_name="hfslim"), repo_id, token, revision)
+    api = HfApi(library_name="hfslim")
+    how: dict[str, Any] = {"commit_message": commit_message, "create_pr": create_pr}
+    how["commit_description"] = commit_description
     with hub_errors_explained(repr(repo_id), token, folder):
-        repository.make(private)
-        return repository.commit(
-            folder,
-            saved,
-            also or {},
-            commit_message=commit_message,
-            commit_description=commit_description,
-            create_pr=create_pr,
-        )
-
-
-@dataclass
-class _Repository:
-    """A branch of a repository on the Hub."""
-
-    api: HfApi
-    repo_id: str
-    token: str | None
-    revision: str | None
-
-    def make(self, private: bool | None) -> None:
-        """Make the repository and the branch if they do not exist."""
-        place: dict[str, Any] = {"token": self.token, "exist_ok": True}
-        url = _patiently(self.api.create_repo, repo_id=self.repo_id, private=private, **place)
-        self.repo_id = url.repo_id
-        if self.revision and not self.revision.startswith("refs/pr"):
-            branch = {"repo_id": self.repo_id, "branch": self.revision}
-            _patiently(self.api.create_branch, **branch, **place)
-
-    def commit(
-        self, folder: Path, saved: SavedModel, also: Mapping[str, Path], **how: Any
-    ) -> CommitInfo:
-        """Commit a folder on top of the branch; again if the branch changes meanwhile."""
-        place: dict[str, Any] = {"repo_id": self.repo_id, "token": self.token}
-        place["revision"] = self.revision
-        for attempt in range(ATTEMPTS):
-            head = _patiently(self.api.model_info, **place)
+        access: dict[str, Any] = {"token": token, "exist_ok": True}
+        repo_id = _patiently(api.create_repo, repo_id=repo_id, private=private, **access).repo_id
+        if revision and not revision.startswith("refs/pr"):
+            _patiently(api.create_branch, repo_id=repo_id, branch=revision, **access)
+        place: dict[str, Any] = {"repo_id": repo_id, "revision": revision, "token": token}
+        for attempt in itertools.count():
+            head = _patiently(api.model_info, **place)
             present = {file.rfilename for file in head.siblings or ()}
-            self._write_card(folder, head.sha if CARD in present else None)
-            files = dict(_files(folder))
-            if saved.pruned:
-                files.setdefault("modeling_hfslim.py", Path(modeling_hfslim.__file__))
-            for name, other in also.items():
-                inside = (path for path in other.rglob("*") if path.is_file())
-                files |= {f"{name}/{path.relative_to(other).as_posix()}": path for path in inside}
+            _write_card(folder, repo_id, token, head.sha if CARD in present else None)
+            files = _files(folder, saved, also or {})
             stale = [name for name in present - files.keys() if any(fnmatch(name, o) for o in OURS)]
             additions = [CommitOperationAdd(name, path) for name, path in sorted(files.items())]
-            self.api.preupload_lfs_files(**place, additions=additions, free_memory=False)
+            api.preupload_lfs_files(**place, additions=additions, free_memory=False)
+            deletions = [CommitOperationDelete(name) for name in stale]
             try:
-                return self.api.create_commit(
-                    **place,
-                    operations=[*additions, *(CommitOperationDelete(name) for name in stale)],
-                    **how,
-                    # The card of this commit was merged; a later edit must not be lost.
-                    parent_commit=head.sha,
+                # The card of this commit was merged with that of `head`; a later edit of it must
+                # not be lost.
+                return api.create_commit(
+                    **place, operations=[*additions, *deletions], parent_commit=head.sha, **how
                 )
             except Exception as error:
-                if attempt == ATTEMPTS - 1 or not _is_transient(error):
-                    raise
-                _wait(attempt, error)
-        raise AssertionError("unreachable")
-
-    def _write_card(self, folder: Path, earlier: str | None) -> None:
-        """Write the folder's card, with the user's part of the card at an earlier commit."""
-        path = write_card(folder, name=self.repo_id)
-        if earlier is not None:
-            place = {"repo_id": self.repo_id, "filename": CARD, "revision": earlier}
-            there = Path(_patiently(hf_hub_download, **place, token=self.token))
-            card = path.read_text(encoding="utf-8")
-            path.write_text(merge(card, there.read_text(encoding="utf-8-sig")), encoding="utf-8")
+                _wait_or_raise(attempt, error)
+    raise AssertionError("unreachable")
 
 
-def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    left_out = []
+def _write_card(folder: Path, repo_id: str, token: str | None, earlier: str | None) -> None:
+    """Write the folder's card, with the user's part of the card at an earlier commit."""
+    path = write_card(folder, name=repo_id)
+    if earlier is not None:
+        place = {"repo_id": repo_id, "filename": CARD, "revision": earlier}
+        there = Path(_patiently(hf_hub_download, **place, token=token))
+        card = path.read_text(encoding="utf-8")
+        path.write_text(merge(card, there.read_text(encoding="utf-8-sig")), encoding="utf-8")
+
+
+def _files(folder: Path, saved: SavedModel, also: Mapping[str, Path]) -> dict[str, Path]:
+    """Return the files to push by their names in the repository."""
+    files, left_out = dict[str, Path](), list[str]()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if any(fnmatch(part, pattern) for part in name.parts for pattern in LEFT_OUT):
             left_out.append(str(name))
         elif path.is_file():
-            yield name.as_posix(), path
+            files[name.as_posix()] = path
     if left_out:
         logger.info("not pushed: %s", ", ".join(left_out[:8]))
+    if saved.pruned:
+        files.setdefault("modeling_hfslim.py", Path(modeling_hfslim.__file__))
+    for place, other in also.items():
+        inside = (path for path in other.rglob("*") if path.is_file())
+        files |= {f"{place}/{path.relative_to(other).as_posix()}": path for path in inside}
+    return files
 
 
 def _patiently(call: Any, **arguments: Any) -> Any:
-    for attempt in range(ATTEMPTS):
+    for attempt in itertools.count():
         try:
             return call(**arguments)
         except EntryNotFoundError:
             raise
         except Exception as error:
-            if attempt == ATTEMPTS - 1 or not _is_transient(error):
-                raise
-            _wait(attempt, error)
+            _wait_or_raise(attempt, error)
     raise AssertionError("unreachable")
 
 
-def _wait(attempt: int, error: BaseException) -> None:
+def _wait_or_raise(attempt: int, error: Exception) -> None:
+    """Wait longer after each attempt; raise the last error, or one that will not pass."""
+    if attempt == ATTEMPTS - 1 or not _is_transient(error):
+        raise error
     seconds = 2**attempt
     logger.warning("the Hub failed, trying again in %d s: %s", seconds, _line(error))
     time.sleep(seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +29,7 @@ TURN = 0.6
 
 def training_course(report: Report) -> Plot | None:
     """Plot loss terms, shares of kept units and the metric over the steps of all stages."""
-    spans = _spans(report.history)
+    spans = list(pairwise([0, *accumulate(one["steps"] for one in report.history)]))
     if not any(one["series"] for one in report.history):
         return None
     losses = _joined(report.history, spans, lambda name: "loss" in name and "eval" not in name)
@@ -53,39 +54,32 @@ def training_course(report: Report) -> Plot | None:
         height = 0.6 + 1.45 * several + LINE * (sum(lines) - len(lines) + named - 1)
         figure, axes = new_figure(height, several, sharex=True)
         for number, (one, (series, label)) in enumerate(zip(axes, panels, strict=False)):
-            for place, (name, (steps, values)) in enumerate(series.items()):
-                # The second time round, colours come with other dashes.
-                dashes = DASHES[(place + place // len(DASHES)) % len(DASHES)]
-                colour = theme.series[place % len(theme.series)]
+            for order, (name, (steps, values)) in enumerate(series.items()):
+                # A colour that is used again has other dashes.
+                dashes = DASHES[(order + order // len(DASHES)) % len(DASHES)]
+                colour = theme.series[order % len(theme.series)]
                 one.plot(steps, values, label=name, color=colour, linestyle=dashes)
             one.set_ylabel(label)
             one.set_ylim(bottom=0)
-            one.legend(
-                ncols=_columns(series),
-                handlelength=2.2,
-                borderaxespad=0.1,
-                columnspacing=1,
-                loc="lower left",
-                bbox_to_anchor=(0, 1 + 0.1 * named if number == 0 else 1),
-            )
+            tight = {"handlelength": 2.2, "borderaxespad": 0.1, "columnspacing": 1}
+            place = (0, 1 + 0.1 * named if number == 0 else 1)
+            one.legend(ncols=_columns(series), loc="lower left", bbox_to_anchor=place, **tight)
         if marks:
-            axes[-1].plot(
-                *zip(*marks, strict=True), color=theme.series[0], marker="o", markersize=4
-            )
+            style = {"color": theme.series[0], "marker": "o", "markersize": 4}
+            axes[-1].plot(*zip(*marks, strict=True), **style)
             axes[-1].set_ylabel(metric)
-        for number, one in enumerate(axes):
-            for row, (start, name) in zip(rows_of_names, begun.items(), strict=True):
+        for row, (start, name) in zip(rows_of_names, begun.items(), strict=True):
+            for one in axes:
                 one.axvline(start, color=theme.muted, linewidth=0.7, linestyle=(0, (2, 2)))
-                if number == 0:
-                    one.annotate(
-                        name,
-                        (start, 1.0),
-                        xycoords=("data", "axes fraction"),
-                        xytext=(0, 3 + 72 * LINE * row),
-                        textcoords="offset points",
-                        fontsize=6.5,
-                        ha="left" if start < TURN * spans[-1][1] else "right",
-                    )
+            axes[0].annotate(
+                name,
+                (start, 1.0),
+                xycoords=("data", "axes fraction"),
+                xytext=(0, 3 + 72 * LINE * row),
+                textcoords="offset points",
+                fontsize=6.5,
+                ha="left" if start < TURN * spans[-1][1] else "right",
+            )
         axes[-1].set_xlabel("steps of all stages")
         return figure
 
@@ -121,15 +115,9 @@ def speed_cost(report: Report) -> Plot | None:
         for one, size in zip(axes, sizes, strict=True):
             for place, label in enumerate(labels):
                 own = [p for p in points if p["label"] == label and size in p["latency_ms"]]
-                one.scatter(
-                    [p["latency_ms"][size] for p in own],
-                    [p["metric"] for p in own],
-                    marker=MARKS[place % len(MARKS)],
-                    color=theme.series[(1, 2, 0, 3)[place % 4]],
-                    s=34,
-                    label=label,
-                    zorder=3,
-                )
+                times, metrics = ([p["latency_ms"][size] for p in own], [p["metric"] for p in own])
+                mark, colour = MARKS[place % len(MARKS)], theme.series[(1, 2, 0, 3)[place % 4]]
+                one.scatter(times, metrics, 34, colour, mark, label=label, zorder=3)
             one.set_xlim(0, 1.12 * max(p["latency_ms"].get(size, 0.0) for p in points))
             one.margins(y=0.25)
             one.set_xlabel(f"ms per call of {size} example{'s' * (int(size) > 1)} (median)")
@@ -164,14 +152,10 @@ def _rows(begun: Mapping[int, str], end: int) -> list[int]:
     for start, name in begun.items():
         place, width = start / max(end, 1), LETTERS * len(name)
         left = place if place < TURN else place - width
-        free = (
-            n for n, row in enumerate(rows) if all(left > r or left + width < x for x, r in row)
-        )
-        number = next(free, len(rows))
-        if number == len(rows):
-            rows.append([])
-        rows[number].append((left, left + width))
-        places.append(number)
+        rows.append([])
+        free = (all(left > r or left + width < x for x, r in row) for row in rows)
+        places.append([*free].index(True))
+        rows[places[-1]].append((left, left + width))
     return places
 
 
@@ -183,14 +167,6 @@ def _columns(names: Iterable[str]) -> int:
         if sum(max(part) for part in parts) <= LEGEND - BESIDE * (len(parts) - 1):
             return columns
     return 1
-
-
-def _spans(history: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
-    spans, start = [], 0
-    for one in history:
-        spans.append((start, start + one["steps"]))
-        start += one["steps"]
-    return spans
 
 
 def _steps_of_cuts(
