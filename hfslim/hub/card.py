@@ -15,7 +15,7 @@ from hfslim.reporting import sparsity_text
 from hfslim.reporting.plots.maps import draw_structure
 from hfslim.reporting.provenance import Origin, Provenance
 from hfslim.reporting.report import REPORT, Report
-from hfslim.reporting.tables import NOT_MEASURED, formatted, markdown_table
+from hfslim.reporting.tables import NOT_MEASURED, cost_rows, formatted, markdown_table
 
 __all__ = ["PICTURE", "RECIPE", "write_card"]
 
@@ -78,7 +78,7 @@ def _render(
         title=name.rstrip("/").rpartition("/")[2],
         summary=_summary(saved, report),
         picture=PICTURE if report.structure else None,
-        figures=markdown_table(("", "before", "after", "change"), report.costs()),
+        figures=markdown_table(("", "before", "after", "change"), cost_rows(report.comparisons)),
         conditions=report.measurement_conditions(),
         machine=str(report.provenance.machine or NOT_MEASURED),
         quality=_quality(report),

@@ -70,10 +70,7 @@ def hub_errors_explained(
 ) -> Iterator[None]:
     """Turn any error of the Hub inside the block into a `PushError` of one line.
 
-    Args:
-        place: The name of the repository, for the message.
-        token: The token that was given.
-        folder: The folder that is pushed.
+    `place` names the repository, `token` is the one that was given, `folder` what is pushed.
     """
     try:
         yield

@@ -58,15 +58,7 @@ def page(report: Report) -> str:
 
 
 def write_page(report: Report, folder: str | Path) -> Path:
-    """Write `report.html`, and each of its figures as a PNG file in `figures`.
-
-    Args:
-        report: The report to show.
-        folder: An existing folder.
-
-    Returns:
-        The path of the page.
-    """
+    """Write `report.html` and, in `figures`, PNG files; return the path of the page."""
     path = Path(folder) / PAGE
     path.write_text(page(report), encoding="utf-8")
     pictures = path.with_name(FIGURES)
@@ -77,12 +69,7 @@ def write_page(report: Report, folder: str | Path) -> Path:
 
 
 def write_all(report: Report, folder: Path, tensorboard: bool = False) -> None:
-    """Write a report as a page with figures, in Markdown and in JSON.
-
-    Args:
-        report: The report to write.
-        folder: The folder, made if it does not exist.
-        tensorboard: Whether to log figures, numbers and text to TensorBoard too.
+    """Write a report as a page with figures, in Markdown and in JSON, if asked to TensorBoard too.
 
     Raises:
         ImportError: tensorboard is not installed.

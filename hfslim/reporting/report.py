@@ -113,15 +113,13 @@ class Report:
         for one in values.get("quality", ()):
             own = {key: value for key, value in one.items() if key != "difference"}
             own["value"] = math.nan if own["value"] is None else own["value"]
-            own["seeds"] = tuple(own.get("seeds", ()))
-            quality.append(Quality(**own))
-        stability = [SeedStatistics.from_dict(one) for one in values.get("stability", ())]
+            quality.append(Quality(**{**own, "seeds": tuple(own.get("seeds", ()))}))
         return cls(
             model=values["model"],
             comparisons=[_comparison(one) for one in values.get("comparisons", ())],
             quality=quality,
             answers=ClassAnswers.from_dict(answers) if answers else None,
-            stability=stability,
+            stability=[SeedStatistics.from_dict(one) for one in values.get("stability", ())],
             provenance=Provenance.from_dict(values.get("provenance", {})),
             **{name: values.get(name, ()) for name in PLAIN},
         )
@@ -142,11 +140,7 @@ class Report:
         return json.loads(json.dumps(values, allow_nan=False))
 
     def print(self, console: Console | None = None) -> None:
-        """Print the figures, the tables of `sections`, and the stages.
-
-        Args:
-            console: The terminal by default.
-        """
+        """Print figures, tables and stages, by default on the terminal."""
         console = console or Console()
         headings, conditions = ("", "before", "after", "change"), self.measurement_conditions()
         figures = Section(self.model, headings, self.figures(), conditions, right=(1, 2, 3))
@@ -168,11 +162,7 @@ class Report:
         return "\n\n".join(blocks) + "\n"
 
     def write(self, folder: str | Path) -> None:
-        """Write `report.md`, then `report.json` in one step.
-
-        Args:
-            folder: The folder; made if it does not exist.
-        """
+        """Make the folder, and write `report.md`, then `report.json` in one step."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "report.md").write_text(self.to_markdown(), encoding="utf-8")
@@ -182,16 +172,12 @@ class Report:
 
     def figures(self) -> list[FigureRow]:
         """Return the rows of costs and metrics."""
-        rows = self.costs()
+        rows = tables.cost_rows(self.comparisons)
         for q in self.quality:
             values = (formatted(q.teacher, " (teacher)"), formatted(q.value))
             change = formatted(q.difference, sign="+")
             rows.append(FigureRow(f"{q.metric}, {q.data}", *values, change))
         return rows
-
-    def costs(self) -> list[FigureRow]:
-        """Return the rows of parameters, bytes, multiply-accumulates and times."""
-        return tables.cost_rows(self.comparisons)
 
     def measurement_conditions(self) -> list[str]:
         """Return the input, device, dtype, threads and calls of each measurement."""

@@ -28,8 +28,7 @@ def unit_rows(
         most: The greatest number of cells; with more units, a cell is the mean of neighbours.
 
     Returns:
-        Rows of `kind`, `path`, `total`, `kept` (1 and 0, or shares) and `importance` (None if
-        unknown).
+        Rows of `kind`, `path`, `total`, `kept` (0 to 1) and `importance` (None if unknown).
     """
     rows = []
     for entry in structure.entries:

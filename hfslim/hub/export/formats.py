@@ -51,17 +51,10 @@ def check_format(format: str, int8: bool) -> None:
 def write_traced(
     model: PreTrainedModel, names: Sequence[str], folder: Path, format: Format, int8: bool
 ) -> Axes:
-    """Trace a model into a file.
+    """Write a model's file, `export.json` and config, and return the sizes of each input.
 
-    Args:
-        model: The classifier, in evaluation mode.
-        names: Inputs beyond the main one, such as `attention_mask`.
-        folder: Where the file, `export.json` and the config go.
-        format: `onnx` or `torch-export`.
-        int8: Whether to quantize.
-
-    Returns:
-        The sizes of each input; a free size is `batch` or `length`.
+    A free size is `batch` or `length`. The model is in evaluation mode; `names` are its inputs
+    beyond the main one, such as `attention_mask`.
 
     Raises:
         ExportError: The exporter fails, or its packages are missing.

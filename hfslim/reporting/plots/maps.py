@@ -38,14 +38,9 @@ def draw_structure(rows: Rows, path: Path) -> None:
     """Draw the share of units that each layer keeps, with a panel of bars for each kind.
 
     Args:
-        rows: `{"kind", "path", "kept", "total"}`, as of `Structure.table`.
+        rows: One or more `{"kind", "path", "kept", "total"}`, as of `Structure.table`.
         path: The PNG file to write.
-
-    Raises:
-        ValueError: There is no row.
     """
-    if not rows:
-        raise ValueError("no rows were given, expected those of Structure.table()")
     kinds = dict.fromkeys(row["kind"] for row in rows)
     layers = sorted(rows, key=lambda row: natural_key(row["path"]))
     panels = {kind: [row for row in layers if row["kind"] == kind] for kind in kinds}

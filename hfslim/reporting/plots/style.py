@@ -133,13 +133,10 @@ def stacked_axes(rows: Sequence[int], width: float = WIDTH) -> tuple[Figure, lis
 
 
 def label_rows(axes: Any, labels: Sequence[str], title: str, width: float = WIDTH) -> None:
-    """Label the rows of a map, and shorten a title that is too long.
+    """Label the rows of a map, row `i` at `y = i`, and shorten a title that is too long.
 
-    Args:
-        axes: Axes without a frame, whose row `i` is at `y = i`.
-        labels: One for each row.
-        title: `what in pattern`, or any text.
-        width: Width of labels, axes and what stands beside them, in inches.
+    The title is `what in pattern`, or any text; `width` is that of labels, axes and what stands
+    beside them, in inches.
     """
     # The end of a pattern is more specific than its start.
     kind, within, pattern = title.partition(" in ")
