@@ -62,7 +62,7 @@ def confusion(report: Report) -> Plot | None:
         f"{counts.sum():,} are on the diagonal. "
         f"Most frequent: {'true ' + most if most else 'no confusion'}."
     )
-    return Plot("confusion", "What is taken for what", alt, draw, table)
+    return Plot("confusion", "Confusion matrix", alt, draw, table)
 
 
 def class_changes(report: Report) -> Plot | None:
@@ -101,7 +101,7 @@ def class_changes(report: Report) -> Plot | None:
         f"first: {worst.name} {100 * (worst.change or 0.0):+.1f} points, {best.name} "
         f"{100 * (best.change or 0.0):+.1f} points."
     )
-    return Plot("changes", "What each class lost", alt, draw, class_table(answers.lines()))
+    return Plot("changes", "Change of each class", alt, draw, class_table(answers.lines()))
 
 
 def teacher_agreement(report: Report) -> Plot | None:

@@ -97,7 +97,7 @@ def training_course(report: Report) -> Plot | None:
     table = Section("Stages", headings, rows, right=(1, 3))
     names = ", ".join([*losses, *shares])
     alt = f"Lines over the training steps of all stages: {names}; {'; '.join(metrics)}."
-    return Plot("course", "How it went", alt, draw, table)
+    return Plot("course", "Training", alt, draw, table)
 
 
 def speed_cost(report: Report) -> Plot | None:
@@ -117,7 +117,7 @@ def speed_cost(report: Report) -> Plot | None:
                 own = [p for p in points if p["label"] == label and size in p["latency_ms"]]
                 times, metrics = ([p["latency_ms"][size] for p in own], [p["metric"] for p in own])
                 mark, colour = MARKS[place % len(MARKS)], theme.series[(1, 2, 0, 3)[place % 4]]
-                one.scatter(times, metrics, 34, colour, mark, label=label, zorder=3)
+                one.scatter(times, metrics, s=34, color=colour, marker=mark, label=label, zorder=3)
             one.set_xlim(0, 1.12 * max(p["latency_ms"].get(size, 0.0) for p in points))
             one.margins(y=0.25)
             one.set_xlabel(f"ms per call of {size} example{'s' * (int(size) > 1)} (median)")
@@ -142,7 +142,7 @@ def speed_cost(report: Report) -> Plot | None:
         for p in points[:8]
     ]
     alt = f"Points of {metric} against latency, batch {sizes[-1]}: {'; '.join(values)}."
-    return Plot("curve", "What speed costs", alt, draw, table)
+    return Plot("curve", "Metric against latency", alt, draw, table)
 
 
 def _rows(begun: Mapping[int, str], end: int) -> list[int]:

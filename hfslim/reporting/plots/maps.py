@@ -102,7 +102,7 @@ def kept_units(report: Report) -> Plot | None:
         "Maps with a row for each layer and its units from left to right; filled is kept, hollow "
         f"or pale is removed. {' '.join(counts)}"
     )
-    return Plot("structure", "What is kept", alt, draw, table)
+    return Plot("structure", "Kept units", alt, draw, table)
 
 
 def importance(report: Report) -> Plot | None:
@@ -133,7 +133,7 @@ def importance(report: Report) -> Plot | None:
         "Heat maps with a row for each layer and its units from left to right, from dark for "
         f"unimportant to bright for the most important of the kind. {' '.join(top)}"
     )
-    return Plot("importance", "What matters", alt, lambda _: heat_map_figure(maps), table)
+    return Plot("importance", "Importance of units", alt, lambda _: heat_map_figure(maps), table)
 
 
 def _colours(kinds: Iterable[str], theme: Theme) -> dict[str, str]:

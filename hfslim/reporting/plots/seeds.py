@@ -49,4 +49,4 @@ def seed_values(report: Report) -> Plot | None:
         f"A row for each figure with a mark for each of {len(numbers)} seeds: {first.figure} is "
         f"{first.mean:.4f} on average, worst {first.worst:.4f} with seed {first.worst_seed}."
     )
-    return Plot("seeds", "Over the seeds", alt, draw, table)
+    return Plot("seeds", "Values by seed", alt, draw, table)
