@@ -166,9 +166,7 @@ class Report:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "report.md").write_text(self.to_markdown(), encoding="utf-8")
-        new = folder / f"{REPORT}.new"
-        new.write_text(readable_json(self.to_dict()) + "\n", encoding="utf-8")
-        new.replace(folder / REPORT)
+        write_whole(folder / REPORT, readable_json(self.to_dict()) + "\n")
 
     def figures(self) -> list[FigureRow]:
         """Return the rows of costs and metrics."""

@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 from hfslim.hub.export.formats import ExportError
 from hfslim.measuring.timing import (
     PairedLatency,
+    call_seconds,
     describe_inputs,
     in_turn,
     paired,
     summarise,
-    call_seconds,
 )
 
 __all__ = ["check_exportable", "greatest_difference", "time_in_turn"]
