@@ -141,7 +141,7 @@ def heat_map_figure(maps: Sequence[HeatMap], width: float = WIDTH) -> Figure:
         step = max(1, len(one.columns) // 48)
         axes.set_xticks(range(0, len(one.columns), step), one.columns[::step], fontsize=6.5)
         style = {"norm": PowerNorm(one.gamma, 0, one.highest), "cmap": one.colours}
-        image = axes.imshow(one.values, aspect="auto", interpolation="nearest", **style)
+        image = axes.imshow(np.asarray(one.values), aspect="auto", interpolation="nearest", **style)
         bar = figure.colorbar(image, ax=axes, pad=0.02, fraction=0.06)
         if one.ticks:
             bar.set_ticks(list(one.ticks), labels=list(one.ticks.values()))
