@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,7 @@ def test_a_run_writes_a_cell_for_each_method(finished: Path) -> None:
         assert 0.4 < cell["macs"] < 0.6
         assert [one["batch"] for one in cell["latency"]] == [1, 32]
         assert cell["after"]["loss"] != cell["before"]["loss"]
-    assert data["runs"][0]["torch"] == torch.__version__
+    assert data["runs"][0]["torch"] == version("torch")
     (choice,) = data["choices"]
     assert len(choice["tried"]) == 3
     best = max(choice["tried"], key=lambda one: (one["accuracy"], -one["loss"]))
@@ -314,6 +315,25 @@ def test_leads_are_over_the_best_other_method_beside_the_greater_spread() -> Non
         "+8.0 (spread 1.4), layers",
         "*+1.0 (spread 2.8), magnitude* |",
     ]
+
+
+def test_the_headline_shows_time_and_accuracy_beside_the_best_other_method() -> None:
+    def cells(method: str, *after: float) -> list[dict[str, Any]]:
+        latency = [{"batch": 1, "speedup": 3.0}, {"batch": 32, "speedup": 1.5}]
+        return [
+            {"budget": 0.5, "method": method, "before": {"accuracy": one - 0.1}}
+            | {"after": {"accuracy": one}, "latency": latency}
+            for one in after
+        ]
+
+    data = {
+        "name": "text",
+        "teacher": {"accuracy": 0.9},
+        "cells": [*cells("hfslim", 0.8, 0.9), *cells("layers", 0.7), *cells("magnitude", 0.75)],
+    }
+    (row,) = rivals.headline([data], [0.5]).splitlines()[2:]
+    shown = [cell.strip() for cell in row.strip("|").split("|")]
+    assert shown[1:] == ["50 %", "**1.50 ×**", "90.0", "75.0", "**85.0**", "75.0 (magnitude)"]
 
 
 def test_what_the_page_says_of_the_leads_is_so() -> None:
