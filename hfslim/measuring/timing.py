@@ -115,11 +115,7 @@ def paired_latency(
 def paired(first: np.ndarray, second: np.ndarray, before: Latency, after: Latency) -> PairedLatency:
     """Return the speedup of two series of calls, with a bootstrap interval over pairs of calls.
 
-    Args:
-        first: Seconds of each call of the first, `[calls]`.
-        second: Seconds of each call of the second, taken in turn with the first, `[calls]`.
-        before: Summary of the first.
-        after: Summary of the second.
+    The seconds of both, `[calls]`, were taken in turn; `before` and `after` summarise them.
     """
     calls = len(first)
     resampled = np.random.default_rng(0).integers(0, calls, size=(2000, calls))
@@ -197,15 +193,10 @@ def _interleaved(
 
 
 def in_turn(clocks: Sequence[Callable[[], float]], calls: int, warmup: int) -> list[np.ndarray]:
-    """Time several functions in turn, call by call.
+    """Time several functions in turn, call by call, after `warmup` calls of each.
 
-    Args:
-        clocks: Each runs once and returns the seconds that it took.
-        calls: Number of timed calls of each.
-        warmup: Number of calls of each before the first timed one.
-
-    Returns:
-        Seconds by clock, `[calls]`.
+    Each function runs once and returns the seconds that it took; the result holds the seconds of
+    each, `[calls]`.
 
     Raises:
         ValueError: `calls` is less than 1.

@@ -23,11 +23,8 @@ def read_audio(source: dict[str, Any], rate: int, max_seconds: float) -> np.ndar
 
     Args:
         source: `bytes` of a sound file or its `path`, as of `datasets.Audio(decode=False)`.
-        rate: Samples per second of the result.
+        rate: Samples per second of the result, float32 `[samples]`.
         max_seconds: Seconds after which the recording is cut.
-
-    Returns:
-        Float32 samples, `[samples]`.
 
     Raises:
         ValueError: The file is not a readable sound file, or is empty.

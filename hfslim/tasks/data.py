@@ -105,10 +105,7 @@ def load_splits(
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Load the training and the evaluation examples, before any cut by `max_…_samples`.
 
-    Args:
-        data: Source of the examples.
-        folder_builder: `imagefolder` or `audiofolder`, for `train_dir`.
-        seed: Seed of `train_val_split`.
+    The builder of `train_dir` is `imagefolder` or `audiofolder`; the seed is for `train_val_split`.
 
     Raises:
         ValueError: A split does not exist or is empty, or there is nothing to evaluate on.
@@ -155,12 +152,9 @@ def _load(data: DataConfig, folder_builder: str | None) -> datasets.DatasetDict:
 
 
 def audio_folders(folders: dict[str, Path]) -> datasets.DatasetDict:
-    """List the recordings of folders with one subfolder per class, without decoding them.
+    """List the recordings of each split's folder, with one subfolder per class, not decoded.
 
     The `audiofolder` builder of datasets does the same, but needs torchcodec even to list.
-
-    Args:
-        folders: The folder of each split.
 
     Raises:
         ValueError: A folder has no recordings in subfolders.

@@ -78,11 +78,9 @@ def usual_metric(problem: Problem) -> str:
 
 
 def decide(logits: np.ndarray, problem: Problem) -> np.ndarray:
-    """Return predictions: classes `[examples]`, 0/1 vectors `[examples, classes]` or values.
+    """Return the predictions of logits `[examples, classes]`.
 
-    Args:
-        logits: `[examples, classes]`.
-        problem: The problem type.
+    They are classes `[examples]`, 0/1 vectors `[examples, classes]` or values `[examples]`.
     """
     if problem == "single_label_classification":
         return logits.argmax(-1)
@@ -94,12 +92,7 @@ def decide(logits: np.ndarray, problem: Problem) -> np.ndarray:
 def compute_metrics(
     name: str, problem: Problem, classes: int
 ) -> Callable[[EvalPrediction], dict[str, float]]:
-    """Return the Trainer's `compute_metrics` for a metric.
-
-    Args:
-        name: A key of `METRICS`.
-        problem: The problem type.
-        classes: Number of classes, 1 for regression.
+    """Return the Trainer's `compute_metrics` for a metric, a key of `METRICS`.
 
     Raises:
         ValueError: The metric does not suit the problem.

@@ -39,11 +39,7 @@ Collator = Callable[[list[dict[str, Any]]], Any]
 
 
 def teacher_inputs(inputs: Mapping[str, Any], prefix: str = PREFIX) -> dict[str, Any]:
-    """Add a teacher's prefix to the names of its inputs.
-
-    Args:
-        inputs: Results of the teacher's processor, for one example or a batch.
-        prefix: This teacher's prefix.
+    """Add a teacher's prefix to the names of its processor's results, of one example or a batch.
 
     Examples:
         >>> teacher_inputs({"input_ids": [1, 2]})
@@ -63,11 +59,7 @@ def student_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prefixes(processors: Sequence[Any]) -> list[str]:
-    """Return the prefix of each teacher; empty where its processor is None.
-
-    Args:
-        processors: One for each teacher, None where it reads the student's inputs.
-    """
+    """Return each teacher's prefix, by its processor; None reads the student's and has none."""
     several = len(processors) > 1
     return [
         "" if processor is None else f"{PREFIX}{index}_" if several else PREFIX

@@ -60,9 +60,7 @@ def running(model: nn.Module, share: Share) -> Iterator[None]:
 def real_examples(accelerator: Accelerator, size: int) -> int:
     """Return how many examples of the last fetched batch, from its start, are not repeated.
 
-    Args:
-        accelerator: The Trainer's.
-        size: Number of examples in the batch, the same on all processes.
+    The size is the number of examples in the batch, the same on all processes.
     """
     state = accelerator.gradient_state
     if accelerator.num_processes == 1 or not state.end_of_dataloader:

@@ -51,9 +51,7 @@ class CheckpointError(RuntimeError):
 def save_whole(staged: Path, target: Path) -> None:
     """Move a written checkpoint into place in one step, with a list of its files.
 
-    Args:
-        staged: The folder, on the same file system as the target.
-        target: Its place; an older checkpoint there is replaced.
+    Both are on one file system; an older checkpoint in the place is replaced.
     """
     files = sorted(path for path in staged.rglob("*") if path.is_file())
     sizes = {path.relative_to(staged).as_posix(): path.stat().st_size for path in files}
@@ -151,13 +149,9 @@ def checkpoint_errors(name: str, run: Path) -> Iterator[None]:
 
 @contextmanager
 def stage_errors(name: str, folder: Path) -> Iterator[None]:
-    """Raise CheckpointError where a recipe's stage cannot be written inside the block.
+    """Raise CheckpointError where a stage cannot be written into a recipe's folder in the block.
 
     Other errors stay.
-
-    Args:
-        name: The stage's name.
-        folder: The recipe's folder.
     """
     try:
         yield

@@ -69,7 +69,7 @@ class HubMixin(Trainer):
         A `report.json` there that holds measurements stays as it is.
 
         Args:
-            language: For the card's metadata; likewise `license` and `tags`.
+            language: For the card's metadata; so are `license` and `tags`.
             license: See `language`.
             tags: See `language`.
             model_name: Not used: the card is named after the repository.

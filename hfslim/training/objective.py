@@ -222,12 +222,8 @@ class MeanLossMixin(Trainer):
     def hard_loss_share(self, logits: Tensor, labels: Tensor, counts: Tensor | None) -> Tensor:
         """Return the hard loss of a batch as its share of the step's mean, a scalar.
 
-        The sum over accumulated batches, averaged over processes, is the step's loss.
-
-        Args:
-            logits: `[batch, classes]`.
-            labels: Labels of the same examples.
-            counts: Of `get_batch_samples`, or None for the mean of this batch.
+        The sum over accumulated batches, averaged over processes, is the step's loss. The counts
+        are those of `get_batch_samples`, or None for the mean of this batch.
         """
         live: Any = self.model
         problem = self.problem_of(labels)
@@ -247,15 +243,10 @@ class MeanLossMixin(Trainer):
         return problem
 
     def share(self, losses: Tensor, count: Tensor, local: bool) -> Tensor:
-        """Divide the sum of a batch's losses by a number of examples.
+        """Divide the sum of a batch's losses, `[batch]`, by a number of examples.
 
-        Args:
-            losses: `[batch]`.
-            count: Examples of the whole step over all processes, or of this batch if `local`.
-            local: Whether `count` is of this batch only.
-
-        Returns:
-            A scalar, times the number of processes, over which gradients are averaged.
+        The count is that of this batch if `local`, otherwise that of the whole step over all
+        processes; the result is then multiplied by their number, as gradients are averaged.
         """
         processes = 1 if local else self.accelerator.num_processes
         share = share_of(self.model)  # type: ignore[arg-type]  # there is a model

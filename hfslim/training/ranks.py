@@ -32,14 +32,9 @@ def rank_count() -> int:
 
 
 def add_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """Add up a tensor of all ranks, in place, in its own dtype.
+    """Add up a tensor of all ranks, in place and in its own dtype, and return it.
 
-    Args:
-        tensor: Of the same shape on every rank. NCCL adds on the GPU: a tensor on the CPU is copied
-            there and back.
-
-    Returns:
-        The same tensor.
+    NCCL adds on the GPU: a tensor on the CPU is copied there and back.
     """
     if not _grouped():
         return tensor
