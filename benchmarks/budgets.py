@@ -25,7 +25,7 @@ from benchmarks.workbenches import opened
 from hfslim.anatomy.structure import KINDS, Kind
 from hfslim.measuring.measurement import macs
 from hfslim.measuring.timing import paired_latency
-from hfslim.pipeline.task_examples import Workbench
+from hfslim.pipeline.task_examples import TaskExamples
 from hfslim.pruning.scores.batches import Batches
 from hfslim.pruning.scores.criteria import criteria_by_kind, usual_criterion
 from hfslim.pruning.search.search import Search
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def latencies(
-    bench: Workbench, whole: PreTrainedModel, kinds: list[Kind], asked: float, sizes: list[int]
+    bench: TaskExamples, whole: PreTrainedModel, kinds: list[Kind], asked: float, sizes: list[int]
 ) -> None:
     everything, target = hfslim.find_units(whole, "dimensions" in kinds), {"latency": asked}
     units, goal = everything.of(kinds), Target.parse(target, kinds)
@@ -84,7 +84,7 @@ def latencies(
         )
 
 
-def drop(bench: Workbench, whole: PreTrainedModel, kinds: list[Kind], allowed: float) -> None:
+def drop(bench: TaskExamples, whole: PreTrainedModel, kinds: list[Kind], allowed: float) -> None:
     mixed = bench.eval.shuffle(seed=bench.seed)
     middle = len(mixed) // 2
     seen = replace(bench, eval=mixed.select(range(middle)))

@@ -29,7 +29,7 @@ from hfslim.hub.export import open_exported
 from hfslim.measuring.measurement import macs
 from hfslim.measuring.timing import call_seconds, evaluating, in_turn, paired, summarise
 from hfslim.pipeline.recipe import load_recipe
-from hfslim.pipeline.task_examples import Predictions, Workbench, agreement, uses_cpu
+from hfslim.pipeline.task_examples import Predictions, TaskExamples, uses_cpu
 from hfslim.tasks import TASKS, open_model
 
 MODELS = ("whole", "cut")
@@ -66,7 +66,7 @@ def main() -> None:
         time(options)
 
 
-def prepare(recipe_file: str, overrides: list[str], model: str) -> Workbench:
+def prepare(recipe_file: str, overrides: list[str], model: str) -> TaskExamples:
     recipe = load_recipe(recipe_file, overrides)
     arguments = TrainingArguments(
         use_cpu=uses_cpu(),
@@ -75,10 +75,12 @@ def prepare(recipe_file: str, overrides: list[str], model: str) -> Workbench:
         per_device_train_batch_size=32,
         per_device_eval_batch_size=32,
     )
-    return Workbench.prepare(recipe.task, recipe.data, recipe.metric, recipe.seed, arguments, model)
+    return TaskExamples.prepare(
+        recipe.task, recipe.data, recipe.metric, recipe.seed, arguments, model
+    )
 
 
-def make(options: argparse.Namespace, bench: Workbench) -> None:
+def make(options: argparse.Namespace, bench: TaskExamples) -> None:
     output = options.output
     whole = bench.load_model(options.model).eval()
     cut, inputs = copy.deepcopy(whole), bench.inputs(whole)
@@ -106,7 +108,7 @@ def make(options: argparse.Namespace, bench: Workbench) -> None:
 
 def told(expected: Predictions, found: Predictions) -> str:
     difference = abs(found.logits - expected.logits).max()
-    return f"{difference:.2g} | {found.value:.4f} | {agreement(expected, found):.2%}"
+    return f"{difference:.2g} | {found.value:.4f} | {expected.agreement(found):.2%}"
 
 
 def time(options: argparse.Namespace) -> None:

@@ -49,7 +49,7 @@ def main() -> None:
             seed=bench.seed,
         )
         data = list(bench.calibration(teacher, options.max_examples))
-        before = bench.evaluate(teacher)[bench.metric]
+        before = bench.evaluate(teacher).metrics[bench.metric]
         print(
             f"{torch.get_num_threads()} threads, {len(bench.eval):,} evaluation examples,", end=" "
         )
@@ -62,7 +62,7 @@ def main() -> None:
                 model, start = copy.deepcopy(teacher), time.perf_counter()
                 rows = sparsify(model, data, **asked, method=method, progress=False).sparsity
                 seconds = time.perf_counter() - start
-                after = bench.evaluate(model)[bench.metric]
+                after = bench.evaluate(model).metrics[bench.metric]
                 row = [goal, method, f"{after:.4f}", f"{seconds:.1f}", "–"]
                 if options.recovery:
                     parts, held = bench.trainer_parts(), WeightPruningCallback()
@@ -70,7 +70,7 @@ def main() -> None:
                     with redirect_stdout(sys.stderr):  # where the Trainer tells its own figures
                         trainer.train()
                     assert weight_sparsity(model) == rows, "a zero was lost"
-                    row[-1] = f"{bench.evaluate(model)[bench.metric]:.4f}"
+                    row[-1] = f"{bench.evaluate(model).metrics[bench.metric]:.4f}"
                 print(f"| {' | '.join(row)} |", flush=True)
 
 

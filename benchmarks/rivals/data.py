@@ -21,7 +21,7 @@ from hfslim.distillation.teacher.teacher import accepted_inputs
 from hfslim.measuring.timing import evaluating
 from hfslim.pipeline import runner
 from hfslim.pipeline.recipe import Recipe
-from hfslim.pipeline.task_examples import Workbench, uses_cpu
+from hfslim.pipeline.task_examples import TaskExamples, uses_cpu
 
 DATA_SEED = 0
 BATCH = 32
@@ -109,13 +109,13 @@ class Task:
     collate: Callable[[list[Batch]], dict[str, torch.Tensor]]
     remembered: RememberedTeacher
     arguments: Mapping[str, Any]
-    bench: Workbench
+    bench: TaskExamples
 
     @classmethod
     def prepare(cls, name: str, setting: Setting, recipe: Recipe, teacher: str) -> Task:
         """Load the teacher and read the examples once, features included."""
         evaluation = TrainingArguments(use_cpu=uses_cpu(), report_to="none")
-        bench = Workbench.prepare(
+        bench = TaskExamples.prepare(
             recipe.task, recipe.data, recipe.metric, recipe.seed, evaluation, model=teacher
         )
         model = bench.load_model(teacher).eval()

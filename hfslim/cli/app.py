@@ -1,4 +1,4 @@
-"""The command itself: what all verbs share in errors, exit codes and output."""
+"""The command, and what all verbs share: errors, exit codes and output."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class Verbs(TyperGroup):
-    """The verbs, listed in the order of the work rather than that of their modules."""
+    """The verbs, listed in the order of `VERBS`."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of the verbs."""
@@ -69,34 +69,33 @@ def hfslim(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command, and end the process with its exit code.
-
-    Args:
-        arguments: What stands behind `hfslim`; the process's own arguments if not given.
-    """
+    """Run the command with the process's arguments or others, and exit with its code."""
     if not sys.stderr.isatty():
-        # Read by tqdm when it is imported, which is later than this.
+        # tqdm reads this when it is imported, which is later.
         os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         code = app(arguments, prog_name="hfslim", standalone_mode=False)
     except typer.Abort:
         sys.exit(1)
     except typer.TyperException as error:
-        sys.exit(_told(error.format_message(), error.exit_code))
+        _fail(error.format_message(), error.exit_code)
     except Exception as error:
         if os.environ.get(DEBUG):
             raise
-        sys.exit(_told(_in_a_line(error), _exit_code(error)))
+        from hfslim.pipeline.schema import RecipeError
+
+        wrong = isinstance(error, RecipeError | FileNotFoundError)
+        _fail(_one_line(error), 2 if wrong else 1)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _told(message: str, code: int) -> int:
+def _fail(message: str, code: int) -> NoReturn:
     if message:
         print(f"error: {message}", file=sys.stderr)
-    return code
+    sys.exit(code)
 
 
-def _in_a_line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, ImportError) and "timm" in text:
         return "a model of timm needs timm and torchvision: pip install 'hfslim[timm]'"
@@ -105,20 +104,9 @@ def _in_a_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text} ({DEBUG}=1 shows where)"
 
 
-def _exit_code(error: Exception) -> int:
-    from hfslim.pipeline.schema import RecipeError
-
-    return 2 if isinstance(error, RecipeError | FileNotFoundError) else 1
-
-
 @contextmanager
 def working(result_follows: bool = True) -> Iterator[None]:
-    """Tell on standard error what is being done.
-
-    Args:
-        result_follows: Whether the result is printed afterwards, so that whatever the work itself
-            prints is kept out of standard output.
-    """
+    """Log on standard error inside the block, and if a result follows, print there too."""
     first = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hfslim").setLevel(logging.INFO if first else logging.WARNING)
@@ -127,18 +115,14 @@ def working(result_follows: bool = True) -> Iterator[None]:
 
 
 def progress(items: Iterable[T], doing: str) -> Iterable[T]:
-    """Yield the items, with a bar on a terminal and nothing elsewhere."""
+    """Yield the items, with a progress bar if standard error is a terminal."""
     console = Console(stderr=True)
     return track(items, doing, console=console, transient=True, disable=not console.is_terminal)
 
 
 @contextmanager
 def asked(option: str) -> Iterator[None]:
-    """Take a `ValueError` inside as a wrong value of an option.
-
-    Raises:
-        BadParameter: There was one.
-    """
+    """Raise a `ValueError` inside the block as a `BadParameter` of an option."""
     try:
         yield
     except ValueError as error:
@@ -146,13 +130,7 @@ def asked(option: str) -> Iterator[None]:
 
 
 def show(as_json: bool, values: Mapping[str, Any], draw: Callable[[Console], None]) -> None:
-    """Print a result on standard output.
-
-    Args:
-        as_json: Whether for a program to read.
-        values: The result as plain values.
-        draw: Prints it for a person.
-    """
+    """Print a result on standard output, as JSON or by a function that draws it."""
     if as_json:
         print(json.dumps(values, indent=2 if sys.stdout.isatty() else None, allow_nan=False))
     else:

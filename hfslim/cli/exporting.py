@@ -1,4 +1,4 @@
-"""`hfslim export`: a file to serve a model from."""
+"""`hfslim export`: write a model to a file for inference."""
 
 from __future__ import annotations
 
@@ -9,27 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hfslim.cli import options
 from hfslim.cli.app import app, asked, show, working
-from hfslim.cli.options import (
-    BatchSize,
-    BatchSizes,
-    Calls,
-    Data,
-    Json,
-    Metric,
-    Model,
-    Output,
-    Seed,
-    check_empty,
-    workbench,
-)
 
 if TYPE_CHECKING:
     from rich.table import Table
     from transformers import PreTrainedModel
 
-    from hfslim.hub.export import Export
-    from hfslim.pipeline.task_examples import Workbench
+    from hfslim.hub.export.exporting import Export
+    from hfslim.pipeline.task_examples import TaskExamples
 
 FORMATS = ("onnx", "torch-export")
 
@@ -38,8 +26,8 @@ FORMATS = ("onnx", "torch-export")
     epilog="Example: `hfslim export bert-sst2-half --format onnx --int8 --output bert-sst2-onnx`"
 )
 def export(
-    model: Model,
-    output: Output,
+    model: options.Model,
+    output: options.Output,
     format: Annotated[
         str,
         typer.Option(
@@ -52,20 +40,20 @@ def export(
     int8: Annotated[
         bool, typer.Option("--int8", help="Quantize dynamically; only for onnx.")
     ] = False,
-    data: Data = None,
-    metric: Metric = None,
-    batch_size: BatchSizes = None,
-    calls: Calls = 30,
-    eval_batch_size: BatchSize = 32,
-    seed: Seed = 42,
-    as_json: Json = False,
+    data: options.Data = None,
+    metric: options.Metric = None,
+    batch_size: options.BatchSizes = None,
+    calls: options.Calls = 30,
+    eval_batch_size: options.BatchSize = 32,
+    seed: options.Seed = 42,
+    as_json: options.Json = False,
 ) -> None:
     """Export a model to a file that needs neither hfslim nor the model's code.
 
-    The file is compared with the model before it is kept; with `--data`, both then judge the
-    evaluation split, and the metric of each and their agreement are told. The batch is free, and
-    the length where the model leaves it open. The folder gets the file, the processor, the config
-    and `export_report.json`.
+    The outputs of the file are compared with those of the model before it is kept. With `--data`,
+    both are evaluated on the evaluation split, and their metrics and agreement are reported. The
+    batch size is free, and so is the length unless the model fixes it. The folder contains the
+    file, the processor, the config and `export_report.json`.
     """
     with working():
         from hfslim.hub.export import check_format
@@ -74,10 +62,10 @@ def export(
 
         with asked("--format"):
             check_format(format, int8)
-        check_empty(output)
+        options.check_empty(output)
         if data:
-            bench = workbench(model, data, metric, seed, eval_batch_size)
-            loaded, processor = bench.load_model(model), bench.processor
+            examples = options.open_examples(model, data, metric, seed, eval_batch_size)
+            loaded, processor = examples.load_model(model), examples.processor
         else:
             task, loaded = open_classifier(model)
             with explained(f"the processor of {model!r}"):
@@ -88,24 +76,23 @@ def export(
             loaded.float(), output, chosen, int8, processor, batch_sizes=sizes, calls=calls
         )
         if data:
-            made = replace(made, quality=_judged(bench, loaded, output))
+            made = replace(made, quality=_evaluated(examples, loaded, output))
             made.write(output)
     show(as_json, made.to_dict(), lambda console: console.print(_table(made)))
 
 
-def _judged(bench: Workbench, model: PreTrainedModel, output: Path) -> dict[str, Any]:
-    """Let the model and its export judge the evaluation examples."""
-    from hfslim.hub.export import open_exported
-    from hfslim.pipeline.task_examples import agreement
+def _evaluated(examples: TaskExamples, model: PreTrainedModel, output: Path) -> dict[str, Any]:
+    """Evaluate the model and its export on the evaluation examples."""
+    from hfslim.hub.export.exporting import open_exported
 
     shown = sys.stderr.isatty()
-    by_torch = bench.predict(model, shown)
-    exported = bench.predict(open_exported(output), shown)
+    by_torch = examples.predict(model, shown)
+    exported = examples.predict(open_exported(output), shown)
     return {
-        "metric": bench.metric,
+        "metric": examples.metric,
         "torch": by_torch.value,
         "exported": exported.value,
-        "agreement": agreement(by_torch, exported),
+        "agreement": by_torch.agreement(exported),
         "difference": float(abs(by_torch.logits - exported.logits).max()),
         "examples": len(by_torch.logits),
     }
@@ -132,10 +119,10 @@ def _table(made: Export) -> Table:
             f"{time.after.threads} threads",
         )
     if made.quality:
-        told = made.quality
+        both = made.quality
         table.add_row(
-            f"{told['metric']}, {told['examples']:,} examples",
-            f"torch {told['torch']:.4f}, exported {told['exported']:.4f}; "
-            f"agreement {told['agreement']:.2%}; logits differ by {told['difference']:.2g} at most",
+            f"{both['metric']}, {both['examples']:,} examples",
+            f"torch {both['torch']:.4f}, exported {both['exported']:.4f}; "
+            f"agreement {both['agreement']:.2%}; logits differ by {both['difference']:.2g} at most",
         )
     return table

@@ -1,4 +1,4 @@
-"""`hfslim inspect`: which units, classes and layers matter, and what another model makes of it."""
+"""`hfslim inspect`: the importance of units, and how a model differs from another."""
 
 from __future__ import annotations
 
@@ -9,19 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from hfslim.anatomy.structure import KINDS
+from hfslim.cli import options
 from hfslim.cli.app import app, asked, show, working
-from hfslim.cli.options import (
-    BatchSize,
-    CriterionNames,
-    Data,
-    Json,
-    MaxExamples,
-    Model,
-    Seed,
-    UnitKinds,
-    criteria,
-    workbench,
-)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,40 +23,40 @@ if TYPE_CHECKING:
     "--data dataset_config_name=sst2 --by-class --picture importance.svg`"
 )
 def inspect(
-    model: Model,
-    data: Data = None,
-    criterion: CriterionNames = None,
-    units: UnitKinds = None,
+    model: options.Model,
+    data: options.Data = None,
+    criterion: options.CriterionNames = None,
+    units: options.UnitKinds = None,
     by_class: Annotated[
-        bool, typer.Option("--by-class", help="Also tell which units each class needs.")
+        bool, typer.Option("--by-class", help="Also show which units each class needs.")
     ] = False,
     similarity: Annotated[
-        bool, typer.Option("--similarity", help="Also tell how alike the layers are (CKA).")
+        bool, typer.Option("--similarity", help="Also show the similarity of the layers (CKA).")
     ] = False,
     against: Annotated[
         str | None,
         typer.Option(
             metavar="MODEL|FILE",
-            help="The teacher, another seed, or what `inspect --json` printed of one: on which "
-            "units the two agree, and which predictions changed from it to MODEL.",
+            help="Another model, such as the teacher, or its `inspect --json`: show on which units "
+            "the two agree, and which predictions changed from it to MODEL.",
         ),
     ] = None,
     picture: Annotated[
         Path | None,
-        typer.Option(dir_okay=False, help="Also draw what is told: a .svg, .png or .pdf file."),
+        typer.Option(dir_okay=False, help="Also draw the results: a .svg, .png or .pdf file."),
     ] = None,
-    max_examples: MaxExamples = 512,
-    batch_size: BatchSize = 32,
-    seed: Seed = 42,
-    as_json: Json = False,
+    max_examples: options.MaxExamples = 512,
+    batch_size: options.BatchSize = 32,
+    seed: options.Seed = 42,
+    as_json: options.Json = False,
 ) -> None:
     """Show which heads, neurons and layers a model has, and how much each matters.
 
-    Each bar is a unit, or the mean of a few neighbours; its height is the importance beside the
-    greatest of its kind. Units are scored by `fisher` with `--data`, by `magnitude` without. What
-    cannot be removed is listed with the reason.
+    Each bar is a unit, or the mean of a few neighbours; its height is the importance relative to
+    the greatest of its kind. By default units are scored by `fisher` with `--data`, by `magnitude`
+    without. Units that cannot be removed are listed with the reason.
     """
-    names = criteria(criterion or (["fisher"] if data else ["magnitude"]))
+    names = options.criteria(criterion or (["fisher"] if data else ["magnitude"]))
     for option, given in (("--by-class", by_class), ("--similarity", similarity)):
         if given and not data:
             raise typer.BadParameter("it needs examples: add --data", param_hint=f"'{option}'")
@@ -83,8 +72,8 @@ def inspect(
             with asked("--picture"):
                 check_picture(picture)
         saved = saved_scores(against) if against and against.endswith(".json") else None
-        bench = workbench(model, data, None, seed, batch_size) if data else None
-        loaded = bench.load_model(model) if bench else open_classifier(model)[1]
+        examples = options.open_examples(model, data, None, seed, batch_size) if data else None
+        loaded = examples.load_model(model) if examples else open_classifier(model)[1]
         found = find_units(loaded, "dimensions" in (units or ()))
         kinds: Any = units or [k for k in KINDS if any(site.kind == k for site in found)]
         with asked("--units"):
@@ -92,31 +81,31 @@ def inspect(
         with asked("--criterion"):
             by_kind = criteria_by_kind(cast(Any, names), kinds)
         shown = sys.stderr.isatty()
-        subject = Subject(model, loaded, found, by_kind, bench, by_class, max_examples, seed, shown)
-        findings: list[Finding] = [subject.importance(f"{model}: {_spoken(names)}")]
+        subject = Subject(loaded, found, by_kind, examples, by_class, max_examples, seed, shown)
+        findings: list[Finding] = [subject.importance(f"{model}: {_listed(names)}")]
         if similarity:
             findings.append(subject.similarity())
         if against and saved is not None:
-            findings.append(subject.agreement(against, saved))
+            findings.append(subject.compare_scores(against, saved))
         elif against:
-            other_bench = workbench(against, data, None, seed, batch_size) if data else None
-            findings += subject.against(against, other_bench)
+            others = options.open_examples(against, data, None, seed, batch_size) if data else None
+            findings += subject.compare_model(against, others)
         if picture is not None:
             from hfslim.reporting.plots.heat_maps import draw_heat_maps
 
             draw_heat_maps([p for one in findings for p in one.panels()], picture, model)
 
-    def tell(console: Console) -> None:
+    def draw_tables(console: Console) -> None:
         for finding in findings:
             finding.print(console)
 
     values: dict[str, Any] = {"model": model, "criterion": names}
     for finding in findings:
         values |= finding.values()
-    show(as_json, values, tell)
+    show(as_json, values, draw_tables)
 
 
-def _spoken(names: str | dict[str, str]) -> str:
+def _listed(names: str | dict[str, str]) -> str:
     if isinstance(names, str):
         return names
     return ", ".join(f"{kind} by {name}" for kind, name in names.items())

@@ -1,4 +1,4 @@
-"""`hfslim measure` and `hfslim compare`: what models cost, and whether they agree."""
+"""`hfslim measure` and `hfslim compare`: the costs of models, and their agreement."""
 
 from __future__ import annotations
 
@@ -7,18 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hfslim.cli import options
 from hfslim.cli.app import app, progress, show, working
-from hfslim.cli.options import (
-    BatchSize,
-    BatchSizes,
-    Calls,
-    Data,
-    Json,
-    Length,
-    Metric,
-    Seed,
-    workbench,
-)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,16 +22,16 @@ def measure(
     models: Annotated[
         list[str], typer.Argument(metavar="MODEL...", help="Hub ids or folders of classifiers.")
     ],
-    batch_size: BatchSizes = None,
-    length: Length = None,
-    calls: Calls = 30,
-    as_json: Json = False,
+    batch_size: options.BatchSizes = None,
+    length: options.Length = None,
+    calls: options.Calls = 30,
+    as_json: options.Json = False,
 ) -> None:
     """Measure parameters, multiply-accumulates, bytes and latency.
 
-    The input is random and of the size that the model takes: 128 tokens or one second where a
-    model leaves it open and `--length` says nothing. Models are timed one after the other;
-    `hfslim compare` times two in turn, which a change of load does not disturb.
+    The input is random and has the size that the model takes. Without `--length` it has 128 tokens
+    or one second if the model allows several lengths. Models are timed one after the other;
+    `hfslim compare` times two in turn, so that a change of load affects both.
     """
     with working():
         from hfslim.anatomy.inputs import example_inputs
@@ -91,38 +81,39 @@ def compare(
     after: Annotated[
         str, typer.Argument(metavar="AFTER", help="Hub id or folder of the second model.")
     ],
-    data: Data = None,
-    metric: Metric = None,
-    batch_size: BatchSizes = None,
-    length: Length = None,
-    calls: Calls = 30,
-    eval_batch_size: BatchSize = 32,
-    seed: Seed = 42,
-    as_json: Json = False,
+    data: options.Data = None,
+    metric: options.Metric = None,
+    batch_size: options.BatchSizes = None,
+    length: options.Length = None,
+    calls: options.Calls = 30,
+    eval_batch_size: options.BatchSize = 32,
+    seed: options.Seed = 42,
+    as_json: options.Json = False,
 ) -> None:
     """Compare two models: size, speed, metric, and how often they agree.
 
-    The two run in turn, call by call. With `--data`, both are judged on its evaluation split,
-    each by its own processor; without, only size and speed are compared.
+    The two run in turn, call by call. With `--data`, both are evaluated on the evaluation split,
+    each with its own processor; without it, only size and speed are compared.
     """
     with working():
         from hfslim.anatomy.inputs import example_inputs
         from hfslim.measuring.measurement import compare as costs_of
         from hfslim.pipeline.opening import open_classifier
-        from hfslim.pipeline.task_examples import agreement
         from hfslim.reporting.report import Quality, Report
 
         sources, quality, agreed, examples = (before, after), [], None, 0
         if data:
-            benches = [workbench(source, data, metric, seed, eval_batch_size) for source in sources]
-            one, other = (b.load_model(s) for b, s in zip(benches, sources, strict=True))
+            own, theirs = (
+                options.open_examples(source, data, metric, seed, eval_batch_size)
+                for source in sources
+            )
+            one, other = own.load_model(before), theirs.load_model(after)
             shown = sys.stderr.isatty()
-            first, second = benches[0].predict(one, shown), benches[1].predict(other, shown)
-            agreed, examples = agreement(first, second), len(first.logits)
+            first, second = own.predict(one, shown), theirs.predict(other, shown)
+            agreed, examples = first.agreement(second), len(first.logits)
             where = f"evaluation, {examples:,} examples"
-            name = benches[0].metric
-            quality = [Quality(name, second.value, first.value, where, examples)]
-            length = length or benches[1].stated_length
+            quality = [Quality(own.metric, second.value, first.value, where, examples)]
+            length = length or theirs.stated_length
         else:
             one, other = (open_classifier(source)[1] for source in sources)
         comparisons = [

@@ -1,4 +1,4 @@
-"""Arguments and options that several verbs share, and what they mean."""
+"""Arguments and options that several verbs share, and how they are read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 from hfslim.anatomy.structure import KINDS
 
 if TYPE_CHECKING:
-    from hfslim.pipeline.task_examples import Workbench
+    from hfslim.pipeline.task_examples import TaskExamples
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 _data = typer.Option(
@@ -20,15 +20,15 @@ _data = typer.Option(
     metavar="NAME|FILE|KEY=VALUE",
     help="Labelled examples: a Hub id or `digits`, a csv, json or parquet file, a recipe whose "
     "data to use, or a key of a recipe's `data` with its value, such as "
-    "`text_column_name=sentence`. Give it as often as needed.",
+    "`text_column_name=sentence`. Can be given several times.",
 )
 Data = Annotated[list[str] | None, _data]
 GivenData = Annotated[list[str], _data]
 Metric = Annotated[
     str | None,
     typer.Option(
-        help="What the models are judged by: accuracy, f1_macro, f1_binary, matthews_correlation, "
-        "pearson or spearman. By default accuracy, pearson where the labels are numbers."
+        help="accuracy, f1_macro, f1_binary, matthews_correlation, pearson or spearman. By default "
+        "accuracy, or pearson if the labels are numbers."
     ),
 ]
 BatchSizes = Annotated[
@@ -36,13 +36,13 @@ BatchSizes = Annotated[
     typer.Option(
         "--batch-size",
         min=1,
-        help="Examples per call; several times for several; 1 and 32 by default.",
+        help="Examples per call; can be given several times; 1 and 32 by default.",
     ),
 ]
 Length = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Tokens, samples or frames per example, where a model leaves it open."
+        min=1, help="Tokens, samples or frames per example, if the model does not fix it."
     ),
 ]
 Calls = Annotated[int, typer.Option(min=1, help="Timed calls of each model.")]
@@ -51,7 +51,7 @@ UnitKinds = Annotated[
     typer.Option(
         "--units",
         metavar="KIND",
-        help=f"A kind of unit: {', '.join(KINDS)}; several times for several.",
+        help=f"A kind of unit: {', '.join(KINDS)}; can be given several times.",
         autocompletion=lambda: list(KINDS),
     ),
 ]
@@ -67,7 +67,7 @@ CriterionNames = Annotated[
 Output = Annotated[
     Path, typer.Option("--output", "-o", file_okay=False, help="A new or empty folder.")
 ]
-Seed = Annotated[int, typer.Option(help="Seed of whatever is drawn.")]
+Seed = Annotated[int, typer.Option(help="Seed of every draw.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id or folder of a classifier.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Examples per call of the model.")]
 MaxExamples = Annotated[
@@ -79,7 +79,7 @@ def pairs(given: Sequence[str], option: str) -> dict[str, Any]:
     """Read `key=value` and `key.key=value` into nested values, as YAML reads them.
 
     Raises:
-        BadParameter: One is not of that form.
+        BadParameter: An argument has another form.
     """
     import yaml
 
@@ -104,11 +104,7 @@ def criteria(given: Sequence[str]) -> str | dict[str, str]:
 
 
 def check_empty(output: Path) -> None:
-    """Refuse to write where something is.
-
-    Raises:
-        OutputError: The folder holds something.
-    """
+    """Raise `OutputError` if a folder holds something."""
     from hfslim.pipeline.manifest import OutputError
 
     if output.exists() and any(output.iterdir()):
@@ -116,12 +112,12 @@ def check_empty(output: Path) -> None:
 
 
 def data_section(given: Sequence[str]) -> dict[str, Any]:
-    """Read `--data` into the `data` section of a recipe, its keys not checked yet.
+    """Read `--data` into the `data` section of a recipe, without a check of its keys.
 
-    A folder with a README.md is a data set as it is on the Hub.
+    A folder with a README.md is a data set in the format of the Hub.
 
     Raises:
-        RecipeError: A recipe does not exist, or a folder may be of two kinds.
+        RecipeError: A recipe does not exist, or the kind of a folder is unclear.
     """
     from hfslim.pipeline.schema import RecipeError, mapping_at
 
@@ -147,20 +143,20 @@ def data_section(given: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def workbench(
+def open_examples(
     model: str, data: Sequence[str], metric: str | None, seed: int, batch_size: int
-) -> Workbench:
+) -> TaskExamples:
     """Prepare the examples of `--data` for a model.
 
     Raises:
         RecipeError: The data or the model cannot be read.
-        ValueError: They do not suit each other or the metric.
+        ValueError: The data do not fit the model or the metric.
     """
     from transformers import TrainingArguments
 
     from hfslim.pipeline.opening import task_of
     from hfslim.pipeline.schema import RecipeError, build, nearest
-    from hfslim.pipeline.task_examples import Workbench, uses_cpu
+    from hfslim.pipeline.task_examples import TaskExamples, uses_cpu
     from hfslim.tasks import METRICS, TASKS, DataConfig
 
     if metric is not None and metric not in METRICS:
@@ -175,4 +171,4 @@ def workbench(
         report_to="none",
         remove_unused_columns=not TASKS[task].lazy,
     )
-    return Workbench.prepare(task, config, metric, seed, arguments, model)
+    return TaskExamples.prepare(task, config, metric, seed, arguments, model)

@@ -1,4 +1,4 @@
-"""`hfslim prune`: a smaller model in one command."""
+"""`hfslim prune`: prune a model in one command."""
 
 from __future__ import annotations
 
@@ -10,22 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hfslim.cli import options
 from hfslim.cli.app import app, show, working
-from hfslim.cli.options import (
-    CriterionNames,
-    GivenData,
-    Json,
-    MaxExamples,
-    Metric,
-    Model,
-    Output,
-    Seed,
-    UnitKinds,
-    check_empty,
-    criteria,
-    data_section,
-    pairs,
-)
 
 if TYPE_CHECKING:
     from hfslim.pipeline.recipe import Recipe
@@ -38,7 +24,7 @@ if TYPE_CHECKING:
 )
 def prune(
     context: typer.Context,
-    model: Model,
+    model: options.Model,
     target: Annotated[
         list[str],
         typer.Option(
@@ -47,35 +33,38 @@ def prune(
             "`sparsity=0.3` or `sparsity.heads=0.3`, the fraction of the units to remove.",
         ),
     ],
-    data: GivenData,
-    output: Output,
-    units: UnitKinds = None,
-    criterion: CriterionNames = None,
-    max_examples: MaxExamples = 512,
-    metric: Metric = None,
-    seed: Seed = 42,
-    as_json: Json = False,
+    data: options.GivenData,
+    output: options.Output,
+    units: options.UnitKinds = None,
+    criterion: options.CriterionNames = None,
+    max_examples: options.MaxExamples = 512,
+    metric: options.Metric = None,
+    seed: options.Seed = 42,
+    as_json: options.Json = False,
 ) -> None:
-    """Cut a trained model to a target.
+    """Prune a trained model to a target.
 
-    This is a recipe of the two stages `prune` and `measure`; any other key of `prune` can be set
-    behind it, such as `--schedule cubic --num_train_epochs 1`, which trains while it cuts. The
-    folder gets the model, its processor, the report, the model card and the recipe, to which a
-    `recover` stage can be added.
+    The command runs a recipe of the two stages `prune` and `measure`. Every other key of `prune`
+    is an option too, such as `--schedule cubic --num_train_epochs 1` for gradual pruning while
+    training. The folder contains the model, its processor, the report, the model card and the
+    recipe, to which a `recover` stage can be added.
     """
-    stage: dict[str, Any] = {"target": pairs(target, "--target"), "max_examples": max_examples}
+    stage: dict[str, Any] = {
+        "target": options.pairs(target, "--target"),
+        "max_examples": max_examples,
+    }
     stage |= {"units": units} if units else {}
-    stage |= {"criterion": criteria(criterion)} if criterion else {}
+    stage |= {"criterion": options.criteria(criterion)} if criterion else {}
     with working(result_follows=as_json):
         from hfslim.pipeline.opening import task_of
         from hfslim.pipeline.recipe import override, parse_recipe
         from hfslim.reporting.report import Report
 
-        check_empty(output)
+        options.check_empty(output)
         raw: dict[str, Any] = {
             "task": task_of(model),
             "model": model,
-            "data": data_section(data),
+            "data": options.data_section(data),
             "seed": seed,
             "training": {"report_to": "none"},
             "stages": [{"prune": stage}, {"measure": {}}],
@@ -92,16 +81,15 @@ def prune(
 
 
 def _cut(recipe: Recipe, output: Path) -> None:
-    """Run the two stages, and put what they leave into one folder."""
+    """Run the two stages, and move their results into one folder."""
     from hfslim.hub.card import RECIPE, write_card
-    from hfslim.pipeline.recipe import recipe_yaml
     from hfslim.pipeline.runner import run
 
     model = run(recipe)
     for path in Path(recipe.output_dir).glob("*-measure/*"):
         path.rename(model / path.name)
     again = replace(recipe, output_dir=f"outputs/{output.name}")
-    (model / RECIPE).write_text(recipe_yaml(again), encoding="utf-8")
+    (model / RECIPE).write_text(again.to_yaml(), encoding="utf-8")
     if output.exists():
         output.rmdir()
     model.rename(output)

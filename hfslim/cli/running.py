@@ -1,4 +1,4 @@
-"""`hfslim run`: a recipe from its first stage to its last."""
+"""`hfslim run`: run the stages of a recipe."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
+from hfslim.cli import options
 from hfslim.cli.app import app, show, working
-from hfslim.cli.options import Json
 
 
 @app.command(
@@ -24,16 +24,16 @@ def run(
     seeds: Annotated[
         int | None,
         typer.Option(
-            min=2, help="Run this many seeds, and tell mean, spread and the worst of each figure."
+            min=2, help="Run this many seeds, and report mean, spread and worst of each figure."
         ),
     ] = None,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
-    """Run a recipe: fine-tune, prune, recover, measure, as it says.
+    """Run the stages of a recipe, such as transfer, prune, recover and measure.
 
-    Any key of the recipe can be set behind it, nested by dots: `--training.learning_rate 3e-5`,
-    `--stages.prune.target.macs=0.4`. A second run goes on after the last finished stage. With
-    `--seeds`, each seed has a folder `seed-N` in `output_dir`, beside the report on all.
+    Every key of the recipe is an option too, nested by dots: `--training.learning_rate 3e-5`,
+    `--stages.prune.target.macs=0.4`. A second run continues after the last finished stage. With
+    `--seeds`, each seed has a folder `seed-N` in `output_dir`, beside the report on all seeds.
 
     For several processes: `accelerate launch recipes/compress.py RECIPE [--key value …]`.
     """

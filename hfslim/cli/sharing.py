@@ -1,4 +1,4 @@
-"""`hfslim report`, `hfslim card`, `hfslim push` and `hfslim families`: what others get to see."""
+"""`hfslim report`, `hfslim card`, `hfslim push` and `hfslim families`: reports and sharing."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hfslim.cli import options
 from hfslim.cli.app import app, asked, show, working
-from hfslim.cli.options import Json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,11 +28,11 @@ Saved = Annotated[
 def card(
     folder: Saved,
     name: Annotated[str | None, typer.Option(help="Hub id that the card's examples load.")] = None,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Write the model card, README.md, from the report beside the model.
 
-    What stands below the marker of an earlier card, and metadata such as `license`, are kept.
+    The text below the marker of an earlier card, and metadata such as `license`, are kept.
     """
     with working():
         from hfslim.hub.card import write_card
@@ -44,21 +44,23 @@ def card(
 @app.command(epilog="Example: `hfslim push bert-sst2-half you/bert-sst2-half --private`")
 def push(
     folder: Saved,
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="Hub id; made if it does not exist.")],
+    repo: Annotated[
+        str, typer.Argument(metavar="REPO", help="Hub id; created if it does not exist.")
+    ],
     private: Annotated[
         bool | None,
         typer.Option(
-            "--private/--public", help="What a new repository is; else the Hub's default."
+            "--private/--public", help="Visibility of a new repository; else the Hub's default."
         ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch to push to; else `main`.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
     message: Annotated[str, typer.Option(help="First line of the commit.")] = "Upload model",
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Push a saved model to the Hub, with its card, report and recipe, in one commit.
 
-    Log in with `hf auth login`, or set `HF_TOKEN`. A push that failed can be repeated.
+    Log in with `hf auth login`, or set `HF_TOKEN`. A failed push can be repeated.
     """
     with working():
         from huggingface_hub.utils import validate_repo_id
@@ -82,13 +84,16 @@ def push(
 @app.command(epilog="Example: `hfslim report outputs/digits_vit`")
 def report(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", exists=True, file_okay=False, help="Of a report.json.")
+        Path,
+        typer.Argument(
+            metavar="DIR", exists=True, file_okay=False, help="The folder of a report.json."
+        ),
     ],
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
-    """Write report.html, one page that needs nothing else, and its figures as PNG files.
+    """Write report.html, one self-contained page, and its figures as PNG files.
 
-    A run writes them by itself; this makes them again from `report.json` alone.
+    A run writes them too; this command makes them again from `report.json` alone.
     """
     with working():
         from hfslim.reporting.page import write_page
@@ -103,16 +108,18 @@ def families(
     task: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="|".join(TASKS), help="Only these.", autocompletion=lambda: list(TASKS)
+            metavar="|".join(TASKS),
+            help="Show only these tasks.",
+            autocompletion=lambda: list(TASKS),
         ),
     ] = None,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Show what can be removed from each model type of transformers.
 
-    The table comes from building each type and cutting it: `yes` where the cut model equals the
-    gated one, `refused` where the cut cannot be exact. `hfslim inspect MODEL` has the reasons, and
-    tells of a model of your own.
+    The table comes from building and pruning a model of each type: `yes` means that the pruned
+    model equals the masked one, `refused` that the cut cannot be exact. `hfslim inspect MODEL`
+    shows the reasons for any model.
     """
     with asked("--task"):
         unknown = [one for one in task or () if one not in TASKS]

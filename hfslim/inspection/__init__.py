@@ -1,4 +1,4 @@
-"""Look into a model: how alike its layers are, what two models agree on, what a cut lost."""
+"""Inspect models: similarity of layers, agreement on units, and changed predictions."""
 
 from hfslim.inspection.agreement import UnitAgreement, unit_agreement
 from hfslim.inspection.changes import Change, Changes, prediction_changes

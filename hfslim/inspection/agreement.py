@@ -1,4 +1,4 @@
-"""Which units two scorings of the same units agree on: two seeds, two criteria, two classes."""
+"""Compare two scorings of the same units, such as those of two seeds, criteria or classes."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from hfslim.pruning.gates.gates import Key
 
 @dataclass(frozen=True)
 class UnitAgreement:
-    """How far two scorings of the units of one kind agree.
+    """The agreement of two scorings of the units of one kind.
 
     Attributes:
         kind: The kind of unit.
-        rank_correlation: Spearman's, over all units of the kind; nan where all score the same.
-        by_site: The same over the units of each site.
-        shared: By the fraction of units kept, the share of the units that one scoring keeps which
-            the other keeps too; by chance it would be that fraction.
-        kept_by_both: By that fraction and by site, the units that both keep.
+        rank_correlation: Spearman's, over all units of the kind; nan if all scores are equal.
+        by_site: The rank correlation over the units of each site.
+        shared: By the fraction of units kept, the fraction of the units kept by one scoring that
+            the other keeps too. Independent scorings share that fraction of units on average.
+        kept_by_both: By the fraction of units kept and by site, the units that both keep.
     """
 
     kind: Kind
@@ -40,20 +40,20 @@ def unit_agreement(
 ) -> list[UnitAgreement]:
     """Compare two scorings of the same units, kind by kind.
 
-    Units of two models have something to do with each other where both models were trained from the
-    same weights; the heads of two that were trained from scratch are numbered at random.
+    Units of two models correspond if both models were trained from the same weights; the heads of
+    models trained from scratch are in random order.
 
     Args:
         first: Importance by kind and site, `[units]`, as `PruneResult.scores`.
-        second: The same of the other.
-        kept: Fractions of the units of a kind that a budget keeps: those of the highest scores over
-            all sites, ties to the first.
+        second: The other scoring.
+        kept: Fractions of the units of a kind to keep, those of the highest scores over all sites;
+            of equal scores the first.
 
     Returns:
-        One for each kind.
+        The agreement for each kind.
 
     Raises:
-        ValueError: The two are not of the same units, or a fraction is not between 0 and 1.
+        ValueError: The scorings are of different units, or a fraction is not between 0 and 1.
     """
     differ = [k for k in first.keys() | second.keys() if _size(first, k) != _size(second, k)]
     if differ:
@@ -80,7 +80,7 @@ def unit_agreement(
 
 
 def rank_correlation(first: Tensor, second: Tensor) -> float:
-    """Return Spearman's rank correlation; nan where one side is all the same.
+    """Return Spearman's rank correlation; nan if all values of one side are equal.
 
     Examples:
         >>> rank_correlation(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([10.0, 30.0, 20.0]))

@@ -1,4 +1,4 @@
-"""What became of the predictions: the examples that two models decide differently, by class."""
+"""Compare the predictions of two models, example by example and class by class."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from scipy.special import softmax
 
 Outcome = Literal["lost", "gained", "other"]
-"""Right before and wrong now; wrong before and right now; wrong twice, in two ways."""
+"""Right before and wrong now; wrong before and right now; two different wrong classes."""
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,12 @@ class Change:
 
     Attributes:
         example: Its number among the evaluation examples.
-        outcome: Whether that was a loss.
+        outcome: The kind of change.
         label: The right class.
-        before: The class that the first model takes it for.
-        after: The class that the second takes it for.
-        confidence_before: Probability that the first gives to its class.
-        confidence_after: Probability that the second gives to its class.
+        before: The class that the first model predicts.
+        after: The class that the second model predicts.
+        confidence_before: The first model's probability of `before`.
+        confidence_after: The second model's probability of `after`.
     """
 
     example: int
@@ -38,16 +38,16 @@ class Change:
 
 @dataclass(frozen=True)
 class ClassChange:
-    """What changed for the examples of one class.
+    """The numbers of examples of one class.
 
     Attributes:
         name: The class.
-        examples: Number of its examples.
-        right_before: Number that the first model gets right.
-        right_after: Number that the second gets right.
-        lost: Right before and wrong now.
-        gained: Wrong before and right now.
-        other: Wrong twice, in two ways.
+        examples: All its examples.
+        right_before: Examples that the first model classifies correctly.
+        right_after: Examples that the second model classifies correctly.
+        lost: Examples of the outcome `lost`.
+        gained: Examples of the outcome `gained`.
+        other: Examples of the outcome `other`.
     """
 
     name: str
@@ -61,12 +61,12 @@ class ClassChange:
 
 @dataclass(frozen=True)
 class Changes:
-    """How a model's predictions differ from those of another.
+    """The difference between the predictions of two models.
 
     Attributes:
         examples: Number of examples.
-        changes: What was lost first, those first of which the second model is surest.
-        classes: Class by class.
+        changes: The changes: lost, gained, other; each by falling confidence of the second model.
+        classes: The counts by class.
     """
 
     examples: int
@@ -81,12 +81,12 @@ def prediction_changes(
 
     Args:
         before: Logits of the first model, such as the teacher, `[examples, classes]`.
-        after: Logits of the second, classes in the same order.
+        after: Logits of the second model, classes in the same order.
         labels: Right classes, integers `[examples]`.
         names: Names of the classes.
 
     Raises:
-        ValueError: The shapes do not fit each other, or an example has no single class.
+        ValueError: The shapes differ, or the examples have no single class.
 
     Examples:
         >>> before, after = np.array([[2.0, 0.0], [0.0, 1.0]]), np.array([[0.0, 3.0], [0.0, 4.0]])
@@ -100,26 +100,24 @@ def prediction_changes(
             "changes need logits [examples, classes] of two models and one class per example; got "
             f"{before.shape}, {after.shape}, labels {labels.shape} and {len(names)} names"
         )
-    said = [logits.argmax(-1) for logits in (before, after)]
-    sure = [softmax(logits, -1).max(-1) for logits in (before, after)]
-    right = [one == labels for one in said]
+    predicted = [logits.argmax(-1) for logits in (before, after)]
+    confidence = [softmax(logits, -1).max(-1) for logits in (before, after)]
+    right = [one == labels for one in predicted]
     outcomes: dict[Outcome, np.ndarray] = {
         "lost": right[0] & ~right[1],
         "gained": ~right[0] & right[1],
-        "other": ~right[0] & ~right[1] & (said[0] != said[1]),
+        "other": ~right[0] & ~right[1] & (predicted[0] != predicted[1]),
     }
     changes = [
         Change(
             int(i),
             outcome,
             names[labels[i]],
-            names[said[0][i]],
-            names[said[1][i]],
-            float(sure[0][i]),
-            float(sure[1][i]),
+            *(names[one[i]] for one in predicted),
+            *(float(one[i]) for one in confidence),
         )
         for outcome, rows in outcomes.items()
-        for i in sorted(rows.nonzero()[0], key=lambda i: -sure[1][i])
+        for i in sorted(rows.nonzero()[0], key=lambda i: -confidence[1][i])
     ]
     members = [labels == number for number in range(len(names))]
     classes = [

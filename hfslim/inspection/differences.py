@@ -1,4 +1,4 @@
-"""What `hfslim inspect --against` found: how a model differs from another."""
+"""The findings of `hfslim inspect --against`: the differences between two models."""
 
 from __future__ import annotations
 
@@ -11,28 +11,27 @@ from rich.console import Console
 from rich.markup import escape
 
 from hfslim.inspection import Changes, UnitAgreement
-from hfslim.inspection.findings import table_of
-from hfslim.reporting.plots import heat_maps
+from hfslim.inspection.findings import Finding, table_of
 
-TOLD = 10
-"""Lost examples that are told one by one."""
-NAMED = 16
-"""Units of a place that are named."""
+LOST_ROWS = 10
+"""Lost examples in the table."""
+UNITS_LISTED = 16
+"""Units of a site in the table."""
 HALF = 0.5
-"""Fraction of the units of a kind of which it is told which both keep."""
-TEXT = 60
-"""Characters of a text."""
+"""Fraction kept of the units in the table."""
+TEXT_LENGTH = 60
+"""Characters of an example's text in the table."""
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """Which units another model, or another scoring, finds important too."""
+class Agreement(Finding):
+    """The agreement with another scoring of the units."""
 
     source: str
     kinds: Sequence[UnitAgreement]
 
     def print(self, console: Console) -> None:
-        """Print a row for each kind, and the units on which the two agree."""
+        """Print the agreement of each kind, and the units that both keep."""
         kept = list(self.kinds[0].shared)
         table = table_of(
             f"Units on which {self.source} agrees",
@@ -56,66 +55,46 @@ class Agreement:
     def values(self) -> dict[str, Any]:
         """Return the agreement by kind and site, and the units that both keep."""
         rows = [
-            {
-                "kind": one.kind,
+            asdict(one)
+            | {
                 "rank_correlation": _finite(one.rank_correlation),
                 "by_site": {path: _finite(value) for path, value in one.by_site.items()},
-                "shared": {str(fraction): value for fraction, value in one.shared.items()},
-                "kept_by_both": {str(f): dict(sites) for f, sites in one.kept_by_both.items()},
             }
             for one in self.kinds
         ]
         return {"against": self.source, "agreement": rows}
 
-    def panels(self) -> list[heat_maps.HeatMap]:
-        """Return none: a few numbers are better read."""
-        return []
-
 
 @dataclass(frozen=True)
-class Lost:
-    """What became of the predictions of another model."""
+class PredictionChanges(Finding):
+    """The predictions that changed from another model."""
 
     source: str
     changes: Changes
     texts: Mapping[int, str]
 
     def print(self, console: Console) -> None:
-        """Print a row for each class, and the losses of which the model is surest."""
+        """Print the counts of each class, and the lost examples of the highest confidence."""
         changed = len(self.changes.changes)
         table = table_of(
             f"Predictions that changed from {self.source}: {changed:,} of "
             f"{self.changes.examples:,} examples",
-            *(
-                "class",
-                "#examples",
-                "#right before",
-                "#now",
-                "#lost",
-                "#gained",
-                "#wrong otherwise",
-            ),
+            *("class", "#examples", "#right before"),
+            *("#now", "#lost", "#gained", "#wrong otherwise"),
         )
         for one in self.changes.classes:
-            cells = (
-                one.examples,
-                one.right_before,
-                one.right_after,
-                one.lost,
-                one.gained,
-                one.other,
-            )
-            table.add_row(escape(one.name), *map(str, cells))
+            name, *counts = asdict(one).values()
+            table.add_row(escape(name), *map(str, counts))
         console.print(table)
         lost = [one for one in self.changes.changes if one.outcome == "lost"]
         if not lost:
             return
         rows = table_of(
-            f"Lost, the surest first, {min(TOLD, len(lost))} of {len(lost)}",
+            f"Lost, the surest first, {min(LOST_ROWS, len(lost))} of {len(lost)}",
             *("#example", "class, as before", "#sure", "now", "#sure"),
             *(["text"] if self.texts else []),
         )
-        for change in lost[:TOLD]:
+        for change in lost[:LOST_ROWS]:
             text = " ".join(self.texts.get(change.example, "").split())
             rows.add_row(
                 str(change.example),
@@ -123,29 +102,25 @@ class Lost:
                 f"{change.confidence_before:.0%}",
                 escape(change.after),
                 f"{change.confidence_after:.0%}",
-                *([escape(text[:TEXT])] if self.texts else []),
+                *([escape(text[:TEXT_LENGTH])] if self.texts else []),
             )
         console.print(rows)
 
     def values(self) -> dict[str, Any]:
-        """Return every change, and the classes."""
+        """Return the changes and the counts of each class."""
         changes = [
             asdict(one) | ({"text": self.texts[one.example]} if self.texts else {})
             for one in self.changes.changes
         ]
         classes = [asdict(one) for one in self.changes.classes]
-        told = {"examples": self.changes.examples, "classes": classes, "changed": changes}
-        return {"against": self.source, "predictions": told}
-
-    def panels(self) -> list[heat_maps.HeatMap]:
-        """Return none."""
-        return []
+        values = {"examples": self.changes.examples, "classes": classes, "changed": changes}
+        return {"against": self.source, "predictions": values}
 
 
 def _listed(units: Sequence[int]) -> str:
-    told = ", ".join(map(str, units[:NAMED]))
-    more = len(units) - NAMED
-    return f"{told} and {more:,} more" if more > 0 else told or "none"
+    listed = ", ".join(map(str, units[:UNITS_LISTED]))
+    more = len(units) - UNITS_LISTED
+    return f"{listed} and {more:,} more" if more > 0 else listed or "none"
 
 
 def _finite(value: float) -> float | None:

@@ -1,4 +1,4 @@
-"""What `hfslim inspect` found: as a table, as plain values and as panels of a picture."""
+"""The findings of `hfslim inspect`, as tables, plain values and panels of a picture."""
 
 from __future__ import annotations
 
@@ -26,21 +26,22 @@ BAR_COLUMNS = 24
 
 
 class Finding(Protocol):
-    """Something to tell."""
+    """One result of an inspection."""
 
     def print(self, console: Console) -> None:
-        """Tell a person."""
+        """Print tables."""
 
     def values(self) -> dict[str, Any]:
-        """Return it as plain values, ready for JSON."""
+        """Return plain values, ready for JSON."""
 
     def panels(self) -> list[heat_maps.HeatMap]:
-        """Return what of it is better drawn."""
+        """Return the panels of a picture; none by default."""
+        return []
 
 
 @dataclass(frozen=True)
-class Importance:
-    """How much each unit matters for the whole task."""
+class Importance(Finding):
+    """The importance of each unit for the whole task."""
 
     title: str
     units: Units
@@ -75,7 +76,7 @@ class Importance:
         console.print(table)
 
     def values(self) -> dict[str, Any]:
-        """Return the scores by site, and what is refused."""
+        """Return the scores by site, and the refusals."""
         rows = [
             {
                 "kind": site.kind,
@@ -94,8 +95,8 @@ class Importance:
 
 
 @dataclass(frozen=True)
-class ClassesFinding(Importance):
-    """The same, and how much each unit matters for each class."""
+class ImportanceByClass(Importance):
+    """The importance of each unit for the whole task and for each class."""
 
     parts: ClassImportance
 
@@ -140,8 +141,8 @@ class ClassesFinding(Importance):
 
 
 @dataclass(frozen=True)
-class Similarity:
-    """How alike the layers are, `[layers, layers]`."""
+class Similarity(Finding):
+    """The similarity of the layers, `[layers, layers]`."""
 
     cka: Tensor
 
@@ -164,14 +165,14 @@ class Similarity:
 
 
 def standing_out(shares: Mapping[Key, Tensor], most: int = 2) -> list[list[str]]:
-    """Name, for each class, the units whose share exceeds that for all by the most.
+    """Return, by class, the units whose share of the importance exceeds that for all the most.
 
     Args:
         shares: `[1 + classes, units]` by kind and site, all examples first.
-        most: Units to name.
+        most: The maximal number of units for each class.
 
     Returns:
-        Such as `3: 5 (2.1×)`, the fourth site's sixth unit, by class.
+        For each class texts such as `3: 5 (2.1×)`, for the fourth site's sixth unit.
     """
     flat = torch.cat(list(shares.values()), dim=1)
     places = [
@@ -192,7 +193,7 @@ def standing_out(shares: Mapping[Key, Tensor], most: int = 2) -> list[list[str]]
 
 
 def table_of(title: str, *headings: str) -> Table:
-    """Return an empty table; columns of numbers begin with `#`."""
+    """Return an empty table; headings that begin with `#` are right-justified."""
     table = Table(title=escape(title), title_justify="left")
     for heading in headings:
         numbers = heading.startswith("#")

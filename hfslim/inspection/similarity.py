@@ -1,4 +1,4 @@
-"""How alike the representations of layers are: linear centred kernel alignment."""
+"""Compare the representations of layers by linear centred kernel alignment."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ FEWEST = 4
 
 
 def linear_cka(first: Tensor, second: Tensor) -> Tensor:
-    """Compare representations of the same examples: 1 if alike but for rotation and scale.
+    """Compare representations of the same examples: 1 if equal up to rotation and scale.
 
     `HSIC(K, L) / √(HSIC(K, K) HSIC(L, L))` with `K = XXᵀ`, `L = YYᵀ` (Kornblith et al. 2019,
-    arXiv 1905.00414). HSIC is estimated without bias, so that few examples of many features do not
-    look alike (Song et al. 2012; Nguyen et al. 2021, arXiv 2010.15327, equation 3); an estimate
-    may be a little below 0 or above 1.
+    arXiv 1905.00414). The estimate of HSIC is unbiased, so that few examples of many features
+    do not look similar (Song et al. 2012; Nguyen et al. 2021, arXiv 2010.15327, equation 3); it may
+    be slightly below 0 or above 1.
 
     Args:
         first: `[examples, features]`, 4 examples or more.
@@ -39,7 +39,7 @@ def linear_cka(first: Tensor, second: Tensor) -> Tensor:
 
     Examples:
         >>> x = torch.tensor([[1.0, 0], [0, 2], [3, 1], [1, 1], [0, 4]])
-        >>> round(linear_cka(x, 5 * x.flip(1)).item(), 6)  # turned and scaled
+        >>> round(linear_cka(x, 5 * x.flip(1)).item(), 6)  # rotated and scaled
         1.0
     """
     k, m = _grams([first]), _grams([second])
@@ -55,22 +55,22 @@ def layer_similarity(
 ) -> Tensor:
     """Compare the outputs of layers by linear CKA, within a model or between two.
 
-    A layer's representation of an example is the mean of its output over the positions that are no
-    padding. HSIC is averaged over batches without bias, so only one batch is in memory (Nguyen et
-    al. 2021, arXiv 2010.15327); batches of less than 4 examples are left out.
+    A layer's representation of an example is the mean of its output over the positions without
+    padding. The unbiased HSIC is averaged over batches (Nguyen et al. 2021, arXiv 2010.15327);
+    batches of less than 4 examples are left out.
 
     Args:
         model: A model, not a wrapper; it is not changed.
-        data: Batches of model inputs; labels are passed over. 32 or more examples a batch are good.
-        other: A model of the same inputs, to compare with; the model itself if not given.
-        max_examples: Examples to use at most.
+        data: Batches of model inputs, best of 32 or more examples; labels are ignored.
+        other: A model of the same inputs; by default the model itself.
+        max_examples: The maximal number of examples.
         progress: Whether to show a progress bar.
 
     Returns:
-        `[layers, layers of the other]`, float64, layers in the order in which they run.
+        `[layers, layers of other]`, float64, layers in the order of the forward pass.
 
     Raises:
-        ValueError: A model has no layers that hfslim finds, or no batch has 4 examples.
+        ValueError: hfslim finds no layers, or no batch has 4 examples.
     """
     models = [model] if other is None else [model, other]
     captures = [Capture(m, hidden=True, attentions=False, vectors=False) for m in models]
@@ -112,14 +112,14 @@ def _pooled(model: PreTrainedModel, capture: Capture, batch: Mapping[str, Any]) 
 
 
 def _grams(representations: Iterable[Tensor]) -> Tensor:
-    """Return inner products of examples without those with themselves, `[layers, n, n]`."""
+    """Return the Gram matrices of the examples with a zero diagonal, `[layers, n, n]`."""
     grams = torch.stack([x.double() @ x.double().T for x in representations])
     grams.diagonal(dim1=1, dim2=2).zero_()
     return grams
 
 
 def _hsic(first: Tensor, second: Tensor) -> Tensor:
-    """Estimate HSIC of every pair without bias, `[layers, n, n]` twice to `[layers, layers]`."""
+    """Return the unbiased HSIC of every pair of Gram matrices, `[layers, layers]`."""
     n = first.shape[-1]
     product = torch.einsum("aij,bij->ab", first, second)
     rows, other = first.sum(2), second.sum(2)

@@ -1,4 +1,4 @@
-"""The model that `hfslim inspect` looks at, and what can be found out about it."""
+"""The model that `hfslim inspect` inspects, and its findings."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +18,11 @@ from hfslim.anatomy.discovery import find_units
 from hfslim.anatomy.structure import Kind
 from hfslim.anatomy.units import Units
 from hfslim.inspection import layer_similarity, prediction_changes, unit_agreement
-from hfslim.inspection.differences import Agreement, Lost
-from hfslim.inspection.findings import ClassesFinding, Finding, Importance, Similarity
+from hfslim.inspection.differences import Agreement, PredictionChanges
+from hfslim.inspection.findings import Finding, Importance, ImportanceByClass, Similarity
 from hfslim.pipeline.opening import open_classifier
 from hfslim.pipeline.schema import RecipeError
-from hfslim.pipeline.task_examples import Workbench
+from hfslim.pipeline.task_examples import TaskExamples
 from hfslim.pruning.gates.gates import Key
 from hfslim.pruning.scores.batches import Batches
 from hfslim.pruning.scores.by_class import ClassImportance, importance_by_class
@@ -32,25 +33,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, and what it is looked at with.
+    """A model, its examples and the settings of the inspection.
 
     Attributes:
-        name: Hub id or folder.
         model: The model.
         units: The sites that are scored.
         criteria: The criterion of each kind of unit.
-        bench: The examples, prepared for the model; None without `--data`.
+        examples: The examples, prepared for the model; None without `--data`.
         by_class: Whether units are scored for each class too.
-        max_examples: Training examples to use at most.
-        seed: Seed of whatever is drawn.
+        max_examples: The maximal number of training examples.
+        seed: Seed of every draw.
         progress: Whether to show progress bars.
     """
 
-    name: str
     model: PreTrainedModel
     units: Units
     criteria: Mapping[Kind, str]
-    bench: Workbench | None
+    examples: TaskExamples | None
     by_class: bool
     max_examples: int
     seed: int
@@ -58,13 +57,13 @@ class Subject:
 
     @cached_property
     def batches(self) -> Batches:
-        """The training examples to score units on."""
-        data = self.bench.calibration(self.model, self.max_examples) if self.bench else []
+        """The training examples on which units are scored."""
+        data = self.examples.calibration(self.model, self.max_examples) if self.examples else []
         return Batches(data, self.max_examples)
 
     @cached_property
     def parts(self) -> ClassImportance:
-        """Importance of every unit, for all and by class."""
+        """The importance of every unit, for all examples and by class."""
         return importance_by_class(
             self.model,
             self.batches,
@@ -76,7 +75,7 @@ class Subject:
 
     @cached_property
     def scores(self) -> Mapping[Key, torch.Tensor]:
-        """Importance of every unit by kind and site, `[units]`."""
+        """The importance of every unit by kind and site, `[units]`."""
         if self.by_class:
             return self.parts.scores
         return calibrate(
@@ -84,9 +83,9 @@ class Subject:
         ).scores
 
     def importance(self, title: str) -> Importance:
-        """Tell how much the units matter."""
+        """Return the importance of the units."""
         if self.by_class:
-            return ClassesFinding(title, self.units, self.scores, self.parts)
+            return ImportanceByClass(title, self.units, self.scores, self.parts)
         return Importance(title, self.units, self.scores)
 
     def similarity(self) -> Similarity:
@@ -96,56 +95,49 @@ class Subject:
         )
         return Similarity(values)
 
-    def agreement(self, source: str, scores: Mapping[Key, torch.Tensor]) -> Agreement:
-        """Compare with another scoring of the units, from a source."""
+    def compare_scores(self, source: str, scores: Mapping[Key, torch.Tensor]) -> Agreement:
+        """Compare with another scoring of the units."""
         return Agreement(source, unit_agreement(scores, self.scores))
 
-    def against(self, source: str, bench: Workbench | None) -> list[Finding]:
-        """Compare with another model.
-
-        Args:
-            source: Hub id or folder.
-            bench: The examples, prepared for the other model; None where there are none.
-        """
-        model = bench.load_model(source) if bench else open_classifier(source)[1]
+    def compare_model(self, source: str, examples: TaskExamples | None) -> list[Finding]:
+        """Compare with another model, for which the examples are prepared too."""
+        model = examples.load_model(source) if examples else open_classifier(source)[1]
         units = find_units(model).of(self.criteria)
         findings: list[Finding] = []
         if _sizes(units) == _sizes(self.units):
-            other = replace(
-                self, name=source, model=model, units=units, bench=bench, by_class=False
-            )
-            findings.append(self.agreement(source, other.scores))
+            other = replace(self, model=model, units=units, examples=examples, by_class=False)
+            findings.append(self.compare_scores(source, other.scores))
         else:
-            logger.info("%s has other units: no agreement of units is told", source)
-        if bench and self.bench:
-            findings.append(self._lost(source, model, bench))
+            logger.info("%s has other units: their agreement is not computed", source)
+        if examples and self.examples:
+            findings.append(self._compare_predictions(source, model, examples))
         return findings
 
-    def _lost(self, source: str, model: PreTrainedModel, bench: Workbench) -> Lost:
-        assert self.bench is not None
-        labels, columns = self.bench.examples.labels, self.bench.examples.columns
-        names = list(labels.names)
+    def _compare_predictions(
+        self, source: str, model: PreTrainedModel, examples: TaskExamples
+    ) -> PredictionChanges:
+        own: Any = self.examples
+        labels, columns, held = own.examples.labels, own.examples.columns, own.examples.evaluation
         if labels.problem != "single_label_classification":
-            raise ValueError("--against tells changes where examples have one class each")
-        order = [list(bench.examples.labels.names).index(name) for name in names]
-        before = bench.predict(model, self.progress).logits[:, order]
-        after = self.bench.predict(self.model, self.progress).logits
-        held = self.bench.examples.evaluation
+            raise ValueError("--against compares predictions of examples that have one class each")
+        order = [examples.examples.labels.names.index(name) for name in labels.names]
+        before = examples.predict(model, self.progress).logits[:, order]
+        after = own.predict(self.model, self.progress).logits
         right = np.asarray(labels.encode(held[columns[-1]])).astype(np.int64)
-        changes = prediction_changes(before, after, right, names)
+        changes = prediction_changes(before, after, right, list(labels.names))
         texts = {}
-        if not self.bench.task.lazy:
+        if not own.task.lazy:
             for change in changes.changes:
                 row = held[change.example]
                 texts[change.example] = " | ".join(str(row[column]) for column in columns[:-1])
-        return Lost(source, changes, texts)
+        return PredictionChanges(source, changes, texts)
 
 
 def saved_scores(path: str) -> dict[Key, torch.Tensor]:
     """Read the scores that `hfslim inspect --json` printed.
 
     Raises:
-        RecipeError: The file is not there, or holds something else.
+        RecipeError: The file does not exist, or holds something else.
     """
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))["units"]

@@ -1,87 +1,76 @@
-"""Which stages a launch can run: told before anything is trained."""
+"""Checks of a launch, before anything is trained: its stages, and its folder of results."""
 
 from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainingArguments
 
-from hfslim.pipeline.stages import Distil, Prune, Recover, Sparsify, Stage, Transfer
+from hfslim.pipeline.stages import LaunchNeed, Stage
+from hfslim.pipeline.stages.base import DDP_ONLY, DDP_OR_ZERO2
 from hfslim.pipeline.task_examples import uses_cpu
-from hfslim.pruning.scores.criteria import criteria_by_kind, learns
 from hfslim.training.parallel import CONFIGURATIONS, check_fsdp, way_of
 
 __all__ = ["check_folder", "check_launch", "launch_arguments"]
 
-_PRECISIONS = ("bf16", "fp16")
-_IN_ONE_GO = (
-    "; or cut in one go, without schedule, num_train_epochs and max_steps, and recover after it"
-)
-
-
-class _Need(NamedTuple):
-    """What of a stage needs one of some ways to train, and what else could be done."""
-
-    what: str
-    ways: tuple[str, ...]
-    otherwise: str = ""
+PRECISIONS = ("bf16", "fp16")
 
 
 def launch_arguments(given: dict[str, Any]) -> dict[str, Any]:
-    """Return arguments of a Trainer, with what the launch says where they say nothing."""
+    """Return arguments of a Trainer, completed by the device and the precision of the launch."""
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    says = {"use_cpu": uses_cpu()}
-    if precision in _PRECISIONS and not set(_PRECISIONS) & set(given):
-        says[precision] = True
-    return {**says, **given}
+    defaults = {"use_cpu": uses_cpu()}
+    if precision in PRECISIONS and not set(PRECISIONS) & set(given):
+        defaults[precision] = True
+    return {**defaults, **given}
 
 
 def check_launch(plan: Sequence[tuple[Stage, TrainingArguments | None]]) -> None:
-    """Refuse stages that need whole what the launch keeps in parts.
-
-    Args:
-        plan: The stages, and the arguments of those that train.
+    """Refuse stages that cannot train under the launch; `plan` has the arguments of each.
 
     Raises:
         ValueError: Naming the stage, and the launch configurations that can run it.
     """
     sparse = False
     for number, (stage, args) in enumerate(plan, 1):
-        for need in _needs(stage, args, sparse):
-            assert args is not None
-            if way_of(args) not in need.ways:
-                files = " or ".join(f"accelerate_configs/{CONFIGURATIONS[w]}" for w in need.ways)
-                raise ValueError(
-                    f"stages[{number}] {stage.name}: {need.what} cannot be trained under "
-                    f"{way_of(args)}: launch with {files}{need.otherwise}"
-                )
         if args is not None:
+            needs = [*stage.launch_needs()]
+            if sparse:
+                needs.insert(0, LaunchNeed("the zeros that were made before it", DDP_ONLY))
+            if getattr(args, "feature_losses", None):
+                needs.append(LaunchNeed("feature_losses", (*DDP_OR_ZERO2, "ZeRO-3")))
+            way = way_of(args)
+            for need in needs:
+                if way not in need.ways:
+                    files = " or ".join(
+                        f"accelerate_configs/{CONFIGURATIONS[one]}" for one in need.ways
+                    )
+                    raise ValueError(
+                        f"stages[{number}] {stage.name}: {need.what} cannot be trained under "
+                        f"{way}: launch with {files}{need.otherwise}"
+                    )
             check_fsdp(args)
-        sparse = sparse or isinstance(stage, Sparsify)
+        sparse = sparse or stage.makes_zeros
 
 
 def check_folder(folder: Path, args: TrainingArguments) -> None:
-    """Refuse a folder of results that several machines should share and do not, or the reverse.
+    """Check that machines share a folder, or that they do not if `save_on_each_node` is set.
 
-    Every process calls this.
-
-    Args:
-        folder: It is made if it is not there.
-        args: Whose `save_on_each_node` tells whether each machine has a folder of its own.
+    Every process calls this. The folder is made if it does not exist.
 
     Raises:
-        ValueError: With what to set.
+        ValueError: Naming the key to set.
     """
     process, machine = PartialState(), int(os.environ.get("GROUP_RANK", "0"))
     if process.num_processes == int(os.environ.get("LOCAL_WORLD_SIZE", process.num_processes)):
         return
-    # A name that no machine has asked for, so that none remembers that it is not there.
+    # A new name, so that no machine has cached that the file does not exist.
     token = folder / f".{broadcast_object_list([uuid.uuid4().hex])[0]}"
     if process.is_local_main_process:
         folder.mkdir(parents=True, exist_ok=True)
@@ -102,29 +91,3 @@ def check_folder(folder: Path, args: TrainingArguments) -> None:
             f"the machines of this launch share {folder.absolute()}, where they would overwrite "
             "each other's files: leave out save_on_each_node"
         )
-
-
-def _needs(stage: Stage, args: TrainingArguments | None, sparse: bool) -> Iterator[_Need]:
-    if args is None:
-        return
-    whole, nearly = ("DDP",), ("DDP", "ZeRO-2")
-    if sparse:
-        yield _Need("the zeros that were made before it", whole)
-    if isinstance(stage, Transfer):
-        if stage.l2_sp:
-            yield _Need("l2_sp", whole)
-        if stage.method == "gradual":
-            yield _Need("method 'gradual'", whole)
-        if stage.method == "lora":
-            yield _Need("method 'lora'", nearly)
-    elif isinstance(stage, Sparsify):
-        yield _Need("gradual sparsity", whole, _IN_ONE_GO)
-    elif isinstance(stage, Prune):
-        assert stage.criterion is not None
-        if learns(criteria_by_kind(stage.criterion, stage.units, "training")):
-            yield _Need(f"criterion {stage.criterion!r}", whole, _IN_ONE_GO)
-        yield _Need("gradual pruning", nearly, _IN_ONE_GO)
-    elif isinstance(stage, Distil | Recover) and stage.lora_rank is not None:
-        yield _Need("lora_rank", nearly)
-    if getattr(args, "feature_losses", None):
-        yield _Need("feature_losses", (*nearly, "ZeRO-3"))

@@ -1,4 +1,4 @@
-"""What a pipeline has finished, kept beside its results so that a second run goes on from there."""
+"""The manifest of a run: the stages that are finished, so that a second run continues."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import lock_descriptor
+
 from hfslim.reporting.readable_json import readable_json
 from hfslim.reporting.staged_writes import write_whole
 
@@ -18,23 +20,23 @@ ABSENT = "not set"
 
 
 class OutputError(ValueError):
-    """The output folder holds something that this run must not overwrite."""
+    """The output folder holds something that the run must not overwrite."""
 
 
 @dataclass
-class Entry:
-    """One stage that was begun.
+class StageRecord:
+    """The record of a stage that has begun.
 
     Attributes:
         name: The stage's name.
         folder: Its folder inside the output folder.
-        settings: What the recipe said of it.
+        settings: Its keys in the recipe.
         finished: Whether its results are complete.
-        metrics: Metrics of the model after it.
-        structure: Rows of `Structure.table` where the stage cut the model.
-        units: Rows of `unit_rows` where the stage cut the model.
-        steps: Steps that it trained.
-        series: What it logged, as of `training_curves`.
+        metrics: Metrics of its model.
+        structure: Rows of `Structure.table`, if the stage removed units.
+        units: Rows of `unit_rows`, if the stage removed units.
+        steps: Number of training steps.
+        series: The logged figures, from `training_curves`.
     """
 
     name: str
@@ -50,21 +52,21 @@ class Entry:
 
 @dataclass
 class Manifest:
-    """The recipe's settings outside its stages, and the stages in order.
+    """The settings of a recipe outside its stages, and the records of its stages in order.
 
     Attributes:
         folder: The output folder.
         base: Task, model, data, metric, training, seed.
-        stages: Stages begun so far.
+        stages: Records of the stages that have begun.
     """
 
     folder: Path
     base: dict[str, Any]
-    stages: list[Entry] = field(default_factory=list)
+    stages: list[StageRecord] = field(default_factory=list)
 
     @classmethod
     def open(cls, folder: Path, base: Mapping[str, Any]) -> Manifest:
-        """Take up an earlier run of the same recipe, or begin; nothing is written yet.
+        """Read the manifest of an earlier run of the same recipe, or make one; write nothing.
 
         Raises:
             OutputError: The folder holds something else, or another recipe's results.
@@ -73,7 +75,7 @@ class Manifest:
         if folder.exists() and not folder.is_dir():
             raise OutputError(f"output_dir {str(folder)!r} is a file: set output_dir to a folder")
         if not path.exists():
-            # Of a run that was interrupted in its first moment this is all that is left.
+            # An interrupted first write, and the check of a shared folder, leave hidden files.
             found = {p.name for p in folder.iterdir()} if folder.exists() else set()
             others = sorted(name for name in found if not name.startswith("."))
             if others:
@@ -85,7 +87,8 @@ class Manifest:
             return cls(folder, _plain(base))
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
-            manifest = cls(folder, saved["base"], [Entry(**entry) for entry in saved["stages"]])
+            records = [StageRecord(**one) for one in saved["stages"]]
+            manifest = cls(folder, saved["base"], records)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise OutputError(
                 f"{path} is damaged ({error!r}); nothing was touched: set another output_dir"
@@ -95,10 +98,10 @@ class Manifest:
         return manifest
 
     def check(self, names: list[str], settings: list[Mapping[str, Any]]) -> None:
-        """Compare the stages begun with those of the recipe, and drop those whose folder is gone.
+        """Compare the records with the stages of the recipe, and drop those without a folder.
 
         Raises:
-            OutputError: A stage has changed since it ran, or a later one outlives an earlier one.
+            OutputError: A stage has changed since it ran, or an earlier one has no folder any more.
         """
         gone = next(
             (i for i, e in enumerate(self.stages) if not (self.folder / e.folder).is_dir()), None
@@ -111,72 +114,67 @@ class Manifest:
                     "after it: delete these too to run again from there"
                 )
             del self.stages[gone:]
-        for number, entry in enumerate(self.stages):
+        for number, record in enumerate(self.stages):
             where = ", ".join(str(self.folder / e.folder) for e in self.stages[number:])
             advice = f"delete {where} to run again from there, or set another output_dir"
-            if number >= len(names) or names[number] != entry.name:
+            if number >= len(names) or names[number] != record.name:
                 now = names[number] if number < len(names) else "no stage"
-                raise OutputError(f"stage {number + 1} was {entry.name}, now it is {now}: {advice}")
-            place = f"stage {number + 1} ({entry.name})"
-            _refuse_changes(entry.settings, _plain(settings[number]), place, advice)
+                raise OutputError(
+                    f"stage {number + 1} was {record.name}, now it is {now}: {advice}"
+                )
+            place = f"stage {number + 1} ({record.name})"
+            _refuse_changes(record.settings, _plain(settings[number]), place, advice)
 
     def finished(self, stages: int) -> bool:
-        """Tell whether this many stages are finished."""
-        return sum(entry.finished for entry in self.stages) == stages
+        """Return whether this many stages are finished."""
+        return sum(record.finished for record in self.stages) == stages
 
-    def begin(self, name: str, folder: str, settings: Mapping[str, Any]) -> Entry:
-        """Add a stage, or take up the one that was interrupted."""
-        entry = next((e for e in self.stages if e.folder == folder), None)
-        if entry is None:
-            entry = Entry(name, folder, _plain(settings))
-            self.stages.append(entry)
-        return entry
+    def begin(self, name: str, folder: str, settings: Mapping[str, Any]) -> StageRecord:
+        """Return the record of a stage, which is added if there is none."""
+        record = next((e for e in self.stages if e.folder == folder), None)
+        if record is None:
+            record = StageRecord(name, folder, _plain(settings))
+            self.stages.append(record)
+        return record
 
     def write(self) -> None:
-        """Write the manifest in one step: a crash leaves the old one or the new one."""
+        """Write the manifest atomically."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        content = {"base": self.base, "stages": [asdict(entry) for entry in self.stages]}
+        content = {"base": self.base, "stages": [asdict(record) for record in self.stages]}
         write_whole(self.folder / FILE, readable_json(content))
 
 
 def on_disk(folder: Path) -> str:
-    """Return the text of a folder's manifest; nothing where there is none."""
+    """Return the text of a folder's manifest; an empty string if there is none."""
     path = folder / FILE
     return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 @contextmanager
 def alone(folder: Path) -> Iterator[bool]:
-    """Keep other runs out of a folder inside the block.
+    """Lock a folder against other runs inside the block.
 
-    The system lets go of it when the process ends, however that ends.
-
-    Args:
-        folder: It is made if it is not there.
+    The folder is made if it does not exist. The operating system releases the lock when the process
+    ends, however that happens.
 
     Yields:
-        Whether no other run is inside; True where the file system cannot tell.
+        Whether no other run has the lock; True if the file system has no locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if os.name != "posix":
         yield True
         return
-    import fcntl
-
     handle, free = os.open(folder, os.O_RDONLY), True
     try:
         with suppress(OSError):
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                free = False
+            free = lock_descriptor(handle, blocking=False)
         yield free
     finally:
         os.close(handle)
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values as they come back from JSON, so that they compare equal."""
+    """Return values as JSON reads them back, so that equal ones compare equal."""
     return json.loads(json.dumps(values))
 
 

@@ -1,22 +1,22 @@
-"""Open the model that a user names, with errors that say which name was wrong."""
+"""Open the model that a user names, with errors that name the wrong argument."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedModel
 
-from hfslim.pipeline.recipe import check_source
 from hfslim.pipeline.schema import RecipeError
 from hfslim.tasks import Task, find_task
 
-__all__ = ["explained", "open_classifier", "task_of"]
+__all__ = ["check_source", "explained", "open_classifier", "sources_of", "task_of"]
 
 
 @contextmanager
 def explained(place: str) -> Iterator[None]:
-    """Say which part of what was asked cannot be read.
+    """Name the argument that cannot be read.
 
     Raises:
         RecipeError: An `OSError` was raised inside.
@@ -27,14 +27,33 @@ def explained(place: str) -> Iterator[None]:
         raise RecipeError(f"{place} cannot be read: {' '.join(str(error).split())}") from error
 
 
-def open_classifier(source: str) -> tuple[Task, PreTrainedModel]:
-    """Load a classifier by its own config, with the labels that it has.
+def sources_of(value: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Return the Hub ids or folders of a key that takes none, one or several.
 
-    Args:
-        source: Hub id or local folder.
+    Examples:
+        >>> sources_of("user/teacher"), sources_of(None)
+        (('user/teacher',), ())
+    """
+    return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+def check_source(source: str, place: str) -> None:
+    """Refuse a path that is no Hub id and no folder.
+
+    Raises:
+        RecipeError: There is no such folder.
+    """
+    if Path(source).is_dir():
+        return
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise RecipeError(f"{place}: no folder {source!r} in {Path.cwd()}, and not a Hub id")
+
+
+def open_classifier(source: str) -> tuple[Task, PreTrainedModel]:
+    """Load a classifier with the labels of its own config.
 
     Returns:
-        Its task, and the model.
+        The task and the model.
 
     Raises:
         RecipeError: There is no such model.
@@ -48,12 +67,7 @@ def open_classifier(source: str) -> tuple[Task, PreTrainedModel]:
 
 
 def task_of(source: str) -> str:
-    """Return the name of a model's task, by its config.
-
-    Raises:
-        RecipeError: There is no such model.
-        ValueError: It is no classifier.
-    """
+    """Return the name of a model's task; raise what `open_classifier` raises."""
     check_source(source, "model")
     with explained(f"model {source!r}"):
         return find_task(AutoConfig.from_pretrained(source)).name

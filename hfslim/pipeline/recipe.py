@@ -1,4 +1,4 @@
-"""Recipes: YAML and command line, checked into frozen dataclasses before any work begins."""
+"""Recipes, read from YAML and the command line into frozen dataclasses and checked."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from transformers import TrainingArguments
 
+from hfslim.pipeline.opening import check_source, sources_of
 from hfslim.pipeline.schema import (
     RecipeError,
     build,
@@ -20,13 +21,12 @@ from hfslim.pipeline.schema import (
     nearest,
     types_of,
 )
-from hfslim.pipeline.stages import STAGES, Cut, Stage, listed
+from hfslim.pipeline.stages import STAGES, Stage
 from hfslim.tasks import METRICS, TASKS, DataConfig, make_config
 
-__all__ = ["Recipe", "RecipeError", "Stage", "load_recipe", "parse_recipe", "recipe_yaml"]
+__all__ = ["Recipe", "RecipeError", "load_recipe", "override", "parse_recipe"]
 
-CUTS = "a `prune`, `student` or `sparsify` stage"
-ELSEWHERE = {
+SET_ELSEWHERE = {
     "output_dir": "set output_dir at the top of the recipe",
     "seed": "set seed at the top of the recipe",
     "push_to_hub": "add a `push` stage",
@@ -40,6 +40,7 @@ ELSEWHERE = {
     "do_eval": "the stages decide it",
     "do_predict": "the stages decide it",
 }
+"""Keys of training arguments that a recipe does not accept, with what to do instead."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,13 @@ class Recipe:
     Attributes:
         task: `text-classification`, `image-classification` or `audio-classification`.
         data: Where the examples come from.
-        stages: What is done, in order.
+        stages: The stages, in order.
         output_dir: Folder of all results.
         model: Hub id or folder of the model to start from.
-        model_config: `model_type` and fields of an untrained model to start from, instead.
+        model_config: `model_type` and fields of an untrained model to start from instead.
         processor: Hub id or folder of the processor; by default that of `model`.
-        teacher: Hub id or folder of the teacher of the stages that name none, or a list of them.
-        metric: What is evaluated after each stage.
+        teacher: Hub id or folder, or a list, for the stages that name no teacher themselves.
+        metric: The metric that is evaluated after each stage.
         training: Arguments of every training stage.
         seed: Seed of data, training and pruning.
     """
@@ -85,52 +86,42 @@ class Recipe:
             except ValueError as error:
                 raise RecipeError(str(error)) from error
         for key in ("model", "processor", "teacher"):
-            for source in listed(getattr(self, key)):
+            for source in sources_of(getattr(self, key)):
                 check_source(source, key)
         self._check_order()
 
     def _check_order(self) -> None:
         if not self.stages:
-            raise RecipeError(f"stages: none given; expected some of {list(STAGES)}")
-        if self.model_config is not None and self.stages[0].name not in ("transfer", "distil"):
+            raise RecipeError(f"stages: none given; expected some of {sorted(STAGES)}")
+        if self.model_config is not None and not self.stages[0].takes_untrained:
             raise RecipeError(
                 f"stages: the first is {self.stages[0].name!r}, but a model made from model_config "
                 "is untrained: begin with `transfer` or `distil`"
             )
-        cut, taught = False, bool(self.teacher)
-        for number, stage in enumerate(self.stages, 1):
-            place = f"stages[{number}] {stage.name}"
-            named = getattr(stage, "teacher", None)
-            for source in listed(named):
+        for index, stage in enumerate(self.stages):
+            place = f"stages[{index + 1}] {stage.name}"
+            for source in stage.named_teachers:
                 check_source(source, f"{place}.teacher")
-            needs = stage.name == "distil" or (stage.name == "recover" and not cut)
-            if needs and not (named or self.teacher):
-                raise RecipeError(
-                    f"{place}: no teacher; set `teacher`"
-                    + (f", or put {CUTS} before it" if stage.name == "recover" else "")
-                )
-            cut = cut or isinstance(stage, Cut)
-            taught = taught or bool(named)
-            if stage.name == "measure" and not (cut or taught):
-                raise RecipeError(
-                    f"{place}: nothing to compare with; put {CUTS} before it, or set `teacher`"
-                )
+            try:
+                stage.check_place(self.stages[:index], bool(self.teacher))
+            except ValueError as error:
+                raise RecipeError(f"{place}: {error}") from error
 
-
-def recipe_yaml(recipe: Recipe) -> str:
-    """Return a recipe as YAML, less what it leaves at its default: read back, it is equal."""
-    values = _given(recipe)
-    values["data"] = _given(recipe.data)
-    values["stages"] = []
-    for stage in recipe.stages:
-        own = _given(stage)
-        training = own.pop("training", {})
-        values["stages"].append({stage.name: {**own, **training}})
-    plain = json.loads(json.dumps(values))
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, default_flow_style=None)
+    def to_yaml(self) -> str:
+        """Return the recipe as YAML without its defaults; read back, it is equal."""
+        values = _given(self)
+        values["data"] = _given(self.data)
+        values["stages"] = []
+        for stage in self.stages:
+            own = _given(stage)
+            training = own.pop("training", {})
+            values["stages"].append({stage.name: {**own, **training}})
+        plain = json.loads(json.dumps(values))
+        return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, default_flow_style=None)
 
 
 def _given(instance: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass that differ from their defaults."""
     given = {}
     for one in fields(instance):
         value = getattr(instance, one.name)
@@ -140,25 +131,14 @@ def _given(instance: Any) -> dict[str, Any]:
     return given
 
 
-def check_source(source: str, place: str) -> None:
-    """Refuse what can only be a local folder and does not exist.
-
-    Raises:
-        RecipeError: There is no such folder.
-    """
-    if Path(source).is_dir():
-        return
-    if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise RecipeError(f"{place}: no folder {source!r} in {Path.cwd()}, and not a Hub id")
-
-
 def load_recipe(path: str | Path, arguments: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and the command line's `--key value` pairs, and check everything.
+    """Read a recipe and the `--key value` pairs of the command line, and check both.
 
     Args:
         path: A YAML file.
         arguments: Such as `["--training.learning_rate", "3e-5", "--stages.prune.target.macs=0.4"]`.
-            A stage goes by its name; where it comes twice, by name and number: `stages.recover.2`.
+            A stage is named by its name; if it occurs twice, by name and number:
+            `stages.recover.2`.
 
     Raises:
         RecipeError: A key is unknown, a value is wrong, a file does not exist.
@@ -177,23 +157,23 @@ def load_recipe(path: str | Path, arguments: Sequence[str] = ()) -> Recipe:
 
 
 def override(raw: dict[str, Any], arguments: Sequence[str]) -> None:
-    """Set keys of a nested mapping, as YAML gives it, by the command line's `--key value` pairs.
+    """Set keys of a recipe that YAML has read by the `--key value` pairs of the command line.
 
     Raises:
-        RecipeError: They are not pairs, or name a stage that is not there.
+        RecipeError: They are not pairs, or name a stage that the recipe does not have.
     """
     for key, value in _pairs(arguments):
         _override(raw, key.split("."), value, key)
 
 
 def parse_recipe(raw: Mapping[str, Any]) -> Recipe:
-    """Check a nested mapping, as YAML gives it, into a recipe.
+    """Make a recipe of what YAML has read, and check it.
 
     Raises:
         RecipeError: A key is unknown, a value is wrong, a file does not exist.
     """
     values = dict(raw)
-    listed = values.pop("stages", None) or []
+    stages = values.pop("stages", None) or []
     types = {name: hint for name, hint in types_of(Recipe).items() if name != "stages"}
     parsed = convert_all(
         {key: value for key, value in values.items() if key != "data"},
@@ -206,7 +186,7 @@ def parse_recipe(raw: Mapping[str, Any]) -> Recipe:
         mapping_at(values.get("training"), "training"), TrainingArguments, "training", {}
     )
     parsed["stages"] = tuple(
-        _stage(one, f"stages[{number}]") for number, one in enumerate(listed, 1)
+        _stage(one, f"stages[{number}]") for number, one in enumerate(stages, 1)
     )
     for name in ("task", "data", "output_dir"):
         if name not in parsed:
@@ -232,8 +212,8 @@ def _training(
     values: Mapping[str, Any], cls: type, place: str, own: Mapping[str, Any]
 ) -> dict[str, Any]:
     for key in values:
-        if key in ELSEWHERE:
-            raise RecipeError(f"{join(place, key)}: cannot be set here: {ELSEWHERE[key]}")
+        if key in SET_ELSEWHERE:
+            raise RecipeError(f"{join(place, key)}: cannot be set here: {SET_ELSEWHERE[key]}")
     return convert_all(values, {**types_of(cls), **own}, place)
 
 

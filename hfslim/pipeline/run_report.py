@@ -1,11 +1,11 @@
-"""What a run tells of its model: the report, from what the stages left behind."""
+"""The report of a run's current model, from the records of its stages."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -15,95 +15,91 @@ from hfslim.anatomy.weights import zeros_of
 from hfslim.distillation import DistillationConfig
 from hfslim.distillation.teacher.teacher import load_teacher
 from hfslim.measuring.measurement import Comparison
-from hfslim.pipeline.manifest import Manifest
-from hfslim.pipeline.run_state import Work
-from hfslim.pipeline.stages import Cut, Distil, Measure, Push, Recover, listed
-from hfslim.pipeline.task_examples import Judged
+from hfslim.pipeline.manifest import StageRecord
+from hfslim.pipeline.opening import sources_of
+from hfslim.pipeline.task_examples import Evaluation
 from hfslim.reporting.provenance import Machine, Origin, Provenance
 from hfslim.reporting.report import REPORT, Quality, Report
 from hfslim.tasks import DataConfig
 from hfslim.tasks.data import DIGITS
 
-__all__ = ["Pair", "current_report", "judge_pair", "run_report"]
+if TYPE_CHECKING:
+    from hfslim.pipeline.run_state import RunState
+
+__all__ = ["Pair", "current_report", "evaluate_pair", "run_report"]
 
 UNTRAINED = ", untrained"
 
 
 class Pair(NamedTuple):
-    """The current model and the one that it is compared with, and how both do.
+    """The current model, the model that it is compared with, and the evaluation of both.
 
     Attributes:
         after: The current model.
         before: The model before its first cut, else a teacher; None if there is neither.
-        processor: That model's own processor; None where it reads the current model's inputs.
-        now: How the current model does.
-        teacher: How the other does.
+        processor: The own processor of `before`; None if it takes the current model's inputs.
+        evaluation: The evaluation of `after`.
+        before_evaluation: The evaluation of `before`.
     """
 
     after: PreTrainedModel
     before: PreTrainedModel | None
     processor: Any
-    now: Judged
-    teacher: Judged | None
+    evaluation: Evaluation
+    before_evaluation: Evaluation | None
 
 
-def judge_pair(work: Work) -> Pair:
+def evaluate_pair(state: RunState) -> Pair:
     """Load and evaluate the current model and the one before it; every process calls this."""
-    after = work.task.auto_model.from_pretrained(work.source)
-    now = work.judge(after)
-    origin = work.whole or _first_teacher(work)
-    if origin is None:
-        return Pair(after, None, None, now, None)
-    processor = None if work.whole else work.own_processor(origin)
-    before = load_teacher(origin, after, allow_untrained=True)
-    return Pair(after, before, processor, now, work.judge(before, processor))
+    after = state.task.auto_model.from_pretrained(state.source)
+    evaluation = state.evaluate(after)
+    source = state.whole or _first_teacher(state)
+    if source is None:
+        return Pair(after, None, None, evaluation, None)
+    processor = None if state.whole else state.own_processor(source)
+    before = load_teacher(source, after, allow_untrained=True)
+    return Pair(after, before, processor, evaluation, state.evaluate(before, processor))
 
 
-def run_report(work: Work, pair: Pair, comparisons: Sequence[Comparison] = ()) -> Report:
-    """Report on the current model.
-
-    Args:
-        work: The run.
-        pair: The current model and the one before it, judged.
-        comparisons: The two measured.
-    """
-    recipe, count = work.recipe, len(work.eval)
-    teacher = None if pair.teacher is None else pair.teacher.metrics[recipe.metric]
+def run_report(state: RunState, pair: Pair, comparisons: Sequence[Comparison] = ()) -> Report:
+    """Return the report of the current model, with measured costs if there are comparisons."""
+    recipe, records, count = state.recipe, state.manifest.stages, len(state.eval)
+    teacher = (
+        None if pair.before_evaluation is None else pair.before_evaluation.metrics[recipe.metric]
+    )
     data = f"evaluation, {count:,} examples"
-    value = pair.now.metrics[recipe.metric]
+    value = pair.evaluation.metrics[recipe.metric]
     losses = {
         name: args.objective if isinstance(args, DistillationConfig) else "loss_hard"
-        for name, args in work.arguments.items()
+        for name, args in state.arguments.items()
     }
-    base, answers = _base(work), work.answers(pair.now, pair.teacher)
+    base, answers = _base(state), state.answers(pair.evaluation, pair.before_evaluation)
     return Report(
-        # What began untrained is trained by now.
+        # The base model was untrained; this one is not.
         model=base.name.removesuffix(UNTRAINED),
         comparisons=comparisons,
         quality=[Quality(recipe.metric, value, teacher, data, count, (recipe.seed,))],
-        structure=_structure(work.manifest),
+        structure=_structure(records),
         stages=[{one.name: _flat(one.settings)} for one in recipe.stages],
         weight_sparsity=zeros_of(pair.after),
         answers=answers,
         warnings=answers.hidden() if answers else (),
-        curve=_curve(work, pair, comparisons),
-        units=[
-            {"stage": entry.folder, **row} for entry in work.manifest.stages for row in entry.units
-        ],
+        curve=_curve(state, pair, comparisons),
+        units=[{"stage": record.folder, **row} for record in records for row in record.units],
         history=[
             {
-                "stage": entry.folder,
-                "steps": entry.steps,
-                "series": entry.series,
-                "metrics": {k: v for k, v in entry.metrics.items() if math.isfinite(v)},
+                "stage": record.folder,
+                "steps": record.steps,
+                "series": record.series,
+                "metrics": {k: v for k, v in record.metrics.items() if math.isfinite(v)},
             }
-            for entry in work.manifest.stages
-            if entry.metrics
+            for record in records
+            if record.metrics
         ],
         provenance=Provenance(
             task=recipe.task,
             base=base,
-            teacher=_teacher(work),
+            teacher=_teacher(state),
             data=_data(recipe.data),
             losses=losses,
             seeds=(recipe.seed,),
@@ -113,85 +109,82 @@ def run_report(work: Work, pair: Pair, comparisons: Sequence[Comparison] = ()) -
     )
 
 
-def current_report(work: Work) -> Report:
-    """Return the report of the current model, made by the stage that measured it or made now.
+def current_report(state: RunState) -> Report:
+    """Return the report of the current model: the one that a stage has made, or a new one.
 
     Every process calls this.
     """
-    # The first process measures. Where machines share no folder, it alone can read what it wrote.
-    made = _measured(work) if PartialState().is_main_process else None
-    return broadcast_object_list([made])[0] or run_report(work, judge_pair(work))
+    # The first process measures, and where machines share no folder it alone has the report.
+    made = _saved_report(state) if PartialState().is_main_process else None
+    return broadcast_object_list([made])[0] or run_report(state, evaluate_pair(state))
 
 
-def _measured(work: Work) -> Report | None:
-    """Return the report that a stage made of the current model."""
-    for entry in reversed(work.manifest.stages):
-        if entry is work.latest:
+def _saved_report(state: RunState) -> Report | None:
+    """Return the report of a stage that ran after the current model was made."""
+    for record in reversed(state.manifest.stages):
+        if record is state.latest:
             break
-        folder = work.manifest.folder / entry.folder
-        if entry.name in (Measure.name, Push.name) and (folder / REPORT).exists():
-            return Report.load(folder)
+        if (state.folder_of(record) / REPORT).exists():
+            return Report.load(state.folder_of(record))
     return None
 
 
-def _curve(work: Work, pair: Pair, comparisons: Sequence[Comparison]) -> list[Mapping[str, Any]]:
+def _curve(
+    state: RunState, pair: Pair, comparisons: Sequence[Comparison]
+) -> list[Mapping[str, Any]]:
     """Return the points of the models measured so far, and of the current one before recovery."""
-    points: list[Mapping[str, Any]] = []
-    if not comparisons or pair.teacher is None or work.latest is None:
-        return points
-    metric, stages = work.recipe.metric, work.manifest.stages
-    for entry in stages:
-        if entry.name == Measure.name and entry.finished:
-            points += Report.load(work.manifest.folder / entry.folder).curve
-    known = {point["label"] for point in points}
-    cut = next((e for e in reversed(stages) if e.structure and e is not work.latest), None)
-    models = [("whole model" if work.whole else "teacher", "before", pair.teacher.metrics)]
+    points: dict[str, Mapping[str, Any]] = {}
+    if not comparisons or pair.before_evaluation is None or state.latest is None:
+        return []
+    metric, records = state.recipe.metric, state.manifest.stages
+    for record in records:
+        if record.finished and (state.folder_of(record) / REPORT).exists():
+            earlier = Report.load(state.folder_of(record)).curve
+            points |= {point["label"]: point for point in earlier}
+    cut = next((r for r in reversed(records) if r.structure and r is not state.latest), None)
+    before = "whole model" if state.whole else "teacher"
+    models = [(before, "before", pair.before_evaluation.metrics)]
     if cut is not None:
         models.append((cut.folder, "after", cut.metrics))
-    models.append((work.latest.folder, "after", pair.now.metrics))
+    models.append((state.latest.folder, "after", pair.evaluation.metrics))
     for label, side, metrics in models:
-        if label not in known and math.isfinite(metrics[metric]):
+        if label not in points and math.isfinite(metrics[metric]):
             costs = [getattr(one, side) for one in comparisons]
-            points.append(
-                {
-                    "label": label,
-                    "metric": metrics[metric],
-                    "macs": costs[0].macs / max(comparisons[0].before.macs, 1),
-                    "latency_ms": {str(c.latency.batch_size): c.latency.p50_ms for c in costs},
-                }
-            )
-    return points
+            points[label] = {
+                "label": label,
+                "metric": metrics[metric],
+                "macs": costs[0].macs / max(comparisons[0].before.macs, 1),
+                "latency_ms": {str(c.latency.batch_size): c.latency.p50_ms for c in costs},
+            }
+    return [*points.values()]
 
 
-def _first_teacher(work: Work) -> str | None:
-    """Return the recipe's teacher, else the last stage's that has one; the first of several."""
-    named = [getattr(stage, "teacher", None) for stage in work.recipe.stages]
-    given = (work.recipe.teacher, *reversed(named))
-    return next((listed(one)[0] for one in given if one), None)
+def _first_teacher(state: RunState) -> str | None:
+    """Return the recipe's teacher, else that of the last stage that names one."""
+    named = [stage.named_teachers for stage in state.recipe.stages]
+    given = (sources_of(state.recipe.teacher), *reversed(named))
+    return next((sources[0] for sources in given if sources), None)
 
 
-def _base(work: Work) -> Origin:
-    if work.recipe.model is not None:
-        return Origin.of_model(work.recipe.model)
-    return Origin(f"{(work.recipe.model_config or {}).get('model_type')}{UNTRAINED}")
+def _base(state: RunState) -> Origin:
+    if state.recipe.model is not None:
+        return Origin.of_model(state.recipe.model)
+    return Origin(f"{(state.recipe.model_config or {}).get('model_type')}{UNTRAINED}")
 
 
-def _teacher(work: Work) -> Origin | None:
-    """Return the teacher of the last stage that had one."""
-    run = {str(work.manifest.folder / e.folder): e for e in work.manifest.stages}
-    for stage in reversed(work.recipe.stages):
-        if isinstance(stage, Distil | Recover) or (isinstance(stage, Cut) and stage.gradual):
-            sources = listed(stage.teacher or work.recipe.teacher or work.whole)
-            if len(sources) > 1:
-                return Origin(f"the mean of {', '.join(sources)}")
-            for source in sources:
-                if source in run:
-                    return Origin(
-                        f"the model before its first cut, {run[source].folder} of this recipe"
-                    )
-                return Origin.of_model(source)
-            return None
-    return None
+def _teacher(state: RunState) -> Origin | None:
+    """Return the teacher of the last stage that has one."""
+    stage = next((one for one in reversed(state.recipe.stages) if one.taught), None)
+    sources = sources_of(state.recipe.teacher or state.whole)
+    sources = () if stage is None else stage.named_teachers or sources
+    if not sources:
+        return None
+    if len(sources) > 1:
+        return Origin(f"the mean of {', '.join(sources)}")
+    for record in state.manifest.stages:
+        if sources[0] == str(state.folder_of(record)):
+            return Origin(f"the model before its first cut, {record.folder} of this recipe")
+    return Origin.of_model(sources[0])
 
 
 def _data(data: DataConfig) -> Origin:
@@ -208,11 +201,13 @@ def _data(data: DataConfig) -> Origin:
     return Origin(name, split=Path(held).name if held else data.eval_split_name)
 
 
-def _structure(manifest: Manifest) -> list[dict[str, Any]]:
-    cuts = [entry for entry in manifest.stages if entry.structure]
+def _structure(records: Sequence[StageRecord]) -> list[dict[str, Any]]:
+    cuts = [record for record in records if record.structure]
     if len(cuts) == 1:
         return cuts[0].structure
-    return [{**row, "path": f"{e.folder}: {row['path']}"} for e in cuts for row in e.structure]
+    return [
+        {**row, "path": f"{one.folder}: {row['path']}"} for one in cuts for row in one.structure
+    ]
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the stages of a pipeline share: the examples, and the model as it stands."""
+"""The state of a run: the recipe, its examples, the manifest and the current model."""
 
 from __future__ import annotations
 
@@ -8,31 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from transformers import (
-    PreTrainedConfig,
-    PreTrainedModel,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
 from hfslim.anatomy.adapters import merge_adapters
-from hfslim.anatomy.discovery import find_units
-from hfslim.anatomy.weights import find_weights, sparse_modules
-from hfslim.distillation.student import student_structure
+from hfslim.anatomy.weights import sparse_modules
 from hfslim.distillation.teacher.adapted import saved_config
 from hfslim.distillation.teacher.labels import align_labels
 from hfslim.distillation.teacher.teacher import split_revision
-from hfslim.pipeline.manifest import Entry, Manifest
-from hfslim.pipeline.opening import explained
+from hfslim.pipeline.manifest import Manifest, StageRecord
+from hfslim.pipeline.opening import explained, sources_of
 from hfslim.pipeline.recipe import Recipe
-from hfslim.pipeline.stages import Cut, Distil, Prune, Recover, Sparsify, Student, listed
-from hfslim.pipeline.task_examples import Workbench
-from hfslim.pruning.search.search import Search
-from hfslim.pruning.steps import check_reachable
-from hfslim.pruning.target import Target
+from hfslim.pipeline.task_examples import TaskExamples
 from hfslim.reporting.training_curves import training_curves
 from hfslim.sparsity.weight_callback import WeightPruningCallback
 from hfslim.tasks import build_model
@@ -43,15 +31,15 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Work(Workbench):
-    """A workbench with what the stages share, and the model as it stands.
+class RunState(TaskExamples):
+    """The examples of a recipe, and what changes from stage to stage.
 
     Attributes:
-        recipe: What to do.
-        manifest: What is done.
-        source: Hub id or folder of the current model; None while it is but a config.
+        recipe: The recipe.
+        manifest: The record of the stages.
+        source: Hub id or folder of the current model; None while there is only its config.
         whole: Hub id or folder of the model before its first cut.
-        latest: The stage that made the current model.
+        latest: The record of the stage that made the current model.
         arguments: Arguments of the stages that train, by their folders.
     """
 
@@ -59,7 +47,7 @@ class Work(Workbench):
     manifest: Manifest
     source: str | None
     whole: str | None = None
-    latest: Entry | None = None
+    latest: StageRecord | None = None
     arguments: Mapping[str, TrainingArguments] = field(default_factory=dict)
 
     @classmethod
@@ -70,8 +58,8 @@ class Work(Workbench):
         evaluation: TrainingArguments,
         arguments: Mapping[str, TrainingArguments],
     ) -> Self:
-        """Load data and processor, and check what needs no model."""
-        work = cls.prepare(
+        """Load data and processor, and check the labels of the teachers."""
+        state = cls.prepare(
             recipe.task,
             recipe.data,
             recipe.metric,
@@ -85,44 +73,20 @@ class Work(Workbench):
             source=recipe.model,
             arguments=arguments,
         )
-        work.check_teachers()
-        return work
-
-    def check_teachers(self) -> None:
-        """Refuse a teacher of other labels before any stage has run."""
-        own = PreTrainedConfig(**self.examples.labels.config)
-        for stage in self.recipe.stages:
-            if isinstance(stage, Distil | Recover) or (isinstance(stage, Cut) and stage.gradual):
-                for teacher in listed(stage.teacher or self.recipe.teacher):
+        own = PreTrainedConfig(**state.examples.labels.config)
+        for stage in recipe.stages:
+            if stage.taught:
+                subset = stage.settings["training"].get("teacher_subset", False)
+                for teacher in stage.named_teachers or sources_of(recipe.teacher):
                     source, revision = split_revision(teacher)
                     with explained(f"teacher {teacher!r}"):
                         config = saved_config(source, revision, labels=own)
-                        align_labels(own, config, stage.training.get("teacher_subset", False))
+                        align_labels(own, config, subset)
+        return state
 
-    def teachers(self, stage: Distil | Recover | Cut) -> tuple[str, ...]:
-        """Return the sources of a stage's teachers, as things stand."""
-        given = stage.teacher or self.recipe.teacher or self.whole
-        return listed(given or (self.source if isinstance(stage, Cut) else None))
-
-    def check_target(self) -> None:
-        """Refuse what the model cannot lose, before it is trained: a student, modules, a target.
-
-        Every process calls this: a latency is measured by the first for all.
-        """
-        for stage in self.recipe.stages:
-            if isinstance(stage, Sparsify):
-                find_weights(self.load(new_head=True), stage.target_modules, stage.exclude_modules)
-            if isinstance(stage, Student):
-                student_structure(self.load(new_head=True), **stage.numbers)
-        cut = next((stage for stage in self.recipe.stages if isinstance(stage, Prune)), None)
-        if cut is not None:
-            model = self.load(new_head=True)
-            torch.nn.Module.to(model, self.evaluation.device)
-            units = find_units(model, "dimensions" in cut.units).of(cut.units)
-            goal = Target.parse(cut.target, cut.units)
-            inputs = self.inputs(model, cut.batch_size)
-            shown = PartialState().is_main_process
-            check_reachable(Search.priced(model, units, goal, inputs, progress=shown))
+    def folder_of(self, record: StageRecord) -> Path:
+        """Return the folder of a stage."""
+        return self.manifest.folder / record.folder
 
     def save_manifest(self) -> None:
         """Write the manifest, on the processes that write."""
@@ -130,58 +94,59 @@ class Work(Workbench):
             self.manifest.write()
 
     def load(self, new_head: bool = False) -> PreTrainedModel:
-        """Load the current model."""
+        """Load the current model.
+
+        Args:
+            new_head: Whether a classification head for other labels is replaced by a new one.
+        """
         if self.source is None:
             return build_model(self.task, self.recipe.model_config or {}, self.examples.labels)
         return self.load_model(self.source, new_head)
 
-    def train_and_save(self, trainer: Trainer, entry: Entry) -> None:
-        """Train, going on from an interrupted run's last checkpoint, evaluate and save.
+    def train_and_save(self, trainer: Trainer, record: StageRecord) -> None:
+        """Train from the last checkpoint of an interrupted run or from the start, and save.
 
-        Zeros of sparse weights are held; adapters are folded into the weights that are saved.
+        Zeros of sparse weights are held; adapters are merged into the weights that are saved.
         """
-        own = Path(str(trainer.args.output_dir))
-        whole, _ = last_whole(own)
-        self._hold_zeros(trainer)
-        trainer.train(resume_from_checkpoint=all(gather_object([whole is not None])))
-        entry.steps, entry.series = (
-            trainer.state.global_step,
-            training_curves(trainer.state.log_history),
-        )
+        checkpoint, _ = last_whole(Path(str(trainer.args.output_dir)))
+        hold_zeros(trainer)
+        trainer.train(resume_from_checkpoint=all(gather_object([checkpoint is not None])))
+        record.steps = trainer.state.global_step
+        record.series = training_curves(trainer.state.log_history)
         plain = merge_adapters(trainer.model)
         if plain is not trainer.model:
-            self.save_whole(plain, entry)
+            self.save_whole(plain, record)
             return
-        entry.metrics = self.metrics(trainer)
-        trainer.save_model(str(self.manifest.folder / entry.folder))
+        result = trainer.evaluate()
+        record.metrics = {name: result[f"eval_{name}"] for name in (self.metric, "loss")}
+        trainer.save_model(str(self.folder_of(record)))
 
-    def save_whole(self, model: PreTrainedModel, entry: Entry) -> None:
+    def save_whole(self, model: PreTrainedModel, record: StageRecord) -> None:
         """Save a model that no Trainer holds, on the processes that write, and evaluate it."""
-        folder = self.manifest.folder / entry.folder
         if self.evaluation.should_save:
             save_where_asked(model)
             for part in (model, self.processor):
-                part.save_pretrained(folder)
+                part.save_pretrained(self.folder_of(record))
         PartialState().wait_for_everyone()
-        entry.metrics = self.evaluate(model)
+        record.metrics = self.evaluate(model).metrics
 
-    @staticmethod
-    def _hold_zeros(trainer: Trainer) -> None:
-        """Hold the zeros of sparse weights, all of them or those that a callback does not.
 
-        Raises:
-            ValueError: A callback prunes some sparse weights and would lose the zeros of others.
-        """
-        model: Any = trainer.model
-        sparse = sparse_modules(model)
-        callbacks = trainer.callback_handler.callbacks
-        own = next((c for c in callbacks if isinstance(c, WeightPruningCallback)), None)
-        if own is not None:
-            lost = [path for path in sparse if path not in own.find(model)]
-            if lost:
-                raise ValueError(
-                    f"{len(lost)} sparse weights, such as {lost[0]!r}, are not among those that "
-                    "this stage prunes, so their zeros would be lost: add them to target_modules"
-                )
-        elif sparse:
-            trainer.add_callback(WeightPruningCallback(target_modules=sparse))
+def hold_zeros(trainer: Trainer) -> None:
+    """Hold the zeros of sparse weights, unless a callback of the Trainer holds all of them.
+
+    Raises:
+        ValueError: A callback prunes some sparse weights and would lose the zeros of others.
+    """
+    model: Any = trainer.model
+    sparse = sparse_modules(model)
+    callbacks = trainer.callback_handler.callbacks
+    own = next((c for c in callbacks if isinstance(c, WeightPruningCallback)), None)
+    if own is not None:
+        lost = [path for path in sparse if path not in own.find(model)]
+        if lost:
+            raise ValueError(
+                f"{len(lost)} sparse weights, such as {lost[0]!r}, are not among those that "
+                "this stage prunes, so their zeros would be lost: add them to target_modules"
+            )
+    elif sparse:
+        trainer.add_callback(WeightPruningCallback(target_modules=sparse))

@@ -1,51 +1,29 @@
-"""Run a recipe: each stage once, in order, each leaving a model that loads."""
+"""Run a recipe: each stage once, in order."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
-from hfslim.distillation import DistillationConfig, DistillationTrainer
-from hfslim.distillation.student import student_structure
-from hfslim.hub.card import RECIPE
-from hfslim.hub.push import check_login, push
-from hfslim.measuring.measurement import compare
+from hfslim.hub.push import check_login
 from hfslim.pipeline.launch import check_folder, check_launch, launch_arguments
-from hfslim.pipeline.manifest import Entry, Manifest, OutputError, alone, on_disk
-from hfslim.pipeline.recipe import Recipe, RecipeError, recipe_yaml
-from hfslim.pipeline.run_report import current_report, judge_pair, run_report
-from hfslim.pipeline.run_state import Work
-from hfslim.pipeline.stages import (
-    Cut,
-    Distil,
-    Measure,
-    Prune,
-    Push,
-    Recover,
-    Sparsify,
-    Stage,
-    Student,
-    Transfer,
-)
-from hfslim.pruning import Batches, PruningCallback, prune, shrink
+from hfslim.pipeline.manifest import Manifest, OutputError, StageRecord, alone, on_disk
+from hfslim.pipeline.recipe import Recipe, RecipeError
+from hfslim.pipeline.run_report import current_report
+from hfslim.pipeline.run_state import RunState
+from hfslim.pipeline.stages import Stage
 from hfslim.reporting.page import write_all
 from hfslim.reporting.report import REPORT
 from hfslim.reporting.staged_writes import flush
-from hfslim.reporting.unit_rows import unit_rows
-from hfslim.sparsity import sparsify
 from hfslim.tasks import TASKS
-from hfslim.training.checkpoint import SlimTrainer
 from hfslim.training.checkpoint_folders import stage_errors
 from hfslim.training.parallel import forget_trainers, loading_whole
-from hfslim.training.transfer import L2SP, GradualUnfreezing, train_head_only, with_lora
 
 __all__ = ["run"]
 
@@ -56,49 +34,49 @@ logger = logging.getLogger(__name__)
 def run(recipe: Recipe) -> Path:
     """Run the stages of a recipe that are not finished yet.
 
-    Every process of a launch calls this; the first one writes. Under FSDP each loads whole models,
-    as scoring and cutting need them.
-
-    Args:
-        recipe: What to do.
+    Every process of a launch calls this; the first one writes. Under FSDP each process loads whole
+    models, as scoring and cutting need them.
 
     Returns:
         The folder of the last model.
 
     Raises:
-        CheckpointError: What a stage made cannot be written: the disk is full, for instance.
+        CheckpointError: The results of a stage cannot be written, for instance on a full disk.
         OutputError: `output_dir` holds something else, another run writes to it, or the recipe has
             changed since a stage ran.
-        PushError: The Hub refuses the token, which is asked before the first stage, or the push.
-        RecipeError: The data, the model or a target do not allow what the recipe asks.
+        PushError: The Hub refuses the token, which is tried before the first stage, or the push.
+        RecipeError: The data, the model or a target do not allow what the recipe asks for.
     """
     plan = [(stage, f"{number:02d}-{stage.name}") for number, stage in enumerate(recipe.stages, 1)]
     folder = Path(recipe.output_dir)
     arguments = {
-        name: _arguments(recipe, stage, folder / name / "training")
+        name: _arguments(recipe, stage.arguments, stage.settings["training"], folder, name)
         for stage, name in plan
-        if _trains(stage)
+        if stage.arguments is not None and stage.trains
     }
-    evaluation = _arguments(recipe, Transfer(), folder)
+    evaluation = _arguments(recipe, TrainingArguments, {}, folder)
     forget_trainers()
     seen = on_disk(folder)
-    manifest = Manifest.open(folder, _base(recipe))
+    manifest = Manifest.open(folder, _settings(recipe))
     manifest.check([stage.name for stage, _ in plan], [stage.settings for stage, _ in plan])
     process = PartialState()
     reported = not process.is_main_process or (folder / REPORT).exists()
     if _everywhere(manifest.finished(len(plan)) and reported):
         logger.info("finished before, report in %s", folder)
-        return folder / next(n for s, n in reversed(plan) if not isinstance(s, Measure | Push))
-    if process.is_main_process and _will_push(manifest, plan):
+        made = [folder / name for stage, name in plan if stage.makes_model]
+        return made[-1] if made else Path(recipe.model or folder)
+    done = {record.folder for record in manifest.stages if record.finished}
+    if process.is_main_process and any(s.uploads and name not in done for s, name in plan):
         check_login()
     try:
         check_launch([(stage, arguments.get(name)) for stage, name in plan])
         check_folder(folder, evaluation)
         each = evaluation.save_on_each_node
         with process.local_main_process_first() if each else process.main_process_first():
-            work = Work.begin(recipe, manifest, evaluation, arguments)
+            state = RunState.begin(recipe, manifest, evaluation, arguments)
         process.wait_for_everyone()
-        work.check_target()
+        for stage in recipe.stages:
+            stage.check_model(state)
     except ValueError as error:
         raise RecipeError(str(error)) from error
     writes = evaluation.should_save
@@ -108,237 +86,75 @@ def run(recipe: Recipe) -> Path:
                 f"another run writes to {folder}: give the command again when that has ended, or "
                 "set another output_dir"
             )
-        _run_stages(work, plan)
-        _publish(work)
-    return Path(work.source or folder)
+        _run_stages(state, plan)
+        _publish(state)
+    return Path(state.source or folder)
 
 
-def _run_stages(work: Work, plan: list[tuple[Stage, str]]) -> None:
-    """Run the stages that are not finished, each on what the ones before made."""
-    folder = work.manifest.folder
+def _run_stages(state: RunState, plan: list[tuple[Stage, str]]) -> None:
+    """Run the stages that are not finished, each on the model of the stages before it."""
+    folder = state.manifest.folder
     for number, (stage, name) in enumerate(plan, 1):
-        entry = work.manifest.begin(stage.name, name, stage.settings)
+        record = state.manifest.begin(stage.name, name, stage.settings)
         label = f"stage {number} of {len(plan)}, {stage.name}"
-        if _everywhere(entry.finished):
+        if _everywhere(record.finished):
             logger.info("%s: finished before, in %s", label, folder / name)
         else:
             logger.info("%s", label)
             with stage_errors(name, folder):
-                _run_stage(work, stage, entry)
-            if entry.metrics:
-                figures = ", ".join(f"{k} {v:.4f}" for k, v in entry.metrics.items())
+                _run_stage(state, stage, record)
+            if record.metrics:
+                figures = ", ".join(f"{k} {v:.4f}" for k, v in record.metrics.items())
                 logger.info("%s: %s, saved in %s", label, figures, folder / name)
-        if isinstance(stage, Cut) and work.whole is None:
-            work.whole = work.source
-        if not isinstance(stage, Measure | Push):
-            work.source, work.latest = str(folder / name), entry
+        if stage.cuts and state.whole is None:
+            state.whole = state.source
+        if stage.makes_model:
+            state.source, state.latest = str(folder / name), record
 
 
-def _run_stage(work: Work, stage: Stage, entry: Entry) -> None:
-    """Run a stage, and note that it is finished once all that it made is on the disk."""
+def _run_stage(state: RunState, stage: Stage, record: StageRecord) -> None:
+    """Run a stage, and record that it is finished once its results are on the disk."""
     process = PartialState()
-    entry.finished = False
-    work.save_manifest()
-    set_seed(work.recipe.seed)
-    RUNNERS[type(stage)](work, stage, entry, work.arguments.get(entry.folder))
+    record.finished = False
+    state.save_manifest()
+    set_seed(state.recipe.seed)
+    stage.run(state, record, state.arguments.get(record.folder))
     forget_trainers()
-    if work.evaluation.should_save:
-        flush(work.manifest.folder)
+    if state.evaluation.should_save:
+        flush(state.manifest.folder)
     process.wait_for_everyone()
-    entry.finished = True
-    work.save_manifest()
+    record.finished = True
+    state.save_manifest()
 
 
 def _everywhere(here: bool) -> bool:
-    """Tell whether something holds on all processes, whose machines may share no folder."""
+    """Return whether something holds on all processes, whose machines may share no folder."""
     return all(gather_object([here]))
 
 
-def _publish(work: Work) -> None:
+def _publish(state: RunState) -> None:
     """Write the report of the last model beside the stages."""
-    report = current_report(work)
+    report = current_report(state)
     if PartialState().is_main_process:
-        write_all(report, work.manifest.folder, "tensorboard" in (work.evaluation.report_to or ()))
+        write_all(
+            report, state.manifest.folder, "tensorboard" in (state.evaluation.report_to or ())
+        )
         for warning in report.warnings:
             logger.warning("warning: %s", warning)
 
 
-def _will_push(manifest: Manifest, plan: list[tuple[Stage, str]]) -> bool:
-    done = {entry.folder for entry in manifest.stages if entry.finished}
-    return any(isinstance(stage, Push) and name not in done for stage, name in plan)
-
-
-def _trains(stage: Stage) -> bool:
-    return isinstance(stage, Transfer | Distil | Recover) or (
-        isinstance(stage, Cut) and stage.gradual
-    )
-
-
-def _arguments(recipe: Recipe, stage: Any, folder: Path) -> TrainingArguments:
-    cls = TrainingArguments if isinstance(stage, Transfer) else DistillationConfig
+def _arguments(
+    recipe: Recipe, cls: type, training: dict[str, Any], folder: Path, stage: str | None = None
+) -> TrainingArguments:
     return cls(
-        **launch_arguments({**recipe.training, **stage.training}),
-        output_dir=str(folder),
+        **launch_arguments({**recipe.training, **training}),
+        output_dir=str(folder / stage / "training" if stage else folder),
         seed=recipe.seed,
         remove_unused_columns=not TASKS[recipe.task].lazy,
     )
 
 
-def _base(recipe: Recipe) -> dict[str, Any]:
-    base = {
-        key: value for key, value in vars(recipe).items() if key not in ("stages", "output_dir")
-    }
-    return {**base, "data": dict(vars(recipe.data))}
-
-
-def _transfer(work: Work, stage: Transfer, entry: Entry, args: Any) -> None:
-    model: Any = work.load(new_head=True)
-    callbacks: list[TrainerCallback] = []
-    if stage.method == "head":
-        model = train_head_only(model)
-    elif stage.method == "lora":
-        model = with_lora(model, stage.lora_rank)
-    elif stage.method == "gradual":
-        callbacks.append(GradualUnfreezing(stage.unfrozen_at))
-    if stage.l2_sp:
-        callbacks.append(L2SP(stage.l2_sp))
-    trainer = SlimTrainer(model=model, args=args, callbacks=callbacks, **work.trainer_parts())
-    work.train_and_save(trainer, entry)
-
-
-def _distil(work: Work, stage: Distil | Recover, entry: Entry, args: Any) -> None:
-    model: Any = work.load(new_head=isinstance(stage, Distil))
-    if stage.lora_rank is not None:
-        model = with_lora(model, stage.lora_rank)
-    trainer = DistillationTrainer(model=model, args=args, **work.taught_parts(work.teachers(stage)))
-    work.train_and_save(trainer, entry)
-
-
-def _prune(work: Work, stage: Prune, entry: Entry, args: Any) -> None:
-    model, seed = work.load(), work.recipe.seed
-    inputs = work.inputs(model, stage.batch_size)
-    target, criterion = dict(stage.target), stage.criterion
-    shared: dict[str, Any] = {"units": stage.units, "criterion": criterion, "inputs": inputs}
-    logger.info("%s", stage)
-    if stage.gradual:
-        callback = PruningCallback(
-            target,
-            schedule=stage.schedule or "cubic",
-            start=stage.start,
-            end=stage.end,
-            seed=seed,
-            **shared,
-        )
-        trainer = DistillationTrainer(
-            model=model,
-            args=args,
-            callbacks=[callback],
-            **work.taught_parts(work.teachers(stage)),
-        )
-        work.train_and_save(trainer, entry)
-        structure = callback.structure
-        if structure is None:
-            raise RuntimeError("training ended before pruning began")
-        entry.structure, entry.units = structure.table(), unit_rows(structure, callback.scores)
-        return
-    torch.nn.Module.to(model, work.evaluation.device)
-    result = prune(
-        model,
-        Batches(work.calibration(model, stage.max_examples), stage.max_examples),
-        target,
-        reconstruction=stage.reconstruction or "weights",
-        seed=seed,
-        progress=PartialState().is_main_process,
-        **shared,
-    )
-    entry.structure = result.structure.table()
-    entry.units = unit_rows(result.structure, result.scores)
-    work.save_whole(model, entry)
-
-
-def _student(work: Work, stage: Student, entry: Entry, args: Any) -> None:
-    teacher = work.load()
-    torch.nn.Module.to(teacher, work.evaluation.device)
-    structure = student_structure(
-        teacher,
-        **stage.numbers,
-        data=work.calibration(teacher, stage.max_examples),
-        max_examples=stage.max_examples,
-        progress=PartialState().is_main_process,
-    )
-    entry.structure = structure.table()
-    work.save_whole(shrink(teacher, structure), entry)
-
-
-def _sparsify(work: Work, stage: Sparsify, entry: Entry, args: Any) -> None:
-    model = work.load()
-    if stage.gradual:
-        parts = work.taught_parts(work.teachers(stage))
-        callbacks = [stage.callback()]
-        trainer = DistillationTrainer(model=model, args=args, callbacks=callbacks, **parts)
-        work.train_and_save(trainer, entry)
-        return
-    torch.nn.Module.to(model, work.evaluation.device)
-    sparsify(
-        model,
-        work.calibration(model, stage.max_examples),
-        stage.sparsity,
-        stage.pattern,
-        method=stage.method,  # type: ignore[arg-type]  # which the stage has checked
-        scope=stage.scope,
-        max_examples=stage.max_examples,
-        target_modules=stage.target_modules,
-        exclude_modules=stage.exclude_modules,
-        progress=PartialState().is_main_process,
-    )
-    work.save_whole(model, entry)
-
-
-def _measure(work: Work, stage: Measure, entry: Entry, args: Any) -> None:
-    pair = judge_pair(work)
-    assert pair.before is not None  # which the recipe has checked
-    if not PartialState().is_main_process:
-        return
-    folder, device = work.manifest.folder / entry.folder, work.evaluation.device
-    before: Any = pair.before
-    after: Any = pair.after
-    for model in (before, after):
-        model.to(device=device)
-    comparisons = []
-    for size in stage.batch_sizes:
-        logger.info("measuring at batch %d on %s", size, device)
-        inputs = work.inputs(after, size, stage.length)
-        theirs = inputs if pair.processor is None else work.inputs(before, size, stage.length)
-        comparisons.append(compare(before, after, inputs, before_inputs=theirs))
-    report = run_report(work, pair, comparisons)
-    report.print()
-    report.write(folder)
-    logger.info("report in %s", folder)
-
-
-def _push(work: Work, stage: Push, entry: Entry, args: Any) -> None:
-    report = current_report(work)
-    if not PartialState().is_main_process:
-        return
-    folder = work.manifest.folder / entry.folder
-    model = TASKS[work.recipe.task].auto_model.from_pretrained(work.source)
-    for part in (model, work.processor):
-        part.save_pretrained(folder)
-    report.write(folder)
-    (folder / RECIPE).write_text(recipe_yaml(work.recipe), encoding="utf-8")
-    commit = push(
-        folder, stage.hub_model_id, private=stage.hub_private_repo, revision=stage.hub_revision
-    )
-    logger.info("pushed %s: %s", folder, commit.commit_url)
-
-
-RUNNERS: dict[type[Stage], Callable[[Work, Any, Entry, Any], None]] = {
-    Transfer: _transfer,
-    Distil: _distil,
-    Prune: _prune,
-    Student: _student,
-    Sparsify: _sparsify,
-    Recover: _distil,
-    Measure: _measure,
-    Push: _push,
-}
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """Return the settings of a recipe outside its stages, which no later run may change."""
+    values = {k: v for k, v in vars(recipe).items() if k not in ("stages", "output_dir")}
+    return {**values, "data": dict(vars(recipe.data))}

@@ -1,4 +1,4 @@
-"""Plain values, as YAML gives them, checked against the types of a dataclass."""
+"""Check the plain values that YAML reads against the types of a dataclass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 class RecipeError(ValueError):
-    """A key or value that a recipe cannot have; the message has the place and the nearest fix."""
+    """A recipe has a wrong key or value; the message names its place and the nearest fix."""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -29,16 +29,16 @@ def join(place: str, key: str) -> str:
 
 
 def types_of(cls: type) -> dict[str, Any]:
-    """Return the type of each field that a dataclass takes at its making."""
+    """Return the types of the fields that the constructor of a dataclass takes."""
     hints = get_type_hints(cls)
     return {field.name: hints[field.name] for field in fields(cls) if field.init}
 
 
 def mapping_at(value: Any, place: str) -> dict[str, Any]:
-    """Return `value` as a dict with string keys; nothing at all is an empty one.
+    """Return a mapping as a dict with string keys; None as an empty one.
 
     Raises:
-        RecipeError: It is something else.
+        RecipeError: The value is something else.
     """
     if value is None:
         return {}
@@ -48,7 +48,7 @@ def mapping_at(value: Any, place: str) -> dict[str, Any]:
 
 
 def convert_all(values: Mapping[str, Any], valid: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """Check each value against the type that `valid` gives its key.
+    """Convert each value to the type of its key in `valid`.
 
     Raises:
         RecipeError: A key is not in `valid`, or a value has another type.
@@ -63,8 +63,8 @@ def build(cls: type[Any], values: Any, place: str) -> Any:
     """Make a dataclass from a mapping.
 
     Raises:
-        RecipeError: A key is unknown or missing, a value has another type, or the dataclass
-            itself refuses the values.
+        RecipeError: A key is unknown or missing, a value has another type, or the dataclass raises
+            `ValueError`.
     """
     converted = convert_all(mapping_at(values, place), types_of(cls), place)
     for field in fields(cls):
@@ -80,10 +80,10 @@ def build(cls: type[Any], values: Any, place: str) -> Any:
 
 
 def convert(value: Any, hint: Any, place: str) -> Any:
-    """Return `value` as the type `hint`, without guessing.
+    """Convert a value to the type `hint`.
 
-    An int is taken where a float is wanted, and so is a string such as `2e-5`, which YAML does not
-    read as a number. `no`, which YAML reads as false, is taken where a strategy of that name is.
+    A float may be given as an int, or as a string such as `2e-5`, which YAML does not read as a
+    number. A choice `no` may be given as false, as YAML reads `no`.
 
     Raises:
         RecipeError: The value has another type.
@@ -103,7 +103,7 @@ def convert(value: Any, hint: Any, place: str) -> Any:
 
 
 def _match(value: Any, hint: Any, place: str) -> tuple[bool, Any]:
-    """Return whether the value suits one type, and the value in it."""
+    """Return whether a value fits one type, and the value converted to it."""
     origin = get_origin(hint) or hint
     if hint is Any or (hint is type(None) and value is None):
         return True, value

@@ -1,4 +1,4 @@
-"""Run a recipe with several seeds, and tell how much its results depend on them."""
+"""Run a recipe with several seeds, and report the spread of its results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from hfslim.measuring.class_answers import HIDDEN, ClassAnswers
 from hfslim.pipeline.manifest import FILE, OutputError
 from hfslim.pipeline.recipe import Recipe, RecipeError
 from hfslim.pipeline.runner import run
-from hfslim.pipeline.stages import Push
 from hfslim.reporting.page import write_all
 from hfslim.reporting.report import Quality, Report
 from hfslim.reporting.seed_statistics import SeedStatistics
@@ -27,25 +26,22 @@ logger = logging.getLogger(__name__)
 
 
 def run_seeds(recipe: Recipe, count: int) -> Path:
-    """Run a recipe with its seed and the next ones, each in a folder, and report on all.
+    """Run a recipe with its seed and the next ones, each in its own folder, and report on all.
 
-    What is finished is not run again: more seeds can be asked for later. Every process calls this.
-
-    Args:
-        recipe: What to do.
-        count: Number of seeds, 2 or more.
+    Finished runs are not repeated, so a later call can ask for more seeds. Every process calls
+    this.
 
     Returns:
         The folder of the report, `output_dir`.
 
     Raises:
-        RecipeError: The recipe pushes, or there is but one seed.
+        RecipeError: The recipe pushes, or `count` is below 2.
         OutputError: `output_dir` holds the results of one run.
     """
     folder = Path(recipe.output_dir)
     if count < 2:
         raise RecipeError(f"seeds: got {count}, expected 2 or more; `seed` sets that of one run")
-    if any(isinstance(stage, Push) for stage in recipe.stages):
+    if any(stage.uploads for stage in recipe.stages):
         raise RecipeError(
             "seeds: each run would push over the one before; leave out the `push` stage, and push "
             "the run that you choose by `hfslim push`"
@@ -68,12 +64,9 @@ def run_seeds(recipe: Recipe, count: int) -> Path:
 
 
 def over_seeds(reports: Mapping[int, Report]) -> Report:
-    """Sum up the reports of the same recipe under several seeds.
+    """Combine the reports of one recipe, given by seed.
 
-    Metrics are means, answers are added up; costs, kept units and losses are those of the first.
-
-    Args:
-        reports: By seed.
+    Metrics are means and answers sums; costs, kept units and losses are those of the first report.
     """
     seeds, runs = tuple(reports), list(reports.values())
     first, quality = runs[0], [one.quality[0] for one in runs]
@@ -135,7 +128,7 @@ def _stability(reports: Mapping[int, Report]) -> list[SeedStatistics]:
 
 
 def _class_changes(answers: list[ClassAnswers]) -> dict[str, list[float]]:
-    """Return what each class gains or loses under each seed, if all seeds have examples of it."""
+    """Return the change of each class under each seed, for classes that all seeds have."""
     by_class: dict[str, list[float]] = {}
     for one in answers:
         for line in one.lines():
@@ -145,14 +138,14 @@ def _class_changes(answers: list[ClassAnswers]) -> dict[str, list[float]]:
 
 
 def _warnings(reports: Mapping[int, Report]) -> list[str]:
-    told = [f"seed {seed}: {one}" for seed, report in reports.items() for one in report.warnings]
+    found = [f"seed {seed}: {one}" for seed, report in reports.items() for one in report.warnings]
     values = {seed: report.quality[0].value for seed, report in reports.items()}
     metric = next(iter(reports.values())).quality[0].metric
     for seed, value in values.items():
         others = fmean(other for key, other in values.items() if key != seed)
         if others - value >= HIDDEN:
-            told.append(
+            found.append(
                 f"seed {seed}: {metric} {value:.4f}, of the others {others:.4f} on average, which "
                 "hides it"
             )
-    return told
+    return found

@@ -1,4 +1,4 @@
-"""The examples of a task, prepared for one model: what scores its units and what judges it."""
+"""The examples of a task, prepared for one model, and evaluation on them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from transformers import (
     EvalPrediction,
     PreTrainedConfig,
     PreTrainedModel,
-    Trainer,
     TrainingArguments,
 )
 from transformers.utils import logging
@@ -48,7 +47,7 @@ logger = logging.get_logger(__name__)
 
 
 class Predictions(NamedTuple):
-    """What a model says of the evaluation examples.
+    """The predictions of a model on the evaluation examples.
 
     Attributes:
         value: The metric.
@@ -61,9 +60,14 @@ class Predictions(NamedTuple):
     logits: np.ndarray
     decided: np.ndarray
 
+    def agreement(self, other: Predictions) -> float:
+        """Return the fraction of examples for which two models predict the same class names."""
+        same = self.decided == other.decided
+        return float(same.reshape(len(same), -1).all(1).mean())
 
-class Judged(NamedTuple):
-    """How a model does on the evaluation examples.
+
+class Evaluation(NamedTuple):
+    """The evaluation of a model on the evaluation examples.
 
     Attributes:
         metrics: The metric and the loss, by their names.
@@ -75,19 +79,19 @@ class Judged(NamedTuple):
 
 
 @dataclass
-class Workbench:
+class TaskExamples:
     """Examples and processor of a task, prepared for one model.
 
     Attributes:
-        task: The kind of classification.
+        task: Text, image or audio classification.
         data: Where the examples come from.
-        metric: What the model is judged by.
-        seed: Seed of whatever is drawn.
+        metric: A key of `METRICS`.
+        seed: Seed of every draw.
         evaluation: Arguments of evaluations outside training.
         examples: Checked examples, labels in the model's order.
         processor: Tokenizer, image processor or feature extractor.
-        train: Training examples as the Trainer wants them.
-        eval: Evaluation examples as the Trainer wants them.
+        train: Training examples, processed for the Trainer.
+        eval: Evaluation examples, processed for the Trainer.
     """
 
     task: Task
@@ -113,22 +117,22 @@ class Workbench:
         processor: str | None = None,
         **rest: Any,
     ) -> Self:
-        """Load data and processor, and check that they suit the model and the metric.
+        """Load data and processor, and check them against the model and the metric.
 
         Args:
             task: A key of `TASKS`.
             data: Where the examples come from.
-            metric: A key of `METRICS`; the first that suits the labels if not given.
-            seed: Seed of whatever is drawn.
+            metric: A key of `METRICS`; by default the usual one for the labels.
+            seed: Seed of every draw.
             evaluation: Arguments of evaluations outside training.
             model: Hub id or folder of the model.
             model_config: `model_type` and fields of an untrained model, instead of `model`.
-            processor: Hub id or folder of the processor, if it is not the model's own.
-            rest: Further attributes of a subclass.
+            processor: Hub id or folder of the processor; by default the model's own.
+            rest: Attributes of a subclass.
 
         Raises:
             RecipeError: The data, the model or the processor cannot be read.
-            ValueError: They do not suit each other or the metric.
+            ValueError: The data do not fit the model or the metric.
         """
         kind = TASKS[task]
         with explained("data"):
@@ -160,17 +164,17 @@ class Workbench:
 
     @property
     def stated_length(self) -> int | None:
-        """Length of the input at which costs are stated; None where the model fixes it."""
+        """The length of the input whose costs are reported; None if the model fixes it."""
         return self.task.stated_length(self.data, self.processor)
 
     def inputs(
         self, model: PreTrainedModel, batch_size: int = 1, length: int | None = None
     ) -> dict[str, torch.Tensor]:
-        """Return the input at which the costs of a model are stated."""
+        """Return the input for which the costs of a model are reported."""
         return example_inputs(model, batch_size, length=length or self.stated_length)
 
     def trainer_parts(self) -> dict[str, Any]:
-        """Return what every Trainer on these examples is given."""
+        """Return the keyword arguments of a Trainer on these examples."""
         labels = self.examples.labels
         return {
             "train_dataset": self.train,
@@ -181,11 +185,11 @@ class Workbench:
         }
 
     def taught_parts(self, teachers: Sequence[str]) -> dict[str, Any]:
-        """Return what a Trainer with these teachers is given: examples, processed for each of them.
+        """Return the keyword arguments of a Trainer with these teachers.
 
         Args:
-            teachers: Hub ids or folders. One whose processor does what the model's does, or that
-                has none, reads the model's inputs.
+            teachers: Hub ids or folders. A teacher without a processor, or with an equivalent one,
+                takes the model's inputs; for the others the examples are processed once more.
         """
         own = [self.own_processor(teacher) for teacher in teachers]
         parts = {**self.trainer_parts(), "teacher": list(teachers), "teacher_processor": own}
@@ -199,7 +203,7 @@ class Workbench:
         return parts
 
     def own_processor(self, teacher: str) -> Any:
-        """Return a teacher's processor, or None where it has none or the same as the model's."""
+        """Return a teacher's processor; None if it has none or an equivalent of the model's."""
         own = split_revision(teacher)
         processor = None
         for source, revision in dict.fromkeys([base_source(*own), own]):
@@ -213,12 +217,12 @@ class Workbench:
         logger.info("teacher %s reads each example by its own processor", teacher)
         return processor
 
-    def judge(self, model: PreTrainedModel, processor: Any = None) -> Judged:
+    def evaluate(self, model: PreTrainedModel, processor: Any = None) -> Evaluation:
         """Evaluate a model on the evaluation examples; every process calls this.
 
         Args:
-            model: The model, whose labels may stand in another order.
-            processor: Its own, if the examples are not prepared by one that does the same.
+            model: The model. The order of its labels may differ from that of the data.
+            processor: The model's processor, if the examples are not processed by an equivalent.
         """
         parts, names = self.trainer_parts(), self.examples.labels.names
         ids: Any = model.config.id2label
@@ -231,23 +235,20 @@ class Workbench:
             )
             parts["data_collator"] = self.task.collator(processor)
             parts["processing_class"] = processor
-        # Where examples are grouped by length, the Trainer's own order is another one each time.
+        # Grouped by length, the examples would be in another order each time.
         with whole(self.evaluation) as given:
             arguments = copy.copy(given)
             arguments.train_sampling_strategy = "sequential"
             trainer = SlimTrainer(model=model, args=arguments, **parts)
-            said = trainer.predict(parts["eval_dataset"], metric_key_prefix="eval")
-        logits = said.predictions[0] if isinstance(said.predictions, tuple) else said.predictions
-        told = said.metrics or {}
-        metrics = {name: told[f"eval_{name}"] for name in (self.metric, "loss")}
-        return Judged(metrics, np.asarray(logits).reshape(len(logits), -1)[:, order])
+            output = trainer.predict(parts["eval_dataset"], metric_key_prefix="eval")
+        logits: Any = output.predictions
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        figures = output.metrics or {}
+        metrics = {name: figures[f"eval_{name}"] for name in (self.metric, "loss")}
+        return Evaluation(metrics, np.asarray(logits).reshape(len(logits), -1)[:, order])
 
-    def evaluate(self, model: PreTrainedModel, processor: Any = None) -> dict[str, float]:
-        """Return the metric and the loss of a model, as `judge` does."""
-        return self.judge(model, processor).metrics
-
-    def answers(self, model: Judged, teacher: Judged | None = None) -> ClassAnswers | None:
-        """Return what a model answers class by class, beside its teacher; None for numbers."""
+    def answers(self, model: Evaluation, teacher: Evaluation | None = None) -> ClassAnswers | None:
+        """Return the answers of a model and its teacher class by class; None for regression."""
         labels = self.examples.labels
         if labels.problem == "regression":
             return None
@@ -255,17 +256,12 @@ class Workbench:
         theirs = None if teacher is None else teacher.logits
         return ClassAnswers.of(labels.names, references.astype(np.int64), model.logits, theirs)
 
-    def metrics(self, trainer: Trainer) -> dict[str, float]:
-        """Return the metric and the loss of a Trainer's model."""
-        result = trainer.evaluate()
-        return {name: result[f"eval_{name}"] for name in (self.metric, "loss")}
-
     def predict(self, model: Any, progress: bool = False) -> Predictions:
-        """Return what a model says of each evaluation example, in their order.
+        """Return the predictions of a model on the evaluation examples, in their order.
 
         Args:
-            model: The model, which is moved to the device of evaluations, or anything else that
-                takes its inputs by name and returns `logits`.
+            model: The model, which is moved to the device of evaluations, or another callable that
+                takes the same keyword arguments and returns `logits`.
             progress: Whether to show a progress bar.
         """
         labels = self.examples.labels
@@ -299,12 +295,12 @@ class Workbench:
             )
 
     def batches(self, examples: Any, size: int) -> DataLoader[Any]:
-        """Return examples in batches, as the collator makes them."""
+        """Return a loader of collated batches of examples."""
         collator = self.task.collator(self.processor)
         return DataLoader(examples, batch_size=size, collate_fn=collator)
 
     def calibration(self, model: PreTrainedModel, size: int) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield this process's share of the batches that units are scored on."""
+        """Yield this process's share of the calibration batches, of at most `size` examples."""
         process = PartialState()
         chosen = self.train.shuffle(seed=self.seed)
         chosen = chosen.select(range(min(size, len(chosen))))
@@ -314,16 +310,10 @@ class Workbench:
             yield {key: value for key, value in batch.items() if key in accepted}
 
 
-def agreement(first: Predictions, second: Predictions) -> float:
-    """Return the share of examples of which two models say the same, classes by their names."""
-    same = first.decided == second.decided
-    return float(same.reshape(len(same), -1).all(1).mean())
-
-
 def uses_cpu() -> bool:
-    """Tell whether Trainers run on the CPU, because there is nothing else or it was asked for.
+    """Return whether Trainers run on the CPU: on request, or because there is no accelerator.
 
-    Told nothing, the Trainer starts no process group where there is no accelerator.
+    Without `use_cpu` the Trainer starts no process group on a machine that has no accelerator.
     """
     asked = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
     return asked or not torch.accelerator.is_available()

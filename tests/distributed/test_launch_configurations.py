@@ -17,12 +17,9 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from distributed.launch import START
 from places import ROOT
 from safetensors.torch import load_file
-from transformers import TrainingArguments
 
-from hfslim.distillation import DistillationConfig
 from hfslim.pipeline.launch import check_launch, launch_arguments
 from hfslim.pipeline.recipe import load_recipe
-from hfslim.pipeline.stages import Measure, Push, Student, Transfer
 
 CONFIGURATIONS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
@@ -100,10 +97,10 @@ def test_a_recipe_is_refused_before_it_trains_where_a_stage_cannot_run(
     recipe = load_recipe(path)
     plan = []
     for stage in recipe.stages:
-        trains = not isinstance(stage, Measure | Push | Student) and getattr(stage, "gradual", True)
-        kind = TrainingArguments if isinstance(stage, Transfer) else DistillationConfig
-        given = launch_arguments({**recipe.training, **getattr(stage, "training", {})})
-        args = kind(str(tmp_path), **given) if trains else None
+        args = None
+        if stage.trains:
+            given = launch_arguments({**recipe.training, **stage.settings["training"]})
+            args = stage.arguments(str(tmp_path), **given)
         if args and way.startswith("ZeRO"):
             args.deepspeed_plugin = SimpleNamespace(zero_stage=int(way[-1]))
         elif args and way == "FSDP":

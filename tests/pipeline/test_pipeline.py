@@ -23,9 +23,10 @@ from transformers import AutoModelForImageClassification, TrainingArguments
 from hfslim.hub.push import PushError
 from hfslim.pipeline.manifest import Manifest, OutputError, alone
 from hfslim.pipeline.recipe import Recipe, RecipeError, parse_recipe
-from hfslim.pipeline.run_state import Work
+from hfslim.pipeline.run_state import RunState
 from hfslim.pipeline.runner import run
-from hfslim.pipeline.task_examples import Workbench
+from hfslim.pipeline.stages.prune import Prune
+from hfslim.pipeline.task_examples import TaskExamples
 from hfslim.tasks import DataConfig, build_model
 from hfslim.training.checkpoint_folders import CheckpointError
 
@@ -76,11 +77,11 @@ def test_answers_keep_the_order_of_examples_that_are_grouped_by_length(tmp_path:
         str(tmp_path / "t"), use_cpu=True, train_sampling_strategy="group_by_length"
     )
     data, config = DataConfig(**raw["data"]), raw["model_config"]
-    bench = Workbench.prepare(
+    bench = TaskExamples.prepare(
         raw["task"], data, "accuracy", 0, arguments, None, config, raw["processor"]
     )
     model = build_model(bench.task, config, bench.examples.labels)
-    judged = bench.judge(model)
+    judged = bench.evaluate(model)
     assert np.abs(judged.logits - bench.predict(model).logits).max() < 1e-5
     answers = bench.answers(judged)
     right = sum(both + mine for both, _, mine, _ in answers.right)
@@ -225,14 +226,14 @@ def test_a_run_that_another_overtook_is_refused(
 ) -> None:
     """Both found nothing when they began; the other was done when this one came to write."""
     recipe, out = parse_recipe(image_recipe(tmp_path)), tmp_path / "out"
-    check_target = Work.check_target
+    check_model = Prune.check_model
 
-    def overtaken(work: Work) -> None:
-        check_target(work)
+    def overtaken(stage: Prune, state: RunState) -> None:
+        check_model(stage, state)
         out.mkdir()
         (out / "manifest.json").write_text("{}")
 
-    monkeypatch.setattr(Work, "check_target", overtaken)
+    monkeypatch.setattr(Prune, "check_model", overtaken)
     with pytest.raises(OutputError, match="another run writes"):
         run(recipe)
     assert [path.name for path in out.iterdir()] == ["manifest.json"]
@@ -267,7 +268,7 @@ def test_gradual_pruning_ends_at_the_target(
     }
     with caplog.at_level("INFO", "hfslim"):
         run(parse_recipe({**raw, "stages": [STAGES[0], gradual]}))
-    assert "by criterion fisher, little by little while training" in caplog.text
+    assert "by criterion fisher, gradually while training" in caplog.text
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "02-prune")
     widths = [m.out_features for n, m in model.named_modules() if n.endswith("mlp.fc1")]
     rows = manifest(parse_recipe(raw))["stages"][1]["structure"]
@@ -319,7 +320,7 @@ def test_a_push_that_failed_keeps_the_results_and_a_second_run_completes_it(
         raise PushError("the Hub is down")
 
     monkeypatch.setattr("hfslim.pipeline.runner.check_login", lambda: None)
-    monkeypatch.setattr("hfslim.pipeline.runner.push", down)
+    monkeypatch.setattr("hfslim.pipeline.stages.push.push", down)
     with pytest.raises(PushError):
         run(parse_recipe({**raw, "stages": stages}))
     folder = tmp_path / "out" / "05-push"
@@ -329,7 +330,7 @@ def test_a_push_that_failed_keeps_the_results_and_a_second_run_completes_it(
     }
     trained = (tmp_path / "out" / "04-recover" / "model.safetensors").stat().st_mtime_ns
     monkeypatch.setattr(
-        "hfslim.pipeline.runner.push", lambda *_, **__: SimpleNamespace(commit_url="")
+        "hfslim.pipeline.stages.push.push", lambda *_, **__: SimpleNamespace(commit_url="")
     )
     run(parse_recipe({**raw, "stages": stages}))
     assert (tmp_path / "out" / "04-recover" / "model.safetensors").stat().st_mtime_ns == trained

@@ -197,9 +197,7 @@ def test_a_cut_in_one_go_is_by_obs_a_gradual_one_by_fisher(
     stage = load(tmp_path, recipe).stages[1]
     settings = stage.settings
     assert (settings["criterion"], settings["reconstruction"]) == (criterion, reconstruction)
-    assert f"by criterion {criterion}, {'little by little' if gradual else 'in one go'}" in str(
-        stage
-    )
+    assert f"by criterion {criterion}, {'gradually' if gradual else 'in one go'}" in str(stage)
 
 
 def test_distil_needs_a_teacher(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import yaml
 from distributed.launch import START
 from places import ROOT
 
-from hfslim.pipeline.recipe import RecipeError, load_recipe, parse_recipe, recipe_yaml
+from hfslim.pipeline.recipe import RecipeError, load_recipe, parse_recipe
 
 RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
 LOCAL = {
@@ -54,7 +54,7 @@ def test_each_recipe_is_valid(path: Path, tmp_path: Path, monkeypatch: pytest.Mo
     recipe = load_recipe(path)
     assert recipe.output_dir == f"outputs/{path.stem}"
     assert recipe.stages[-1].name == "measure"
-    assert parse_recipe(yaml.safe_load(recipe_yaml(recipe))) == recipe
+    assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
 
 
 @pytest.mark.parametrize("stem", LOCAL)

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 from hfslim import weight_sparsity
 from hfslim.anatomy.weights import find_weights, sparse_modules
 from hfslim.hub.card import write_card
-from hfslim.pipeline.recipe import RecipeError, parse_recipe, recipe_yaml
+from hfslim.pipeline.recipe import RecipeError, parse_recipe
 from hfslim.pipeline.runner import run
 from hfslim.reporting.report import Report
 
@@ -25,7 +25,7 @@ LOUD |= {"allow_untrained_teacher": True}
 
 def ran(folder: Path, *stages: dict[str, Any]) -> Path:
     recipe = parse_recipe({**image_recipe(folder), "stages": list(stages)})
-    assert parse_recipe(yaml.safe_load(recipe_yaml(recipe))) == recipe
+    assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
     run(recipe)
     return folder / "out"
 

@@ -25,7 +25,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from hfslim.distillation import DistillationTrainer, PairedCollator, teacher_inputs
 from hfslim.pipeline.recipe import parse_recipe
 from hfslim.pipeline.runner import run
-from hfslim.pipeline.task_examples import Workbench
+from hfslim.pipeline.task_examples import TaskExamples
 from hfslim.reporting.report import Report
 from hfslim.tasks import DataConfig
 from hfslim.tasks.audio import read_audio
@@ -85,7 +85,7 @@ def speech(folder: Path) -> tuple[str, str, dict[str, Any]]:
     return student, saved(folder / "teacher", "whisper", extractor, seed=1, **fields), data
 
 
-def alone(task: str, bench: Workbench, raw: datasets.Dataset, parts: dict[str, Any]) -> Any:
+def alone(task: str, bench: TaskExamples, raw: datasets.Dataset, parts: dict[str, Any]) -> Any:
     """Return what the teacher's own processor makes of one raw example, or of several."""
     processor = parts["teacher_processor"][0]
     column = raw[bench.examples.columns[0]]
@@ -109,7 +109,7 @@ TASKS = {
 def test_a_teacher_answers_as_it_does_alone_on_the_raw_example(task: str, tmp_path: Path) -> None:
     student, teacher, data = TASKS[task](tmp_path)
     arguments = TrainingArguments(str(tmp_path), use_cpu=True)
-    bench = Workbench.prepare(task, DataConfig(**data), None, 0, arguments, student)
+    bench = TaskExamples.prepare(task, DataConfig(**data), None, 0, arguments, student)
     parts = bench.taught_parts([teacher])
     settings = config(tmp_path, remove_unused_columns=not bench.task.lazy)
     trainer = DistillationTrainer(bench.load_model(student), settings, **parts)

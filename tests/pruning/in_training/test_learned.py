@@ -14,7 +14,7 @@ from hfslim.anatomy.discovery import find_units
 from hfslim.anatomy.inputs import example_inputs
 from hfslim.anatomy.structure import Entry, Structure
 from hfslim.measuring.measurement import macs
-from hfslim.pipeline.stages import Prune
+from hfslim.pipeline.stages.prune import Prune
 from hfslim.pruning import UnusableScoresError
 from hfslim.pruning.gates.gates import Gates
 from hfslim.pruning.in_training.expected_cost import ExpectedCost
@@ -330,4 +330,4 @@ def test_what_learned_gates_cannot_do_is_refused(arguments, message):
 def test_a_recipe_with_levels_for_learned_gates_is_refused():
     with pytest.raises(ValueError, match=r"one of \['cubic', 'linear'\]"):
         Prune({"macs": 0.5}, criterion="l0", schedule="iterative")
-    assert Prune({"macs": 0.5}, criterion="l0", schedule="linear").gradual
+    assert Prune({"macs": 0.5}, criterion="l0", schedule="linear").trains
