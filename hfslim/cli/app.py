@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import typer
 from rich.console import Console
 from rich.progress import track
+from rich.table import Table
 from typer.core import TyperGroup
 
 VERBS = (
@@ -129,9 +130,15 @@ def asked(option: str) -> Iterator[None]:
         raise typer.BadParameter(str(error), param_hint=f"'{option}'") from error
 
 
-def show(as_json: bool, values: Mapping[str, Any], draw: Callable[[Console], None]) -> None:
-    """Print a result on standard output, as JSON or by a function that draws it."""
+def show(
+    as_json: bool, values: Mapping[str, Any], shown: str | Table | Callable[[Console], None]
+) -> None:
+    """Print a result on standard output: as JSON, or a text, a table or what a function draws."""
+    terminal = sys.stdout.isatty()
+    console = Console(width=None if terminal else PIPED_WIDTH)
     if as_json:
-        print(json.dumps(values, indent=2 if sys.stdout.isatty() else None, allow_nan=False))
+        print(json.dumps(values, indent=2 if terminal else None, allow_nan=False))
+    elif callable(shown):
+        shown(console)
     else:
-        draw(Console(width=None if sys.stdout.isatty() else PIPED_WIDTH))
+        console.print(shown, markup=not isinstance(shown, str))

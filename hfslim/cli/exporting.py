@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
+from rich.table import Table
 
 from hfslim.cli import options
 from hfslim.cli.app import app, asked, show, working
 
 if TYPE_CHECKING:
-    from rich.table import Table
     from transformers import PreTrainedModel
 
     from hfslim.hub.export.exporting import Export
@@ -78,7 +79,7 @@ def export(
         if data:
             made = replace(made, quality=_evaluated(examples, loaded, output))
             made.write(output)
-    show(as_json, made.to_dict(), lambda console: console.print(_table(made)))
+    show(as_json, made.to_dict(), _table(made))
 
 
 def _evaluated(examples: TaskExamples, model: PreTrainedModel, output: Path) -> dict[str, Any]:
@@ -99,9 +100,6 @@ def _evaluated(examples: TaskExamples, model: PreTrainedModel, output: Path) -> 
 
 
 def _table(made: Export) -> Table:
-    from rich.markup import escape
-    from rich.table import Table
-
     table = Table(title=escape(str(made.folder)), title_justify="left", show_header=False)
     axes = "; ".join(f"{name} [{', '.join(map(str, a))}]" for name, a in made.axes.items())
     table.add_row("format", made.format + (", int8" if made.int8 else ", float32"))

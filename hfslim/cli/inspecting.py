@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
+from rich.console import Console
 
 from hfslim.anatomy.structure import KINDS
 from hfslim.cli import options
 from hfslim.cli.app import app, asked, show, working
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from hfslim.inspection.findings import Finding
 
 
@@ -65,12 +64,11 @@ def inspect(
         from hfslim.inspection.subject import Subject, saved_scores
         from hfslim.pipeline.opening import open_classifier
         from hfslim.pruning.scores.criteria import criteria_by_kind
+        from hfslim.reporting.plots import heat_maps
 
         if picture is not None:
-            from hfslim.reporting.plots.heat_maps import check_picture
-
             with asked("--picture"):
-                check_picture(picture)
+                heat_maps.check_picture(picture)
         saved = saved_scores(against) if against and against.endswith(".json") else None
         examples = options.open_examples(model, data, None, seed, batch_size) if data else None
         loaded = examples.load_model(model) if examples else open_classifier(model)[1]
@@ -91,9 +89,7 @@ def inspect(
             others = options.open_examples(against, data, None, seed, batch_size) if data else None
             findings += subject.compare_model(against, others)
         if picture is not None:
-            from hfslim.reporting.plots.heat_maps import draw_heat_maps
-
-            draw_heat_maps([p for one in findings for p in one.panels()], picture, model)
+            heat_maps.draw_heat_maps([p for one in findings for p in one.panels()], picture, model)
 
     def draw_tables(console: Console) -> None:
         for finding in findings:

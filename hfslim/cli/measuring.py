@@ -6,14 +6,14 @@ import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from hfslim.cli import options
 from hfslim.cli.app import app, progress, show, working
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
     from hfslim.measuring.measurement import Measurement
 
 
@@ -45,13 +45,10 @@ def measure(
             inputs = example_inputs(model, size, length=length)
             rows.append((source, cost_of(model, inputs, calls=calls)))
     values = {"models": [{"model": name, **one.to_dict()} for name, one in rows]}
-    show(as_json, values, lambda console: console.print(_costs(rows)))
+    show(as_json, values, _costs(rows))
 
 
 def _costs(rows: list[tuple[str, Measurement]]) -> Table:
-    from rich.markup import escape
-    from rich.table import Table
-
     table = Table(caption_justify="left")
     table.add_column("model", overflow="fold")
     for heading in ("batch", "parameters", "MACs", "bytes", "p50 ms", "p95 ms", "examples/s"):
@@ -101,11 +98,11 @@ def compare(
         from hfslim.pipeline.opening import open_classifier
         from hfslim.reporting.report import Quality, Report
 
-        sources, quality, agreed, examples = (before, after), [], None, 0
+        quality, agreed, examples = [], None, 0
         if data:
             own, theirs = (
                 options.open_examples(source, data, metric, seed, eval_batch_size)
-                for source in sources
+                for source in (before, after)
             )
             one, other = own.load_model(before), theirs.load_model(after)
             shown = sys.stderr.isatty()
@@ -115,7 +112,7 @@ def compare(
             quality = [Quality(own.metric, second.value, first.value, where, examples)]
             length = length or theirs.stated_length
         else:
-            one, other = (open_classifier(source)[1] for source in sources)
+            one, other = (open_classifier(source)[1] for source in (before, after))
         comparisons = [
             costs_of(one, other, example_inputs(other, size, length=length), calls=calls)
             for size in progress(batch_size or [1, 32], "timing")

@@ -135,8 +135,8 @@ def data_section(given: Sequence[str]) -> dict[str, Any]:
             values |= mapping_at(recipe.get("data"), f"{one} data")
         elif path.is_dir() and not (path / "README.md").exists():
             raise RecipeError(
-                f"--data: {one!r} is a folder: say train_dir={one} where it has a subfolder for "
-                f"each class, dataset_name={one} where it is a data set"
+                f"--data: {one!r} is a folder: give train_dir={one} if it has a subfolder for "
+                f"each class, dataset_name={one} if it is a data set"
             )
         else:
             values["train_file" if path.suffix and not path.is_dir() else "dataset_name"] = one

@@ -77,7 +77,7 @@ def prune(
             _cut(parse_recipe({**raw, "output_dir": str(Path(work, "run"))}), output)
         report = Report.load(output)
     values = {"output": str(output), **report.to_dict()}
-    show(as_json, values, lambda console: console.print(f"model in {output}", markup=False))
+    show(as_json, values, f"model in {output}")
 
 
 def _cut(recipe: Recipe, output: Path) -> None:

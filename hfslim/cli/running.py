@@ -51,8 +51,8 @@ def run(
             over = run_seeds(loaded, seeds)
     if seeds is not None:
         shown = {"output_dir": str(over), **Report.load(over).to_dict()}
-        show(as_json, shown, lambda console: console.print(f"report in {over}", markup=False))
+        show(as_json, shown, f"report in {over}")
         return
     manifest = json.loads((Path(loaded.output_dir) / FILE).read_text(encoding="utf-8"))
     values = {"output_dir": loaded.output_dir, "model": str(model), **manifest}
-    show(as_json, values, lambda console: console.print(f"model in {model}", markup=False))
+    show(as_json, values, f"model in {model}")

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Table
 
 from hfslim.cli import options
 from hfslim.cli.app import app, asked, show, working
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from rich.table import Table
 
     from hfslim.anatomy.coverage import Coverage
 
@@ -38,7 +37,7 @@ def card(
         from hfslim.hub.card import write_card
 
         path = write_card(folder, name=name)
-    show(as_json, {"card": str(path)}, lambda console: console.print(f"{path}", markup=False))
+    show(as_json, {"card": str(path)}, str(path))
 
 
 @app.command(epilog="Example: `hfslim push bert-sst2-half you/bert-sst2-half --private`")
@@ -78,7 +77,7 @@ def push(
             commit_message=message,
         )
     values = {"repo": repo, "commit": commit.oid, "url": str(commit.commit_url)}
-    show(as_json, values, lambda console: console.print(f"{commit.commit_url}", markup=False))
+    show(as_json, values, str(commit.commit_url))
 
 
 @app.command(epilog="Example: `hfslim report outputs/digits_vit`")
@@ -100,7 +99,7 @@ def report(
         from hfslim.reporting.report import Report
 
         path = write_page(Report.load(folder), folder)
-    show(as_json, {"report": str(path)}, lambda console: console.print(f"{path}", markup=False))
+    show(as_json, {"report": str(path)}, str(path))
 
 
 @app.command(epilog="Example: `hfslim families --task image`")
@@ -130,14 +129,12 @@ def families(
 
         rows = coverage(task or TASKS)
         for one in sorted({*(task or TASKS)} - {row.task for row in rows}):
-            print(f"{one}: no type is in the table yet; `hfslim inspect MODEL` tells of any model")
+            print(f"{one}: no type is in the table yet; `hfslim inspect MODEL` shows any model")
     values = {"families": [asdict(row) for row in rows]}
-    show(as_json, values, lambda console: console.print(_table(rows)))
+    show(as_json, values, _table(rows))
 
 
 def _table(rows: Sequence[Coverage]) -> Table:
-    from rich.table import Table
-
     from hfslim.anatomy.coverage import COLUMNS, SIGNS
 
     table = Table("task", "type", *COLUMNS, "plain reload")

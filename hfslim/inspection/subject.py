@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -123,8 +122,7 @@ class Subject:
         order = [examples.examples.labels.names.index(name) for name in labels.names]
         before = examples.predict(model, self.progress).logits[:, order]
         after = own.predict(self.model, self.progress).logits
-        right = np.asarray(labels.encode(held[columns[-1]])).astype(np.int64)
-        changes = prediction_changes(before, after, right, list(labels.names))
+        changes = prediction_changes(before, after, own.classes(), list(labels.names))
         texts = {}
         if not own.task.lazy:
             for change in changes.changes:

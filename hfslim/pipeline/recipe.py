@@ -271,7 +271,7 @@ def _find_stage(raw: dict[str, Any], path: list[str], key: str) -> tuple[dict[st
         number, rest = int(rest[0]), rest[1:]
     elif len(found) > 1:
         options = [f"stages.{path[1]}.{i}" for i in range(1, len(found) + 1)]
-        raise RecipeError(f"command line: --{key}: there are {len(found)}; say {options}")
+        raise RecipeError(f"command line: --{key}: there are {len(found)}; use one of {options}")
     if not rest or not 1 <= number <= len(found):
         raise RecipeError(
             f"command line: --{key}: expected stages.{path[1]}.KEY, or a number from 1 to "

@@ -224,17 +224,14 @@ class TaskExamples:
             model: The model. The order of its labels may differ from that of the data.
             processor: The model's processor, if the examples are not processed by an equivalent.
         """
-        parts, names = self.trainer_parts(), self.examples.labels.names
+        parts = self.trainer_parts()
         ids: Any = model.config.id2label
         examples = self.examples.with_order_of(ids)
-        order = [examples.labels.names.index(name) for name in names]
+        order = [examples.labels.names.index(name) for name in self.examples.labels.names]
         if processor is not None or order != sorted(order):
-            processor = processor or self.processor
-            parts["eval_dataset"] = self.task.prepare(
-                examples.evaluation, examples, self.data, processor
-            )
-            parts["data_collator"] = self.task.collator(processor)
-            parts["processing_class"] = processor
+            own = processor or self.processor
+            parts["eval_dataset"] = self.task.prepare(examples.evaluation, examples, self.data, own)
+            parts |= {"data_collator": self.task.collator(own), "processing_class": own}
         # Grouped by length, the examples would be in another order each time.
         with whole(self.evaluation) as given:
             arguments = copy.copy(given)
@@ -247,14 +244,18 @@ class TaskExamples:
         metrics = {name: figures[f"eval_{name}"] for name in (self.metric, "loss")}
         return Evaluation(metrics, np.asarray(logits).reshape(len(logits), -1)[:, order])
 
+    def classes(self) -> np.ndarray:
+        """Return the right classes of the evaluation examples, integers."""
+        column = self.examples.evaluation[self.examples.columns[-1]]
+        return np.asarray(self.examples.labels.encode(column)).astype(np.int64)
+
     def answers(self, model: Evaluation, teacher: Evaluation | None = None) -> ClassAnswers | None:
         """Return the answers of a model and its teacher class by class; None for regression."""
         labels = self.examples.labels
         if labels.problem == "regression":
             return None
-        references = np.asarray(labels.encode(self.examples.evaluation[self.examples.columns[-1]]))
         theirs = None if teacher is None else teacher.logits
-        return ClassAnswers.of(labels.names, references.astype(np.int64), model.logits, theirs)
+        return ClassAnswers.of(labels.names, self.classes(), model.logits, theirs)
 
     def predict(self, model: Any, progress: bool = False) -> Predictions:
         """Return the predictions of a model on the evaluation examples, in their order.

@@ -4,6 +4,8 @@ import csv
 import json
 import os
 import resource
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -219,6 +221,22 @@ def test_a_second_run_of_the_same_folder_is_refused_while_the_first_lasts(tmp_pa
     assert not list(out.iterdir())
     run(recipe)
     assert all(entry["finished"] for entry in manifest(recipe)["stages"])
+
+
+def test_the_lock_of_a_run_that_was_killed_is_free(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from hfslim.pipeline.manifest import alone\n"
+        "with alone(Path(sys.argv[1])) as free: print(free, flush=True); time.sleep(600)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "True\n"
+        with alone(tmp_path) as free:
+            assert not free
+        holder.kill()
+    with alone(tmp_path) as free:
+        assert free
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_that_another_overtook_is_refused(

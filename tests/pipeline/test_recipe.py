@@ -106,7 +106,7 @@ def test_a_stage_that_comes_twice_goes_by_its_number(tmp_path: Path) -> None:
     recipe = load(tmp_path, twice, "--stages.recover.2.num_train_epochs", "5")
     epochs = [stage.settings["training"]["num_train_epochs"] for stage in recipe.stages[2:4]]
     assert epochs == [2, 5]
-    with pytest.raises(RecipeError, match=r"there are 2; say \['stages.recover.1'"):
+    with pytest.raises(RecipeError, match=r"there are 2; use one of \['stages.recover.1'"):
         load(tmp_path, twice, "--stages.recover.num_train_epochs", "5")
 
 

@@ -102,7 +102,7 @@ class Stage:
             teacher: Whether the recipe names a teacher for all stages.
 
         Raises:
-            ValueError: The stage cannot stand there.
+            ValueError: Something that the stage needs is missing before it.
         """
 
     def check_model(self, state: RunState) -> None:

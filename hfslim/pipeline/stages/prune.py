@@ -67,8 +67,8 @@ class Prune(CutStage):
         check_reconstruction(self.reconstruction)
         if self.trains and self.reconstruction != "none":
             raise ValueError(
-                f"reconstruction {self.reconstruction!r} is for a cut in one go: training mends "
-                "the weights of a gradual one"
+                f"reconstruction {self.reconstruction!r} is for a cut in one go: a gradual one "
+                "recovers by training"
             )
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")

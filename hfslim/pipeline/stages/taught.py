@@ -1,4 +1,4 @@
-"""What the stages share that train with a teacher, and those that cut while they train."""
+"""Base classes of the stages that train with a teacher, and of those that cut."""
 
 from __future__ import annotations
 
