@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hfslim.cli import options
-from hfslim.cli.app import app, asked, show, working
+from hfslim.cli.command import app, asked, show, working
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

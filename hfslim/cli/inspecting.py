@@ -11,7 +11,7 @@ from rich.console import Console
 
 from hfslim.anatomy.structure import KINDS
 from hfslim.cli import options
-from hfslim.cli.app import app, asked, show, working
+from hfslim.cli.command import app, asked, show, working
 
 if TYPE_CHECKING:
     from hfslim.inspection.findings import Finding

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hfslim.cli import options
-from hfslim.cli.app import app, progress, show, working
+from hfslim.cli.command import app, progress, show, working
 
 if TYPE_CHECKING:
     from hfslim.measuring.measurement import Measurement

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hfslim.cli import options
-from hfslim.cli.app import app, show, working
+from hfslim.cli.command import app, show, working
 
 if TYPE_CHECKING:
     from hfslim.pipeline.recipe import Recipe

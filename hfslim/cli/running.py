@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from hfslim.cli import options
-from hfslim.cli.app import app, show, working
+from hfslim.cli.command import app, show, working
 
 
 @app.command(

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from hfslim.cli import options
-from hfslim.cli.app import app, asked, show, working
+from hfslim.cli.command import app, asked, show, working
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -29,16 +29,13 @@ __all__ = ["Recipe", "RecipeError", "load_recipe", "override", "parse_recipe"]
 SET_ELSEWHERE = {
     "output_dir": "set output_dir at the top of the recipe",
     "seed": "set seed at the top of the recipe",
-    "push_to_hub": "add a `push` stage",
-    "hub_model_id": "add a `push` stage",
-    "hub_private_repo": "add a `push` stage",
-    "hub_revision": "add a `push` stage",
     "hub_token": "log in with `hf auth login`, or set HF_TOKEN",
     "remove_unused_columns": "the task decides it",
     "resume_from_checkpoint": "a second run of the recipe resumes by itself",
-    "do_train": "the stages decide it",
-    "do_eval": "the stages decide it",
-    "do_predict": "the stages decide it",
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), "the stages decide it"),
+    **dict.fromkeys(
+        ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision"), "add a `push` stage"
+    ),
 }
 """Keys of training arguments that a recipe does not accept, with what to do instead."""
 

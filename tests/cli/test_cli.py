@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from standins import image_model, text_file, text_model
 
 from hfslim.cli import main
-from hfslim.cli.app import VERBS
+from hfslim.cli.command import VERBS
 
 
 class Done:
