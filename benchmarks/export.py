@@ -28,9 +28,10 @@ from hfslim.anatomy.inputs import example_inputs
 from hfslim.hub.export import open_exported
 from hfslim.measuring.measurement import macs
 from hfslim.measuring.timing import call_seconds, evaluating, in_turn, paired, summarise
+from hfslim.pipeline.opening import open_classifier
 from hfslim.pipeline.recipe import load_recipe
 from hfslim.pipeline.task_examples import Predictions, TaskExamples, uses_cpu
-from hfslim.tasks import TASKS, open_model
+from hfslim.tasks import TASKS
 
 MODELS = ("whole", "cut")
 FORMATS: dict[str, dict[str, Any]] = {
@@ -113,7 +114,7 @@ def told(expected: Predictions, found: Predictions) -> str:
 
 def time(options: argparse.Namespace) -> None:
     folder = options.output
-    models = [open_model(str(folder / name / "torch"))[1] for name in MODELS]
+    models = [open_classifier(str(folder / name / "torch"))[1] for name in MODELS]
     length = json.loads((folder / STATED).read_text())["length"]
     stated = {size: example_inputs(models[0], size, length=length) for size in options.batch_sizes}
     gain = macs(models[0], stated[options.batch_sizes[0]])
