@@ -24,7 +24,7 @@ from benchmarks.markdown import Row, circumstances, table
 from benchmarks.peak import Peak
 from benchmarks.rivals.results import Results
 from hfslim.pruning.gates.gates import Gates
-from hfslim.pruning.scores.collect import Collector
+from hfslim.pruning.scores.collector import Collector
 
 NAME = "overhead"
 UNITS = ("heads", "neurons")

@@ -59,7 +59,7 @@ def worker(batch: int, steps: int) -> None:
     import hfslim
     from hfslim.distillation.losses.capture import Capture
     from hfslim.pruning.gates.gates import Gates
-    from hfslim.pruning.scores.collect import Collector
+    from hfslim.pruning.scores.collector import Collector
 
     torch.distributed.init_process_group("gloo")
     processes = torch.distributed.get_world_size()

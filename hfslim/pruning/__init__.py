@@ -8,7 +8,7 @@ from hfslim.pruning.metric_drop import prune_within
 from hfslim.pruning.oneshot import PruneResult, prune
 from hfslim.pruning.scores.batches import Batches
 from hfslim.pruning.scores.by_class import ClassImportance, importance_by_class
-from hfslim.pruning.scores.criteria import CRITERIA, Criterion
+from hfslim.pruning.scores.criteria import CRITERIA, Criterion, register_criterion
 from hfslim.pruning.scores.importance import UnusableScoresError
 from hfslim.pruning.scores.layers import spaced_layers
 from hfslim.pruning.surgery.surgery import shrink
@@ -31,6 +31,7 @@ __all__ = [
     "prune",
     "prune_family",
     "prune_within",
+    "register_criterion",
     "shrink",
     "spaced_layers",
 ]

@@ -16,8 +16,8 @@ from hfslim.anatomy.units import Units
 from hfslim.pruning.gates.gates import Key
 from hfslim.pruning.latency.latency_search import LatencyTry, check_measured, search_measured
 from hfslim.pruning.latency.latency_table import LatencyTable
+from hfslim.pruning.obs.matrix_layers import matrix_layers
 from hfslim.pruning.obs.moments import SecondMoments
-from hfslim.pruning.obs.projections import projections
 from hfslim.pruning.obs.reconstruction import (
     Reconstruction,
     check_reconstruction,
@@ -26,7 +26,8 @@ from hfslim.pruning.obs.reconstruction import (
     reconstructed,
 )
 from hfslim.pruning.scores.batches import Batches
-from hfslim.pruning.scores.collect import collect, same_total
+from hfslim.pruning.scores.collect import collect
+from hfslim.pruning.scores.collector import same_total
 from hfslim.pruning.scores.criteria import CRITERIA
 from hfslim.pruning.search.search import Search
 from hfslim.pruning.surgery.batch_norms import renew_batch_norms
@@ -105,7 +106,7 @@ def _projected(
         if site.kind not in ("heads", "neurons", "channels"):
             continue
         try:
-            projections(model, site)
+            matrix_layers(model, site)
             sites.append(site)
         except ValueError as error:
             scored = site.kind in eliminated or "layers" in eliminated

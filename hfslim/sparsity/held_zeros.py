@@ -1,4 +1,4 @@
-"""Hold the zeros of a live model's weights, whatever an optimizer does."""
+"""Zeros in a model's weights that stay zero in training."""
 
 from __future__ import annotations
 
@@ -16,32 +16,27 @@ from hfslim.training.ranks import from_all_ranks
 
 logger = logging.getLogger(__name__)
 
-Cuts = Mapping[str, Mapping[int, torch.Tensor]]
-"""By path of a weight and dimension, what gates leave of it."""
+KeptIndices = Mapping[str, Mapping[int, torch.Tensor]]
+"""By path of a weight and by dimension, the indices that gates keep."""
 
 
 class HeldZeros:
-    """The zeros of a model's weights: at first those that it has.
+    """The zeros of a model's weights: initially those that it has.
 
-    A weight that is held gets no gradient, so that clipping does not count it, has no floating
-    point state in the optimizer, and is set to zero after each step. Nothing but hooks on the
-    gradients is added to the model, and no key of its `state_dict` changes.
-
-    Args:
-        model: The model, not a wrapper.
-        weights: The modules whose weights are held, by path.
+    The gradient of a held weight is zero, also for clipping, its floating point state in the
+    optimizer is zero, and it is set to zero after each step. Only gradient hooks are added to the
+    model; no key of its `state_dict` changes.
 
     Attributes:
-        weights: The modules by path; the paths stay those of the model before any cut.
-        zeros: Where weights are held at zero, by path, bool, in the shape of the weights before
-            any cut.
-        cuts: What gates leave of the weights; elsewhere zeros do not count.
+        weights: The modules, by their paths before any cut.
+        zeros: The weights that are held at zero, by path, bool, in the shape before any cut.
+        kept: The part of the weights that gates keep; zeros elsewhere do not count.
     """
 
     def __init__(self, model: nn.Module, weights: Mapping[str, nn.Module]) -> None:
         self.model = model
         self.weights = dict(weights)
-        self.cuts: Cuts = {}
+        self.kept: KeptIndices = {}
         self.zeros: dict[str, torch.Tensor] = {}
         for path, module in self.weights.items():
             weight = weight_of(module).detach()
@@ -52,42 +47,38 @@ class HeldZeros:
 
     @property
     def fraction(self) -> float:
-        """Fraction of the weights that are held, of those that gates leave."""
+        """Fraction of held weights among those that gates keep."""
         parts = [self.part(path, zeros) for path, zeros in self.zeros.items()]
         held = sum(int(part.sum()) for part in parts)
         return held / max(sum(part.numel() for part in parts), 1)
 
     def part(self, path: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Return what gates leave of a tensor in the shape of a weight, before or after the cut."""
+        """Return the part that gates keep of a tensor in the shape of a weight."""
         if tensor.shape == self.zeros[path].shape:
-            for dim, index in self.cuts.get(path, {}).items():
+            for dim, index in self.kept.get(path, {}).items():
                 tensor = tensor.index_select(dim, index.to(tensor.device))
         return tensor
 
     def add(self, parts: Mapping[str, torch.Tensor]) -> None:
-        """Hold more zeros, given for what gates leave.
-
-        Raises:
-            RuntimeError: Another process holds others: the weights have diverged.
-        """
+        """Hold more zeros, given for the part that gates keep."""
         _check_equal_on_all_ranks(digest(parts))
         for path, part in parts.items():
             zeros = self.zeros[path]
             where = [torch.arange(size, device=zeros.device) for size in zeros.shape[:2]]
-            for dim, index in self.cuts.get(path, {}).items():
+            for dim, index in self.kept.get(path, {}).items():
                 where[dim] = index.to(zeros.device)
             zeros[where[0][:, None], where[1]] |= part
 
     def attach(self) -> None:
-        """Take the gradients of held weights away from now on."""
-        self._take_over()
+        """Register the gradient hooks."""
+        self._detach_leftovers()
         for path, module in self.weights.items():
             weight = weight_of(module)
             if weight.requires_grad:
                 self._handles.append(weight.register_hook(_GradientHook(self, path)))
 
     def detach(self) -> None:
-        """Let go of the gradients."""
+        """Remove the gradient hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -104,7 +95,7 @@ class HeldZeros:
                         value.masked_fill_(zeros, 0)
 
     def state(self) -> dict[str, Any]:
-        """Return what tells the zeros, once the weights are there."""
+        """Return the state from which, with the weights, `restore` finds the zeros."""
         live = {
             path: ((weight_of(module) == 0) & ~self.zeros[path]).flatten().nonzero().flatten()
             for path, module in self.weights.items()
@@ -115,11 +106,7 @@ class HeldZeros:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Hold the zeros of a saved state; its weights have been loaded.
-
-        Raises:
-            ValueError: The weights have other zeros.
-        """
+        """Hold the zeros of a saved state, whose weights have been loaded."""
         for path, index in state["live_zeros"].items():
             self.zeros[path].view(-1)[index] = False
         if digest(self.zeros) != state["digest"]:
@@ -129,12 +116,12 @@ class HeldZeros:
                 "names differ on the Hub; use SlimTrainer"
             )
 
-    def _take_over(self) -> None:
-        """Take out the hooks that an interrupted run left on the model."""
+    def _detach_leftovers(self) -> None:
+        """Remove the hooks that an interrupted run left on the model."""
         for parameter in self.model.parameters():
             for hook in list((parameter._backward_hooks or {}).values()):
                 if isinstance(hook, _GradientHook) and hook.owner._handles:
-                    logger.warning("taking out the hooks that an interrupted training left")
+                    logger.warning("removing the hooks that an interrupted training left")
                     hook.owner.detach()
 
 

@@ -1,4 +1,4 @@
-"""Run a model with 2:4 zeros on the kernels that torch has for them."""
+"""2:4 sparse kernels of torch for inference."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from hfslim.anatomy.weights import find_weights, most_kept, weight_of
 logger = logging.getLogger(__name__)
 
 CAPABILITY = (8, 0)
-"""Compute capability from which on CUDA devices multiply 2:4 matrices."""
+"""Least compute capability of CUDA devices that multiply 2:4 sparse matrices."""
 
 
 @torch.no_grad()
 def semi_structured(model: PreTrainedModel) -> list[str]:
-    """Store the 2:4 weights of linear layers as torch's semi-structured tensors, for inference.
+    """Convert the 2:4 weights of linear layers to torch's semi-structured tensors, for inference.
 
-    The kernels skip the zeros; weights that are dense, or of sizes that the kernels do not take,
-    stay as they are. Save the model before: such tensors are neither saved nor trained.
+    The kernels skip the zeros. Weights that are dense, or of unsupported sizes, do not change. Save
+    the model first: such tensors can be neither saved nor trained.
     (Mishra et al. 2021, arXiv 2104.08378; `torch.sparse.to_sparse_semi_structured`.)
 
     Args:
         model: A model with 2:4 zeros, on a CUDA device, in float16 or bfloat16; changed in place.
 
     Returns:
-        The paths of the modules that run on these kernels.
+        The paths of the converted modules.
 
     Raises:
-        ValueError: The device or the type has no such kernels, or no weight could be taken.
+        ValueError: There are no such kernels for the device or type, or no weight is supported.
     """
     if model.device.type != "cuda":
         raise ValueError(

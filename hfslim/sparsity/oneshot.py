@@ -1,4 +1,4 @@
-"""Set single weights of a trained model to zero in one call, with calibration data only."""
+"""Removal of single weights of a trained model in one call, with calibration data only."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ from hfslim.pruning.obs.moments import InputMoments
 from hfslim.pruning.scores.batches import Batches
 from hfslim.sparsity.held_zeros import HeldZeros
 from hfslim.sparsity.sparsegpt import sparsegpt
-from hfslim.sparsity.weight_masks import Goal, Scope, remove
+from hfslim.sparsity.weight_masks import Scope, SparsityGoal, remove
 from hfslim.sparsity.weight_moments import from_matrices, gather_inputs, matrices, moments_size
 
 logger = logging.getLogger(__name__)
 
 Method = Literal["sparsegpt", "wanda", "magnitude"]
-SCOPES: dict[str, tuple[Scope, ...]] = {
+METHOD_SCOPES: dict[str, tuple[Scope, ...]] = {
     "sparsegpt": ("layer",),
     "wanda": ("row", "layer"),
     "magnitude": ("global", "layer", "row"),
 }
-"""Within what weights can compete by each method; the first if not told. Of those that look at
-inputs the scores of two modules are of different scales."""
+"""The scopes of each method; the first is the default. Scores that depend on inputs have different
+scales in two modules, and so no global scope."""
 
 
 @dataclass(frozen=True)
 class SparsifyResult:
-    """What `sparsify` did.
+    """The result of `sparsify`.
 
     Attributes:
         model: The model, changed in place.
-        sparsity: Its zeros, by kind of module, as `weight_sparsity` tells them.
-        errors: By path of a module, the mean square by which its outputs change, as a fraction of
-            their variance; empty for magnitude, which sees no data.
+        sparsity: Its zeros by kind of module, from `weight_sparsity`.
+        errors: By path of a module, the mean square change of its outputs as a fraction of their
+            variance; empty for magnitude, which uses no data.
     """
 
     model: PreTrainedModel
@@ -72,42 +72,42 @@ def sparsify(
 ) -> SparsifyResult:
     """Set single weights of a trained classifier to zero, without training, in place.
 
-    The zeros stand in the weights themselves, so saving and loading need nothing. Zeros that the
-    model has count. To hold them in a later training, add `WeightPruningCallback()` to it. Under
-    several processes all ranks get the same model, from the examples of all.
+    The zeros are in the weights themselves, so saving and loading need nothing. Zeros that the
+    model has count. To keep them in a later training, add `WeightPruningCallback()` to it. Under
+    several processes all ranks get the same model, from the examples of all ranks.
 
     Args:
         model: The classifier; not a wrapper around it.
         data: Batches of model inputs: a DataLoader, or a list of dicts; labels are not needed.
-            Positions on which the decision does not depend, such as padding, count nothing.
+            Positions on which the decision does not depend, such as padding, do not count.
         sparsity: Fraction of the weights to remove; or
         pattern: `"2:4"` or another N:M, at most N weights kept of each M consecutive inputs.
-        method: `sparsegpt` removes the weights that cost least while the others of the row make up
-            for them (Frantar and Alistarh 2023, arXiv 2301.00774); a position counts by how much
-            the decision listens there, and biases make up for means. `wanda` removes the lowest
+        method: `sparsegpt` removes the weights of least cost and updates the others of the row
+            (Frantar and Alistarh 2023, arXiv 2301.00774), with positions weighted by the squared
+            gradient of the decision; biases compensate means. `wanda` removes the lowest
             |weight| · ‖input‖ (Sun et al. 2023, arXiv 2306.11695); `magnitude` the lowest |weight|,
             which needs no data.
-        scope: Within what weights compete for a fraction: the inputs of one output (`row`), a
-            module (`layer`) or the whole model (`global`). `layer` for sparsegpt, whose columns
-            compete in blocks; `row` (default) or `layer` for wanda; `global` (default), `layer` or
-            `row` for magnitude.
-        max_examples: Calibration examples to use at most, on each rank.
+        scope: The set within which weights compete for a fraction: the inputs of one output
+            (`row`), a module (`layer`) or the whole model (`global`). `layer` for sparsegpt, whose
+            columns compete in blocks; `row` (default) or `layer` for wanda; `global` (default),
+            `layer` or `row` for magnitude.
+        max_examples: Maximum number of calibration examples, on each rank.
         target_modules: The modules, as for `WeightPruningCallback`: names, or a regular expression;
-            if not given, linear layers and convolutions of the encoder.
-        exclude_modules: Modules to leave out of these.
+            by default linear layers and convolutions of the encoder.
+        exclude_modules: Modules to exclude.
         progress: Whether to show a progress bar.
 
     Returns:
         The model, its zeros, and the error of each module.
 
     Raises:
-        TypeError: The model is no transformers model, but a wrapper around one, for instance.
-        ValueError: An argument is wrong or conflicts with another, the data is missing, empty or no
-            batches, a module is not reached, or a weight, an activation or a gradient is not
+        TypeError: The model is not a transformers model, but for instance a wrapper around one.
+        ValueError: An argument is wrong or conflicts with another, the data is missing or empty or
+            not in batches, a module is not called, or a weight, an activation or a gradient is not
             finite. The model is unchanged.
         RuntimeError: The processes found different zeros.
     """
-    goal = Goal.parse(sparsity, pattern)
+    goal = SparsityGoal.parse(sparsity, pattern)
     check_merged(model)
     scope = check_scope(method, scope)
     if not isinstance(model, PreTrainedModel):
@@ -126,19 +126,21 @@ def sparsify(
         changes = _by_magnitude(weights, held.zeros, goal, scope)
     elif data is None:
         raise ValueError(
-            f"method {method!r} looks at what modules get: give data, batches of model inputs, "
+            f"method {method!r} uses the inputs of modules: give data, batches of model inputs, "
             "or use method='magnitude'"
         )
     else:
-        batches, weighed = Batches(data, max_examples), method == "sparsegpt"
-        settled = (
-            partial(_solved, goal=goal) if weighed else partial(_weighed, goal=goal, scope=scope)
+        batches, solves = Batches(data, max_examples), method == "sparsegpt"
+        change_of = (
+            partial(_by_sparsegpt, goal=goal)
+            if solves
+            else partial(_by_wanda, goal=goal, scope=scope)
         )
         sizes, changes = {path: moments_size(module) for path, module in weights.items()}, {}
         for title, group in in_passes(sizes, model, method):
-            moments = gather_inputs(model, weights, batches, weighed, progress, group, title)
+            moments = gather_inputs(model, weights, batches, solves, progress, group, title)
             for path in group:
-                changes[path] = settled(weights[path], moments.pop(path), held.zeros[path])
+                changes[path] = change_of(weights[path], moments.pop(path), held.zeros[path])
     held.add({path: change.zeros for path, change in changes.items()})
     for path, change in changes.items():
         change.make(weights[path])
@@ -149,14 +151,10 @@ def sparsify(
 
 
 def check_scope(method: str, scope: str | None) -> Scope:
-    """Return the scope within which weights compete by a method.
-
-    Raises:
-        ValueError: There is no such method, or it has no such scope.
-    """
+    """Return the scope, or the method's default; raise a ValueError on a wrong method or scope."""
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {list(get_args(Method))}, got {method!r}")
-    scopes = SCOPES[method]
+    scopes = METHOD_SCOPES[method]
     if scope is not None and scope not in scopes:
         raise ValueError(f"scope of {method} must be one of {list(scopes)}, got {scope!r}")
     return next(one for one in scopes if scope in (None, one))
@@ -164,14 +162,7 @@ def check_scope(method: str, scope: str | None) -> Scope:
 
 @dataclass(frozen=True)
 class _Change:
-    """What becomes of a module.
-
-    Attributes:
-        zeros: Where its weight is removed, in the shape of the weight.
-        weight: Its weight, where more changes than that.
-        bias: Its bias, where that changes.
-        error: What `SparsifyResult` tells of it.
-    """
+    """The change of a module: removed weights, new weight and bias, and error in its outputs."""
 
     zeros: torch.Tensor
     weight: torch.Tensor | None = None
@@ -179,7 +170,7 @@ class _Change:
     error: float | None = None
 
     def make(self, module: nn.Module) -> None:
-        """Put the new weight and bias into the module; the zeros are held."""
+        """Write the new weight and bias into the module; the zeros are set elsewhere."""
         if self.weight is not None:
             weight_of(module).copy_(self.weight)
         if self.bias is not None:
@@ -187,7 +178,10 @@ class _Change:
 
 
 def _by_magnitude(
-    weights: Mapping[str, nn.Module], zeros: Mapping[str, torch.Tensor], goal: Goal, scope: Scope
+    weights: Mapping[str, nn.Module],
+    zeros: Mapping[str, torch.Tensor],
+    goal: SparsityGoal,
+    scope: Scope,
 ) -> dict[str, _Change]:
     """Remove the lowest weights."""
     scores = {path: _scores(module, None) for path, module in weights.items()}
@@ -196,27 +190,27 @@ def _by_magnitude(
     return {path: _Change(outputs_first(weights[path], gone)) for path, gone in found.items()}
 
 
-def _weighed(
+def _by_wanda(
     module: nn.Module,
     moments: Sequence[InputMoments],
     zeros: torch.Tensor,
-    goal: Goal,
+    goal: SparsityGoal,
     scope: Scope,
 ) -> _Change:
-    """Remove a module's weights that are lowest times the norms of their inputs."""
+    """Remove a module's weights of the lowest |weight| · ‖input‖."""
     scores, before = _scores(module, moments), outputs_first(module, zeros)
     gone = outputs_first(module, remove({"": scores}, {"": before}, goal, scope)[""])
     lost = matrices(module, weight_of(module).masked_fill(~gone, 0)).double()
     return _Change(gone, error=_error(module, lost, moments, centred=False))
 
 
-def _solved(
+def _by_sparsegpt(
     module: nn.Module,
     moments: Sequence[InputMoments],
     zeros: torch.Tensor,
-    goal: Goal,
+    goal: SparsityGoal,
 ) -> _Change:
-    """Remove weights of a module while the others, and its bias, make up for them."""
+    """Remove weights of a module, and update the others and its bias."""
     weight = weight_of(module)
     bias: torch.Tensor | None = None if module.bias is None else module.get_parameter("bias")
     channels = outputs_first(module, weight).shape[1]

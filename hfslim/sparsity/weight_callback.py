@@ -1,4 +1,4 @@
-"""Prune single weights while training: a callback for any Trainer, the stock one too."""
+"""Pruning of single weights while training: a callback for any Trainer, also the stock one."""
 
 from __future__ import annotations
 
@@ -10,25 +10,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
-from transformers.trainer_callback import ExportableState
 
-from hfslim.anatomy.adapters import check_merged
 from hfslim.anatomy.structure import Structure
 from hfslim.anatomy.weights import Names, find_weights, outputs_first, weight_of
-from hfslim.pruning.gates.gates import attached
-from hfslim.pruning.in_training.schedules import Pace, Schedule
+from hfslim.pruning.gates.gates import attached_gates
+from hfslim.pruning.in_training.gradual import GradualCallback, forget_best
+from hfslim.pruning.in_training.schedules import Schedule
 from hfslim.pruning.scores.importance import UnusableScoresError
 from hfslim.sparsity.held_zeros import HeldZeros
-from hfslim.sparsity.weight_masks import SCOPES, Goal, Scope, remove
-from hfslim.training.callback_requirements import (
-    CUT_AFTER,
-    average_over_processes,
-    check_saved_between_steps,
-    check_unscaled,
-    check_whole_parameters,
-    saved_state,
-)
-from hfslim.training.log_figures import FiguresCallback
+from hfslim.sparsity.weight_masks import SCOPES, Scope, SparsityGoal, remove
+from hfslim.training.callback_requirements import CUT_AFTER, check_unscaled, check_whole_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -37,19 +28,19 @@ MOVEMENT = "hfslim_movement"
 """Key of the movement scores in the optimizer's first parameter group, in checkpoints."""
 
 
-class WeightPruningCallback(FiguresCallback, ExportableState):
-    """Sets single weights to zero while a Trainer trains, and holds them there.
+class WeightPruningCallback(GradualCallback):
+    """Sets single weights to zero while a Trainer trains, and keeps them at zero.
 
-    At each decision the weights of the lowest scores go, and none comes back: its gradient is
-    zero, its state in the optimizer is zero, and it is set to zero again after each optimizer step.
-    The zeros stand in the weights themselves: nothing is registered on the model, `state_dict`
-    keys stay, evaluation, saving and reload need nothing. Zeros that the model has when training
-    begins count and are held. Resume is exact, with the same callback; without it the stock Trainer
-    would lose the zeros, `SlimTrainer` and `DistillationTrainer` refuse. The best model is tracked
-    from the last decision on.
+    At each decision the weights of the lowest scores are removed for good: their gradients and
+    their optimizer state are zero, and they are set to zero again after each optimizer step. The
+    zeros are in the weights themselves: nothing is registered on the model, `state_dict` keys do
+    not change, and evaluation, saving and loading need nothing. Zeros that the model has when
+    training begins count and are held. Training resumes exactly with the same callback. Without it
+    the stock Trainer would lose the zeros; `SlimTrainer` and `DistillationTrainer` raise an error.
+    The best model is tracked from the last decision on.
 
     With `PruningCallback` in one training, put this one after it: fractions and patterns then hold
-    for the weights that it leaves. N:M patterns need its decisions done first: give this one a
+    for the weights that it keeps. N:M patterns need its decisions done first: give this one a
     `start` no earlier than its `end`.
 
     (Magnitude, gradually: Zhu and Gupta 2017, arXiv 1710.01878; movement: Sanh et al. 2020,
@@ -59,7 +50,7 @@ class WeightPruningCallback(FiguresCallback, ExportableState):
         sparsity: Fraction of the weights to remove. With neither it nor `pattern`, the zeros that
             the model has are held.
         pattern: `"2:4"` or another N:M, at most N weights kept of each M consecutive inputs.
-        method: What scores a weight: `magnitude`, its absolute value, or `movement`, the sum over
+        method: The score of a weight: `magnitude`, its absolute value, or `movement`, the sum over
             the steps so far of −weight · gradient.
         scope: Whether weights compete within the whole model (`global`) or within each module
             (`layer`); at the end of a pattern it makes no difference.
@@ -68,17 +59,18 @@ class WeightPruningCallback(FiguresCallback, ExportableState):
         end: When the goal is met, as a fraction of the training steps; the rest is recovery.
         interval: Optimizer steps between decisions; by default the schedule's.
         target_modules: The modules to prune, as for `find_weights`: names, or a regular expression.
-        exclude_modules: Modules to leave out.
+        exclude_modules: Modules to exclude.
 
     Raises:
         ValueError: An argument is out of range; or, when training begins, no module has such a
-            name, there are no zeros to hold, the model has more than asked, it is trained under
-            FSDP or DeepSpeed, the scores cannot be taken, or the checkpoint is of another callback.
+            name, there are no zeros to hold, the model has more zeros than the goal, the training
+            uses FSDP or DeepSpeed, weights cannot be scored, or the checkpoint is of another
+            callback.
         UnusableScoresError: A weight or a score is not finite.
 
     Attributes:
-        zeros: Where weights are removed, bool tensors in the shape of the weights, by path; None
-            before training.
+        zeros: The removed weights, bool tensors in the shape of the weights, by path; None before
+            training.
     """
 
     def __init__(
@@ -100,26 +92,28 @@ class WeightPruningCallback(FiguresCallback, ExportableState):
         ):
             if value not in valid:
                 raise ValueError(f"{name} must be one of {list(valid)}, got {value!r}")
-        self._pace = Pace(schedule, start, end, interval)
+        super().__init__(
+            {
+                "sparsity": sparsity,
+                "pattern": pattern,
+                "method": method,
+                "scope": scope,
+                "schedule": schedule,
+                "start": start,
+                "end": end,
+                "interval": interval,
+                "target_modules": _plain(target_modules),
+                "exclude_modules": _plain(exclude_modules),
+            }
+        )
         holds = sparsity is None and pattern is None
-        self.goal = None if holds else Goal.parse(sparsity, pattern)
+        self.goal = None if holds else SparsityGoal.parse(sparsity, pattern)
         self.zeros: dict[str, torch.Tensor] | None = None
-        self._arguments: dict[str, Any] = {
-            "sparsity": sparsity,
-            "pattern": pattern,
-            "method": method,
-            "scope": scope,
-            "schedule": schedule,
-            "start": start,
-            "end": end,
-            "interval": interval,
-            "target_modules": _plain(target_modules),
-            "exclude_modules": _plain(exclude_modules),
-        }
+        self._scores_gradients = self.goal is not None and method == "movement"
         self._method, self._scope = method, scope
 
     def find(self, model: PreTrainedModel) -> dict[str, nn.Module]:
-        """Return the modules of a model whose weights this prunes or holds."""
+        """Return the modules of a model whose weights this callback prunes or holds."""
         names = (self._arguments["target_modules"], self._arguments["exclude_modules"])
         return find_weights(model, *names)
 
@@ -132,14 +126,11 @@ class WeightPruningCallback(FiguresCallback, ExportableState):
         optimizer: Any = None,
         **_: Any,
     ) -> None:
-        """Take up the zeros that the model has, and a saved state where training resumes."""
-        self._scores_gradients = self.goal is not None and self._method == "movement"
-        check_merged(model)
+        """Hold the zeros that the model has, and restore the saved state where training resumes."""
         check_whole_parameters(args, type(self).__name__, otherwise=CUT_AFTER)
-        check_saved_between_steps(type(self).__name__)
+        self._begin(args, state, model)
         if self._scores_gradients:
             check_unscaled(args, ", or use method='magnitude'")
-        average_over_processes(args)
         self._held = HeldZeros(model, self.find(model))
         self._initial, self._steps_scored = self._held.fraction, 0
         self._movement: dict[str, torch.Tensor] = {}
@@ -152,22 +143,21 @@ class WeightPruningCallback(FiguresCallback, ExportableState):
         if state.global_step:
             self._restore(state, optimizer)
         self._check_goal(type(model).__name__)
-        self._decisions = self._pace.over(state.max_steps)
-        self._gates = attached(model, "PruningCallback")
+        self._gates = attached_gates(model, "PruningCallback")
         self._structure: Structure | None = None
         self.zeros = self._held.zeros
         self._held.attach()
         self._held.apply(optimizer)
         if self._scores_gradients:
-            # torch saves and loads what it does not know in a group as it is.
+            # torch saves and loads unknown entries of a parameter group unchanged.
             optimizer.param_groups[0][MOVEMENT] = self._movement
         logger.info("holds %.2f %% of the weights at zero", 100 * self._held.fraction)
 
     def on_step_begin(
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse gates that came after this callback."""
-        if attached(kwargs["model"], "PruningCallback") is not self._gates:
+        """Raise a ValueError if gates were attached after this callback."""
+        if attached_gates(kwargs["model"], "PruningCallback") is not self._gates:
             raise ValueError("put WeightPruningCallback after PruningCallback in `callbacks`")
 
     def on_pre_optimizer_step(
@@ -184,7 +174,7 @@ class WeightPruningCallback(FiguresCallback, ExportableState):
     def on_optimizer_step(
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Set the zeros again."""
+        """Set the removed weights to zero again."""
         self._held.apply()
 
     def on_step_end(
@@ -195,7 +185,7 @@ class WeightPruningCallback(FiguresCallback, ExportableState):
         if progress is None and state.global_step > self._decisions.last:
             progress = 1.0 if self._structure_changed() else None
         if progress is not None:
-            self._decide(progress, state, kwargs["optimizer"])
+            self._decide(state, progress, kwargs["optimizer"])
 
     def figures(self) -> dict[str, float]:
         """Return the fraction of weights removed."""
@@ -204,35 +194,27 @@ class WeightPruningCallback(FiguresCallback, ExportableState):
     def on_train_end(
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Meet the goal if training stopped early, and let go of the model."""
+        """Meet the goal if training stopped early, and remove the hooks."""
         kwargs["optimizer"].param_groups[0].pop(MOVEMENT, None)
         self._held.detach()
-        early = state.global_step < self._decisions.last and self.goal is not None
-        if early and self._scores_gradients and not self._steps_scored:
-            logger.warning("training ended before the first score: no weight was removed")
-        elif early or self._structure_changed():
-            if early:
-                logger.warning(
-                    "training stopped at step %d, before the goal was due at step %d: removing "
-                    "weights to the goal now, without recovery",
-                    state.global_step,
-                    self._decisions.last,
-                )
-            self._decide(1.0, state)
+        early = self.goal is not None and self._ended_early(state, lambda: self._decide(state, 1.0))
+        if not early and self._structure_changed():
+            self._decide(state, 1.0)
         self._take_structure()
         self._held.apply()
         logger.info("%.2f %% of the weights are zero", 100 * self._held.fraction)
 
-    def state(self) -> dict[str, Any]:
-        """Return what the Trainer writes into a checkpoint."""
-        saved = None
-        if self.zeros is not None:
-            own = {"initial": self._initial, "steps_scored": self._steps_scored}
-            saved = own | self._held.state()
-        return {"args": self._arguments, "attributes": {"saved": saved}}
+    def _checkpoint(self) -> dict[str, Any] | None:
+        if self.zeros is None:
+            return None
+        own = {"initial": self._initial, "steps_scored": self._steps_scored}
+        return own | self._held.state()
+
+    def _has_scores(self, state: TrainerState) -> bool:
+        return not self._scores_gradients or self._steps_scored > 0
 
     def _restore(self, state: TrainerState, optimizer: Any) -> None:
-        saved = saved_state(state, type(self).__name__, self._arguments)
+        saved = self._saved(state)
         self._held.restore(saved)
         self._initial, self._steps_scored = saved["initial"], saved["steps_scored"]
         if self._scores_gradients:
@@ -257,33 +239,27 @@ class WeightPruningCallback(FiguresCallback, ExportableState):
                 f"{self.goal.sparsity:.2%} asked for"
             )
 
-    def _decide(self, progress: float, state: TrainerState, optimizer: Any = None) -> None:
+    def _decide(self, state: TrainerState, progress: float, optimizer: Any = None) -> None:
         self._take_structure()
         if self.goal is None:
             return
         held = self._held
         before = {path: held.part(path, zeros) for path, zeros in held.zeros.items()}
         scores = {path: held.part(path, score) for path, score in self._scores().items()}
-        after = self._turned(
-            remove(
-                self._turned(scores),
-                self._turned(before),
-                self.goal,
-                self._scope,
-                progress,
-                self._initial,
-            )
+        transposed = self._outputs_first(scores), self._outputs_first(before)
+        after = self._outputs_first(
+            remove(*transposed, self.goal, self._scope, progress, self._initial)
         )
         changed = any(not torch.equal(after[path], zeros) for path, zeros in before.items())
         held.add(after)
         if changed:
             held.apply(optimizer)
-            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+            forget_best(state)
             logger.info(
                 "step %d: %.2f %% of the weights removed", state.global_step, 100 * held.fraction
             )
 
-    def _turned(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _outputs_first(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {path: outputs_first(self._held.weights[path], t) for path, t in tensors.items()}
 
     def _scores(self) -> dict[str, torch.Tensor]:
@@ -301,11 +277,11 @@ class WeightPruningCallback(FiguresCallback, ExportableState):
         return self._gates is not None and self._gates.structure != self._structure
 
     def _take_structure(self) -> None:
-        """Note what the gates of a PruningCallback leave of each weight."""
+        """Record the part of each weight that the gates of a PruningCallback keep."""
         if self._gates is None or self._gates.structure is None:
             return
         self._structure = self._gates.structure
-        cuts: dict[str, dict[int, torch.Tensor]] = {}
+        indices: dict[str, dict[int, torch.Tensor]] = {}
         for site in self._gates.units:
             kept = self._structure.kept(site.kind, site.path)
             removed = set(range(site.size)) - set(kept)
@@ -313,13 +289,13 @@ class WeightPruningCallback(FiguresCallback, ExportableState):
                 if cut.tensor == "weight" and cut.module in self._held.zeros:
                     length = self._held.zeros[cut.module].shape[cut.dim]
                     index = cut.indices(kept, site.size, length)
-                    cuts.setdefault(cut.module, {})[cut.dim] = index
+                    indices.setdefault(cut.module, {})[cut.dim] = index
             if site.kind == "layers":
                 gone = tuple(f"{part}." for index in removed for part in site.parts(index))
                 for path in self._held.weights:
                     if path.startswith(gone):
-                        cuts[path] = {0: torch.empty(0, dtype=torch.long)}
-        self._held.cuts = cuts
+                        indices[path] = {0: torch.empty(0, dtype=torch.long)}
+        self._held.kept = indices
 
 
 def _check_trainable(weights: Mapping[str, nn.Module]) -> None:

@@ -1,4 +1,4 @@
-"""Which weights go: pure functions from scores to zeros, unstructured or N:M.
+"""Pure functions from scores of weights to zeros, unstructured or N:M.
 
 Scores and zeros have the shape of the weight, `[out, in]` or `[out, in / groups, *kernel]`. Zeros
 are bool, True where a weight is removed. A weight that was removed never comes back.
@@ -26,7 +26,7 @@ class Pattern(NamedTuple):
     """At most `n` weights of each `m` consecutive inputs of an output are kept.
 
     (2:4: Mishra et al. 2021, arXiv 2104.08378.) The groups of a convolution lie along its input
-    channels. A last group that is not full counts as filled up with zeros.
+    channels. An incomplete last group is padded with zeros.
     """
 
     n: int
@@ -34,10 +34,10 @@ class Pattern(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
-        """Read `2:4`.
+        """Parse a text such as `2:4`.
 
         Raises:
-            ValueError: It is not of that form, or does not remove anything.
+            ValueError: The text is not of that form, or removes nothing.
 
         Examples:
             >>> Pattern.parse("2:4").sparsity
@@ -61,15 +61,15 @@ class Pattern(NamedTuple):
         return f"{self.n}:{self.m}"
 
 
-class Goal(NamedTuple):
-    """How many weights to remove: a fraction, or the pattern that has it."""
+class SparsityGoal(NamedTuple):
+    """The weights to remove: a fraction, or an N:M pattern with its fraction."""
 
     sparsity: float
     pattern: Pattern | None = None
 
     @classmethod
-    def parse(cls, sparsity: float | None, pattern: str | None) -> Goal:
-        """Read the two arguments of which one has to be given.
+    def parse(cls, sparsity: float | None, pattern: str | None) -> SparsityGoal:
+        """Parse the two arguments, exactly one of which must be given.
 
         Raises:
             ValueError: None or both are given, or one is out of range.
@@ -91,34 +91,34 @@ class Goal(NamedTuple):
 def remove(
     scores: Tensors,
     zeros: Tensors,
-    goal: Goal,
+    goal: SparsityGoal,
     scope: Scope = "global",
     progress: float = 1.0,
     initial: float = 0.0,
 ) -> dict[str, torch.Tensor]:
     """Remove the weights of the lowest scores.
 
-    Of equal scores the first in order go. On the way to a pattern only weights go that it would
-    remove by these scores, so it is never overshot.
+    Of equal scores the first in order are removed. Before a pattern is reached, only weights that
+    it would remove by these scores are removed.
 
     Args:
         scores: Importance of each weight, by path.
         zeros: The weights that are removed already.
-        goal: How many to remove in the end.
-        scope: Within what weights compete for a fraction: the whole model, a layer, or the inputs
-            of one output.
-        progress: How far towards the goal to go, from 0 to 1.
+        goal: The weights to remove in the end.
+        scope: The set within which weights compete for a fraction: the whole model, a layer, or the
+            inputs of one output.
+        progress: Progress towards the goal, from 0 to 1.
         initial: The fraction removed at progress 0.
 
     Returns:
-        The removed weights: those before and new ones.
+        The removed weights, earlier and new ones.
 
     Examples:
         >>> scores = {"a": torch.tensor([[4.0, 1.0, 2.0, 3.0]])}
         >>> none = {"a": torch.zeros(1, 4, dtype=torch.bool)}
-        >>> remove(scores, none, Goal.parse(None, "2:4"))["a"]
+        >>> remove(scores, none, SparsityGoal.parse(None, "2:4"))["a"]
         tensor([[False,  True,  True, False]])
-        >>> remove(scores, none, Goal.parse(0.25, None))["a"]
+        >>> remove(scores, none, SparsityGoal.parse(0.25, None))["a"]
         tensor([[False,  True, False, False]])
     """
     ranked = {path: s.masked_fill(zeros[path], -math.inf) for path, s in scores.items()}
@@ -152,7 +152,7 @@ def digest(zeros: Tensors) -> str:
 
 
 def lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Mark the lowest of each row, `[rows, weights]`; of equal ones the first."""
+    """Mark the lowest scores of each row, `[rows, weights]`; of equal ones the first."""
     if count <= 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     threshold = scores.kthvalue(count, dim=1, keepdim=True).values
@@ -162,7 +162,7 @@ def lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def outside(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-    """Mark the M − N lowest of each group."""
+    """Mark the M − N lowest scores of each group."""
     groups = input_groups(scores, pattern.m, -math.inf)
     last = groups.argsort(stable=True, dim=-1)[..., : pattern.m - pattern.n]
     marked = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, last, True)

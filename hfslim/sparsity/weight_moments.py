@@ -1,4 +1,4 @@
-"""Second moments of what linear layers and convolutions get, for weights that go one by one."""
+"""Second moments of the inputs of linear layers and convolutions, to remove single weights."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from transformers import PreTrainedModel
 
 from hfslim.anatomy.weights import outputs_first, weight_of
 from hfslim.pruning.gates.gates import Gates
-from hfslim.pruning.obs.backward_pass import listen
+from hfslim.pruning.obs.backward_pass import run_backward
 from hfslim.pruning.obs.moments import InputMoments
-from hfslim.pruning.scores.batches import fitting
+from hfslim.pruning.scores.batches import run_within_memory
 from hfslim.pruning.scores.importance import UnusableScoresError
 from hfslim.training.ranks import add_over_ranks
 
 
 def matrices(module: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
-    """Lay out a tensor in the shape of a module's weight as matrices, one per group of channels.
+    """Reshape a tensor in the shape of a module's weight to one matrix per group of channels.
 
-    The input channels of one position of a kernel stand side by side.
+    The input channels of one kernel position are adjacent.
 
     Returns:
         `[groups, outputs, inputs]`.
@@ -34,13 +34,13 @@ def matrices(module: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def from_matrices(module: nn.Module, matrices: torch.Tensor) -> torch.Tensor:
-    """Undo `matrices`."""
+    """Reshape the result of `matrices` back."""
     out, channels, *kernel = outputs_first(module, weight_of(module)).shape
     return outputs_first(module, matrices.reshape(out, *kernel, channels).movedim(-1, 1))
 
 
 def moments_size(module: nn.Module) -> int:
-    """Return the bytes of the sums over a module's inputs, but for what is no matrix."""
+    """Return the bytes of the second moments of a module's inputs."""
     groups, _, inputs = matrices(module, weight_of(module)).shape
     return 8 * groups * inputs * inputs
 
@@ -49,32 +49,16 @@ def gather_inputs(
     model: PreTrainedModel,
     weights: Mapping[str, nn.Module],
     batches: Iterable[Mapping[str, Any]],
-    weighed: bool,
+    weighted: bool,
     progress: bool = True,
     wanted: Iterable[str] | None = None,
     title: str = "second moments",
 ) -> dict[str, list[InputMoments]]:
     """Sum second moments of the inputs of modules, in one pass over data.
 
-    A position counts where the model's decision depends on what the module computes there, so
-    padding does not. No labels are needed, and the model is not changed.
-
-    Args:
-        model: The model, not a wrapper.
-        weights: The modules, as of `find_weights`.
-        batches: Model inputs; labels are passed over.
-        weighed: Whether a position counts by the square of the decision's gradient, instead of 1.
-        progress: Whether to show a progress bar.
-        wanted: Paths of those whose moments are wanted; all if not given.
-        title: What the progress bar says.
-
-    Returns:
-        The sums over the examples of all ranks by path, for each group of channels.
-
-    Raises:
-        UnusableScoresError: There are no examples, or an activation or gradient is not finite; the
-            message names the module.
-        ValueError: No decision depends on a module.
+    A position counts if the model's decision depends on the module's output there, so padding does
+    not: as 1, or if `weighted` as the squared gradient of the decision. No labels are needed, and
+    the model is not changed.
     """
 
     def once(batches: Iterable[Mapping[str, Any]]) -> tuple[dict[str, list[InputMoments]], int]:
@@ -84,22 +68,23 @@ def gather_inputs(
             weight = weight_of(module)
             groups, _, inputs = matrices(module, weight).shape
             shapes = ((), (inputs,), (inputs, inputs))
-            found[path] = [InputMoments.nothing(weight.device, *shapes) for _ in range(groups)]
+            found[path] = [InputMoments.zeros(weight.device, *shapes) for _ in range(groups)]
 
-        def heard(path: str, x: torch.Tensor, g: torch.Tensor) -> None:
+        def on_gradient(path: str, x: torch.Tensor, g: torch.Tensor) -> None:
             if path not in found:
                 return
             squares = by_group(weights[path], g.float().square())
-            counts = squares if weighed else (squares > 0).float()
+            counts = squares if weighted else (squares > 0).float()
             inputs = inputs_of(weights[path], x)
             for moments, one, count in zip(found[path], inputs, counts, strict=True):
                 moments.add_inputs(one, count)
 
-        # Attentions that read the weights of their projections run them meanwhile.
+        # Gates make attentions that read the weights of their projections run them as modules.
         with Gates(model):
-            return found, listen(model, weights, batches, heard, progress, title=title)
+            examples = run_backward(model, weights, batches, on_gradient, progress, title=title)
+        return found, examples
 
-    found, examples = fitting(once, batches)
+    found, examples = run_within_memory(once, batches)
     for moments in (one for parts in found.values() for one in parts):
         moments.reduce()
     if not add_over_ranks(torch.tensor(examples, device=model.device)):
@@ -123,7 +108,7 @@ def by_group(module: nn.Module, squares: torch.Tensor) -> torch.Tensor:
 
 
 def inputs_of(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Return what each position of the output is computed from, `[groups, positions, inputs]`."""
+    """Return the input patch of each output position, `[groups, positions, inputs]`."""
     if not isinstance(module, _ConvNd):
         return x.reshape(1, -1, x.shape[-1])
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode

@@ -7,7 +7,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from hfslim import weight_sparsity
 from hfslim.anatomy.weights import find_weights
-from hfslim.sparsity.weight_masks import Goal, remove
+from hfslim.sparsity.weight_masks import SparsityGoal, remove
 
 COUNTS = {
     "bert": 3 * 6 + 1,
@@ -75,7 +75,7 @@ def test_sparsity_is_read_off_kind_by_kind(tmp_path):
     attention = find_weights(model, ["q_proj", "k_proj", "v_proj", "out_proj"])
     scores = {path: module.weight.detach().abs() for path, module in attention.items()}
     zeros = {path: torch.zeros_like(score, dtype=torch.bool) for path, score in scores.items()}
-    for path, zero in remove(scores, zeros, Goal.parse(None, "2:4")).items():
+    for path, zero in remove(scores, zeros, SparsityGoal.parse(None, "2:4")).items():
         attention[path].weight.data.masked_fill_(zero, 0)
     model.save_pretrained(tmp_path)
     rows = {row.kind: row for row in weight_sparsity(type(model).from_pretrained(tmp_path))}

@@ -57,7 +57,7 @@ class Skipped(LayerDropCallback):
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         super().on_step_begin(*args, **kwargs)
-        [closed] = self._gates._closed_layers.values()
+        [closed] = self._gates.closed.values()
         self.layers.append(sorted(closed))
         torch.rand(1 + torch.distributed.get_rank())  # processes' own generators differ
 

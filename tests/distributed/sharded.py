@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from hfslim import find_units, shrink
 from hfslim.anatomy.inputs import example_inputs
 from hfslim.pruning.gates.gates import Gates
-from hfslim.pruning.scores.collect import Collector
+from hfslim.pruning.scores.collector import Collector
 
 KINDS = ("heads", "neurons", "layers")
 

@@ -15,7 +15,7 @@ from hfslim.anatomy.inputs import example_inputs
 from hfslim.anatomy.weights import find_weights, most_kept
 from hfslim.pruning import UnusableScoresError
 from hfslim.sparsity.sparsegpt import sparsegpt
-from hfslim.sparsity.weight_masks import Goal, remove
+from hfslim.sparsity.weight_masks import SparsityGoal, remove
 from hfslim.sparsity.weight_moments import (
     by_group,
     from_matrices,
@@ -24,7 +24,7 @@ from hfslim.sparsity.weight_moments import (
     matrices,
 )
 
-HALF, PATTERN = Goal(0.5), Goal.parse(None, "2:4")
+HALF, PATTERN = SparsityGoal(0.5), SparsityGoal.parse(None, "2:4")
 DEAD = ("layer.2.attention.self.query", "layer.2.attention.output", "layer.2.intermediate")
 DEAD = (*DEAD, "layer.2.output", "pooler")
 """Where the tiny BERT computes what only its first position needs."""
@@ -93,7 +93,9 @@ def _error(change, second):
 
 
 @pytest.mark.parametrize("columns", [24, 150])
-@pytest.mark.parametrize("goal", [HALF, Goal(0.3), PATTERN, Goal.parse(None, "1:3")])
+@pytest.mark.parametrize(
+    "goal", [HALF, SparsityGoal(0.3), PATTERN, SparsityGoal.parse(None, "1:3")]
+)
 def test_sparsegpt_equals_obs_column_by_column(columns, goal):
     weight, second = _correlated(5, columns)
     none = torch.zeros_like(weight, dtype=torch.bool)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hfslim.anatomy.weights import most_kept
-from hfslim.sparsity.weight_masks import Goal, Pattern, digest, remove
+from hfslim.sparsity.weight_masks import Pattern, SparsityGoal, digest, remove
 
 SHAPES = {"a": (6, 8), "b": (4, 12), "conv": (5, 8, 3), "image": (4, 6, 2, 3)}
 
@@ -20,7 +20,7 @@ def _none(scores):
 
 def test_a_fraction_of_the_model_goes_exactly_by_rank():
     scores = _scores()
-    zeros = remove(scores, _none(scores), Goal(0.37))
+    zeros = remove(scores, _none(scores), SparsityGoal(0.37))
     flat = torch.cat([score.flatten() for score in scores.values()])
     gone = torch.cat([zero.flatten() for zero in zeros.values()])
     assert gone.sum() == round(0.37 * len(flat))
@@ -29,8 +29,8 @@ def test_a_fraction_of_the_model_goes_exactly_by_rank():
 
 def test_a_fraction_of_each_layer_or_row_goes_exactly():
     scores = _scores()
-    layer = remove(scores, _none(scores), Goal(0.37), "layer")
-    row = remove(scores, _none(scores), Goal(0.37), "row")
+    layer = remove(scores, _none(scores), SparsityGoal(0.37), "layer")
+    row = remove(scores, _none(scores), SparsityGoal(0.37), "row")
     for path, score in scores.items():
         assert layer[path].sum() == round(0.37 * score.numel())
         assert score[layer[path]].max() < score[~layer[path]].min()
@@ -42,7 +42,7 @@ def test_a_fraction_of_each_layer_or_row_goes_exactly():
 
 def test_equal_scores_go_in_order():
     scores = {"a": torch.ones(2, 4), "b": torch.ones(1, 4)}
-    zeros = remove(scores, _none(scores), Goal(0.5))
+    zeros = remove(scores, _none(scores), SparsityGoal(0.5))
     assert zeros["a"].flatten().tolist() == [True] * 6 + [False] * 2
     assert not zeros["b"].any()
 
@@ -51,7 +51,7 @@ def test_equal_scores_go_in_order():
 def test_a_pattern_keeps_the_best_of_each_group_of_inputs(text):
     pattern = Pattern.parse(text)
     scores = _scores(a=(6, 40), conv=(5, 40, 3))
-    zeros = remove(scores, _none(scores), Goal.parse(None, text))
+    zeros = remove(scores, _none(scores), SparsityGoal.parse(None, text))
     for path, score in scores.items():
         rows = score.movedim(1, -1).reshape(-1, pattern.m)
         expected = torch.ones_like(rows, dtype=torch.bool)
@@ -63,11 +63,11 @@ def test_a_pattern_keeps_the_best_of_each_group_of_inputs(text):
 
 def test_a_group_that_is_not_full_counts_as_filled_with_zeros():
     scores = {"a": torch.tensor([[1.0, 2.0, 3.0, 4.0, 7.0, 5.0, 6.0]])}
-    zeros = remove(scores, _none(scores), Goal.parse(None, "2:4"))["a"]
+    zeros = remove(scores, _none(scores), SparsityGoal.parse(None, "2:4"))["a"]
     assert zeros.tolist() == [[True, True, False, False, False, True, False]]
 
 
-@pytest.mark.parametrize("goal", [Goal(0.5), Goal.parse(None, "2:4")])
+@pytest.mark.parametrize("goal", [SparsityGoal(0.5), SparsityGoal.parse(None, "2:4")])
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_on_the_way_weights_only_go_and_the_goal_is_met_in_the_end(goal, scope):
     before = _none(_scores(a=(6, 8), b=(4, 12)))
@@ -87,32 +87,32 @@ def test_on_the_way_weights_only_go_and_the_goal_is_met_in_the_end(goal, scope):
 
 def test_the_fraction_starts_from_what_is_removed_already():
     scores = _scores(a=(10, 10))
-    first = remove(scores, _none(scores), Goal(0.4))
-    half = remove(scores, first, Goal(0.8), progress=0.5, initial=0.4)
+    first = remove(scores, _none(scores), SparsityGoal(0.4))
+    half = remove(scores, first, SparsityGoal(0.8), progress=0.5, initial=0.4)
     assert half["a"].sum() == 60
     assert half["a"][first["a"]].all()
 
 
 def test_the_digest_tells_zeros_apart():
     scores = _scores()
-    zeros = remove(scores, _none(scores), Goal(0.3))
+    zeros = remove(scores, _none(scores), SparsityGoal(0.3))
     assert digest(zeros) == digest(dict(reversed(zeros.items())))
-    assert digest(zeros) != digest(remove(scores, _none(scores), Goal(0.31)))
+    assert digest(zeros) != digest(remove(scores, _none(scores), SparsityGoal(0.31)))
 
 
 @pytest.mark.parametrize("text", ["4:2", "0:4", "2", "2:4:8", "4:4", 124])
 def test_what_is_no_pattern_is_refused(text):
     with pytest.raises(ValueError, match="expected the form 'N:M'"):
-        Goal.parse(None, text)
+        SparsityGoal.parse(None, text)
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 1.0, -0.5, 50])
 def test_what_is_no_fraction_is_refused(sparsity):
     with pytest.raises(ValueError, match=r"in \(0, 1\)"):
-        Goal.parse(sparsity, None)
+        SparsityGoal.parse(sparsity, None)
 
 
 @pytest.mark.parametrize("both", [(None, None), (0.5, "2:4")])
 def test_exactly_one_goal_is_wanted(both):
     with pytest.raises(ValueError, match="give either sparsity"):
-        Goal.parse(*both)
+        SparsityGoal.parse(*both)

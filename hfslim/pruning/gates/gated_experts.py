@@ -1,8 +1,7 @@
 """Gates on experts and on the neurons inside them, which are the input of no module.
 
-A closed expert is one that its router does not know: the router runs on the rows of the experts
-that are left, so that choice, softmax and normalisation are those of the cut model. Where fewer
-are left than each token goes to, it goes to all of them.
+The router runs on its rows for the open experts only, so that choice, softmax and normalisation are
+those of the cut model. If fewer experts are open than each token is routed to, it is routed to all.
 """
 
 from __future__ import annotations
@@ -21,28 +20,21 @@ from hfslim.pruning.gates.masks import Masks
 Hook = Callable[[nn.Module, tuple], tuple | None]
 """A forward pre-hook that gates its first argument."""
 Inside = Callable[[torch.Tensor], torch.Tensor]
-"""Takes and returns what goes into the second projections, `[tokens, chosen, neurons]`."""
+"""From and to the input of the second projections, `[tokens, chosen, neurons]`."""
 
 
 class Handle(Protocol):
-    """Takes something out of a model again."""
+    """A change of a model that can be undone."""
 
     def remove(self) -> None:
-        """Take it out."""
+        """Undo the change."""
 
 
 def gate_experts(model: nn.Module, site: Site, hook: Hook, masks: Masks) -> Iterator[Handle]:
-    """Put the gates of a site of experts, or of neurons inside them, into a model.
+    """Attach the gates of a site of experts, or of neurons inside them; yields their handles.
 
-    Args:
-        model: The model.
-        site: The site.
-        hook: The gate: of neurons it gets `[tokens, chosen, neurons]`, of experts the weights that
-            tokens give them, `[tokens, experts]`.
-        masks: Which units are open; looked at when the model runs.
-
-    Yields:
-        What takes them out again.
+    The hook gates `[tokens, chosen, neurons]`, or for experts the routing weights,
+    `[tokens, experts]`. Masks are read at each forward pass.
     """
     module = model.get_submodule(site.gate)
 
@@ -50,36 +42,37 @@ def gate_experts(model: nn.Module, site: Site, hook: Hook, masks: Masks) -> Iter
         return (hook(module, (value,)) or (value,))[0]
 
     if site.kind == "neurons":
-        yield OpenExperts(module, gated)
+        yield GatedExperts(module, gated)
         return
 
-    def weigh(_: nn.Module, args: tuple) -> tuple:
+    def gate_weights(_: nn.Module, args: tuple) -> tuple:
         hidden_states, chosen, weights = args
         spread = weights.new_zeros(len(weights), site.size).scatter_add(1, chosen, weights)
         return hidden_states, chosen, gated(spread).gather(1, chosen)
 
     yield GatedRouter(model.get_submodule(site.experts.router), site, masks)
-    yield module.register_forward_pre_hook(weigh)
+    yield module.register_forward_pre_hook(gate_weights)
 
 
 class GatedRouter:
-    """Lets the router of a site choose among the open experts only, until it is removed.
+    """Makes a router choose among the open experts only, until `remove` is called.
 
-    Parameters are not touched: while the router runs, its slices stand before them.
+    Parameters do not change: slices replace them as attributes while the router runs.
     """
 
     def __init__(self, router: nn.Module, site: Site, masks: Masks) -> None:
         self.site, self.masks = site, masks
-        inside = site.experts.router[len(site.path) + 1 :] + "."
-        self.counts = [n.removeprefix(inside) for n, _ in site.attributes if n.startswith(inside)]
-        self.clipped = [
-            n.removeprefix(inside) for n in site.experts.clipped if n.startswith(inside)
-        ]
-        own = [(f"{cut.module}.", cut.tensor) for cut in site.cuts]
+        path = site.experts.router
+        inside = path[len(site.path) + 1 :] + "."
+        counts, clipped = [name for name, _ in site.attributes], site.experts.clipped
+        self.counts, self.clipped = (
+            [name.removeprefix(inside) for name in names if name.startswith(inside)]
+            for names in (counts, clipped)
+        )
         self.tensors = [
-            (router.get_submodule(module[len(site.experts.router) + 1 : -1]), name)
-            for module, name in own
-            if module.startswith(f"{site.experts.router}.")
+            (router.get_submodule(cut.module[len(path) + 1 :]), cut.tensor)
+            for cut in site.cuts
+            if f"{cut.module}.".startswith(f"{path}.")
         ]
         self._stock: dict[str, Any] = {}
         self._kept: torch.Tensor | None = None
@@ -89,7 +82,7 @@ class GatedRouter:
         ]
 
     def remove(self) -> None:
-        """Let the router choose among all experts again."""
+        """Remove the hooks of the router."""
         for handle in self._handles:
             handle.remove()
 
@@ -119,8 +112,8 @@ class GatedRouter:
         return logits, weights, kept.to(chosen.device)[chosen]
 
 
-class OpenExperts:
-    """Runs the experts of a module so that their neurons can be gated, until it is removed."""
+class GatedExperts:
+    """Replaces the forward pass of experts by one that gates neurons, until `remove` is called."""
 
     def __init__(self, module: nn.Module, inside: Inside) -> None:
         self.module = module
@@ -134,7 +127,7 @@ class OpenExperts:
         vars(module)["forward"] = forward
 
     def remove(self) -> None:
-        """Let the module run as before."""
+        """Restore the module's own forward pass."""
         del vars(self.module)["forward"]
         if self.before is not None:
             vars(self.module)["forward"] = self.before
@@ -147,17 +140,10 @@ def run_experts(
     weights: torch.Tensor,
     inside: Inside,
 ) -> torch.Tensor:
-    """Run the experts of a module, expert by expert.
+    """Run the experts of a module, expert by expert, with `inside` applied to the neurons.
 
-    Args:
-        module: The module that holds them.
-        hidden_states: `[tokens, features]`.
-        chosen: The experts of each token, `[tokens, chosen]`.
-        weights: How much each counts, `[tokens, chosen]`.
-        inside: What is done to the neurons.
-
-    Returns:
-        `[tokens, features]`.
+    Hidden states and result are `[tokens, features]`; the experts of each token and their routing
+    weights `[tokens, chosen]`.
     """
     number = chosen.shape[1]
     order = chosen.flatten().argsort(stable=True)

@@ -1,4 +1,4 @@
-"""Norms that run across dimensions some of which are closed."""
+"""Norms whose statistics exclude closed dimensions."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 Mask = Callable[[torch.Tensor], torch.Tensor | None]
-"""Given a norm's input, returns 1 for open and 0 for closed dimensions, or None if all are open."""
+"""From a norm's input to 1 for open and 0 for closed dimensions, or None if all are open."""
 
 
 class GatedNorm:
-    """Makes a norm take its statistics over the open dimensions, as the smaller norm would.
+    """Makes a norm compute its statistics over the open dimensions, as the smaller norm would.
 
     A norm over `d` features of which `k` are open gets `√(d/k) · (x − mean of the open)`, zero
-    where closed: its mean is then 0 and its mean square that of the open ones, and what comes out
-    is `√(d/k)` times too large but for the bias. Norms that take no mean away (RMS norms) are told
-    by what they do.
+    where closed. Its mean is then 0 and its mean square that of the open features, and its output,
+    without the bias, is `√(d/k)` times too large, which is corrected. Whether a norm subtracts the
+    mean (an RMS norm does not) is tested by running it.
 
     Args:
-        norm: The norm, of whatever class, over the last dimension.
+        norm: The norm, of any class, over the last dimension.
     """
 
     def __init__(self, norm: nn.Module) -> None:
@@ -31,7 +31,7 @@ class GatedNorm:
         self._open: list[torch.Tensor | None] = []
 
     def attach(self, mask: Mask) -> list[RemovableHandle]:
-        """Gate the norm; returns what takes the gates out again."""
+        """Register the hooks; returns their handles."""
 
         def enter(_: nn.Module, args: tuple) -> tuple | None:
             value, *rest = args
@@ -59,7 +59,7 @@ class GatedNorm:
 
     @property
     def centres(self) -> bool:
-        """Whether the norm takes the mean away."""
+        """Whether the norm subtracts the mean."""
         if self._centres is None:
             weight = self.norm.get_parameter("weight")
             with torch.no_grad():

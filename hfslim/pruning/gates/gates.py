@@ -1,10 +1,10 @@
 """Reversible multipliers on the units of a live model.
 
-A gate on a head or a neuron multiplies its slice of the input of the projection that follows, a
-gate on a channel or a dimension its slice of the input of everything that takes it, and norms take
-statistics over open dimensions; a gate on an expert takes it out of its router's choice; a gate on
-a layer scales what it adds to the residual stream. Nothing is registered on the model, whose keys
-stay as they are; it may be wrapped, checkpointed or trained meanwhile.
+A gate on a head or a neuron multiplies its slice of the input of the projection that follows; a
+gate on a channel or a dimension multiplies its slice of the input of every module that takes it,
+and norms compute their statistics over open dimensions; a gate on an expert excludes it from its
+router's choice; a gate on a layer scales what the layer adds to the residual stream. Gates are
+hooks: `state_dict` keys do not change, and the model can be wrapped, checkpointed or trained.
 """
 
 from __future__ import annotations
@@ -25,18 +25,14 @@ from hfslim.anatomy.structure import Kind, Structure
 from hfslim.anatomy.units import Site, Units
 from hfslim.hub.format import modeling_hfslim
 from hfslim.pruning.gates.gate_gradients import (
+    GradientProbe,
+    GradientSums,
     OnGradient,
-    Sums,
-    Tap,
-    by_layer,
     by_unit,
-    joined,
-    states_after,
-    states_before,
-    with_states,
 )
 from hfslim.pruning.gates.gated_experts import Handle, gate_experts
 from hfslim.pruning.gates.gated_norms import GatedNorm
+from hfslim.pruning.gates.layer_gates import LayerGates
 from hfslim.pruning.gates.masks import Masks
 
 logger = logging.getLogger(__name__)
@@ -44,9 +40,9 @@ logger = logging.getLogger(__name__)
 Key = tuple[Kind, str]
 OnActivation = Callable[[Site, int, torch.Tensor, torch.Tensor], None]
 """Called with a site, the index of a layer, its input and its output, `[rows, ..., features]`; for
-other kinds both are what the gate multiplies."""
+other kinds both are the values that the gate multiplies."""
 OnOutput = Callable[[Any], None]
-"""Called with what the model returns."""
+"""Called with the output of the model."""
 
 
 class Gates:
@@ -55,22 +51,23 @@ class Gates:
     Args:
         model: The model itself, not a wrapper around it.
         units: The sites to gate; all that `find_units` finds if not given.
-        owner: Who keeps them in the model for long. What an interrupted run of the same owner left
-            behind is taken out when these are attached.
+        owner: Name of a callback that keeps the gates attached. `attach` removes gates that an
+            interrupted run of the same owner left in the model.
 
     Attributes:
-        on_gradient: If set, gets the gradient of the loss by the gates of every example, at each
+        on_gradient: Called with the gradient of the loss by the gates, per example, at each
             backward pass.
-        on_activation: If set, gets what each gate multiplies, at each forward pass.
-        on_output: If set, gets what the model returns, at each forward pass.
-        anchors: Tensors whose gradients, when asked of autograd, make `on_gradient` fire for the
-            current forward pass.
+        on_activation: Called with the values that each gate multiplies, at each forward pass.
+        on_output: Called with the output of the model, at each forward pass.
+        anchors: Leaves of the graph of the current forward pass: `torch.autograd.grad` by them
+            calls `on_gradient`.
+        sums: The gradients of the current forward pass, summed over the inputs of each gate.
         examples: Number of examples in the current forward pass.
         padding: The attention mask of the current forward pass, `[examples, positions]`, if any.
-        fired: How often the gates of each site have been reached since `attach`; of dimensions,
-            those at each module.
-        structure: What the gates leave open, where `set` has told.
-        factors: What multiplies units besides, `[units]` by site; gradients pass to it.
+        fired: Number of calls of the gates of each site since `attach`; for dimensions by module.
+        structure: The structure that `set` was called with.
+        closed: Indices of the closed layers, by list.
+        factors: Further multipliers of units, `[units]` by site; gradients pass to them.
     """
 
     def __init__(self, model: nn.Module, units: Units | None = None, owner: str = "") -> None:
@@ -85,12 +82,11 @@ class Gates:
         self.padding: torch.Tensor | None = None
         self.fired: Counter[Key] = Counter()
         self.structure: Structure | None = None
+        self.closed: dict[Key, frozenset[int]] = {}
         self.factors: Mapping[Key, torch.Tensor] = {}
+        self.sums = GradientSums()
         self._masks = Masks()
-        self._closed_layers: dict[Key, frozenset[int]] = {}
-        self._sums = Sums()
-        self._entered: dict[tuple[Key, int], list[torch.Tensor]] = {}
-        self._turns: Counter[str] = Counter()
+        self._layers = {s.path: LayerGates(self, s) for s in self.units if s.kind == "layers"}
         self._handles: list[Handle] = []
         self._stock: list[tuple[nn.Module, type]] = []
 
@@ -98,7 +94,7 @@ class Gates:
         """Close the gates of the units that a structure removes, and open all others."""
         structure = self.structure = self.units.complete(structure)
         self._masks.clear()
-        self._closed_layers.clear()
+        self.closed.clear()
         for site in self.units:
             kept = structure.kept(site.kind, site.path)
             if len(kept) == site.size:
@@ -109,64 +105,38 @@ class Gates:
                 self._masks.close(site, kept)
 
     def close_layers(self, site: Site, closed: frozenset[int]) -> None:
-        """Let the residual stream pass by some layers of a list, until told otherwise."""
-        self._closed_layers["layers", site.path] = closed
+        """Skip some layers of a list, so that the residual stream bypasses them; run all others."""
+        self.closed["layers", site.path] = closed
 
     def attach(self) -> Gates:
-        """Put the gates into the model."""
+        """Register the gates' hooks on the model."""
         if self._handles:
             raise RuntimeError("these gates are attached already")
-        self._take_over()
+        self._detach_leftovers()
         self.fired.clear()
-        count = self.model.register_forward_pre_hook(self._count_examples, with_kwargs=True)
-        self._handles += [count, self.model.register_forward_hook(self._show_output)]
+        start = self.model.register_forward_pre_hook(self._start_forward, with_kwargs=True)
+        self._handles += [start, self.model.register_forward_hook(self._end_forward)]
         for site in self.units:
             module = self.model.get_submodule(site.path)
             if site.heads.replacement and type(module) is modeling_hfslim.stock_class(module):
                 self._stock.append((module, type(module)))
                 modeling_hfslim.replace_class(module, site.heads.replacement)
-            if site.layers.runs:
-                self._attach_runs(site)
-            elif site.kind == "layers":
-                for index in range(site.size):
-                    self._attach_layer(site, index)
+            if site.kind == "layers":
+                self._handles += self._layers[site.path].attach()
             for feed in site.feeds:
-                module = self.model.get_submodule(feed.module)
                 hook = self._unit_hook(site, feed)
                 if site.experts.inside:
                     self._handles += gate_experts(self.model, site, hook, self._masks)
                 else:
+                    module = self.model.get_submodule(feed.module)
                     self._handles.append(module.register_forward_pre_hook(hook))
             for feed in site.masked_norms:
                 norm = GatedNorm(self.model.get_submodule(feed.module))
                 self._handles += norm.attach(functools.partial(self._norm_mask, site, feed))
         return self
 
-    def _attach_layer(self, site: Site, index: int) -> None:
-        first, last = (self.model.get_submodule(path) for path in site.seen(index))
-        hook = self._layer_hook(site, index)
-        self._handles.append(last.register_forward_hook(hook, with_kwargs=True))
-        if first is not last:
-
-            def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-                states = states_before(site, module, args, kwargs)
-                self._entered[("layers", site.path), index] = states
-
-            self._handles.append(first.register_forward_pre_hook(enter, with_kwargs=True))
-
-    def _attach_runs(self, site: Site) -> None:
-        hooks = [self._layer_hook(site, index) for index in range(site.size)]
-
-        def in_turn(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-            turn = self._turns[site.path]
-            self._turns[site.path] += 1
-            return hooks[turn % site.size](module, args, kwargs, output)
-
-        only = self.model.get_submodule(f"{site.path}.0")
-        self._handles.append(only.register_forward_hook(in_turn, with_kwargs=True))
-
     def detach(self) -> None:
-        """Take the gates out again; the model is as it was before."""
+        """Remove the gates; the model is then as before."""
         for handle in self._handles:
             handle.remove()
         for module, stock in self._stock:
@@ -182,11 +152,11 @@ class Gates:
         self.detach()
 
     def check_fired(self) -> None:
-        """Check that one forward pass, run since `attach`, has reached every gate once.
+        """Check that one forward pass, run since `attach`, has called every gate once.
 
         Raises:
-            RuntimeError: A gate was not reached, so closing it would have no effect; or more than
-                once, so that its uses cannot be told apart.
+            RuntimeError: A gate was not called, so closing it would have no effect; or it was
+                called more often than expected, so its units cannot be scored.
         """
         silent = [p for s in self.units for p in s.gated_at if not self.fired[s.kind, p]]
         if silent:
@@ -203,31 +173,31 @@ class Gates:
                     f"leave {site.kind} out of `units`"
                 )
 
-    def _take_over(self) -> None:
-        """Take out the gates that an interrupted run of the same owner left in the model."""
-        left = attached(self.model, self.owner) if self.owner else None
-        while left is not None:
-            logger.warning("taking out the gates that an interrupted %s left", self.owner)
-            left.detach()
-            left = attached(self.model, self.owner)
+    def anchor(self, value: torch.Tensor) -> torch.Tensor:
+        """Return a leaf through which gradients reach a probe, even if no parameter needs one."""
+        self.anchors.append(torch.zeros((), device=value.device, requires_grad=True))
+        return self.anchors[-1]
 
-    def _count_examples(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _detach_leftovers(self) -> None:
+        """Detach the gates that an interrupted run of the same owner left in the model."""
+        left = attached_gates(self.model, self.owner) if self.owner else None
+        while left is not None:
+            logger.warning("removing the gates that an interrupted %s left", self.owner)
+            left.detach()
+            left = attached_gates(self.model, self.owner)
+
+    def _start_forward(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         tensors = (v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.ndim)
         self.examples = next(tensors).shape[0]
-        self._sums = Sums()
-        self._entered.clear()
-        self._turns.clear()
+        self.sums = GradientSums()
+        for layers in self._layers.values():
+            layers.reset()
         self.padding = kwargs.get("attention_mask")
         self.anchors.clear()
 
-    def _show_output(self, _: nn.Module, __: tuple, output: Any) -> None:
+    def _end_forward(self, _: nn.Module, __: tuple, output: Any) -> None:
         if self.on_output is not None:
             self.on_output(output)
-
-    def _anchor(self, value: torch.Tensor) -> torch.Tensor:
-        """Make the graph reach a tap even where no parameter before it needs a gradient."""
-        self.anchors.append(torch.zeros((), device=value.device, requires_grad=True))
-        return self.anchors[-1]
 
     def _unit_hook(self, site: Site, feed: Feed) -> Callable[[nn.Module, tuple], tuple | None]:
         key = (site.kind, site.path)
@@ -238,17 +208,17 @@ class Gates:
             if feed.ndim and value.ndim != feed.ndim:
                 return None
             self.fired[place] += 1
-            # Relative positions are no example's own, and score nothing.
+            # Relative positions belong to no example, and do not count.
             owned = site.kind != "dimensions" or value.shape[0] % max(self.examples, 1) == 0
             if self.on_activation is not None and owned:
                 part = feed.of(value.detach(), site.size).movedim(site.batch, 0)
                 self.on_activation(site, 0, part, part)
             if self.on_gradient is not None and torch.is_grad_enabled() and owned:
-                examples, send = self.examples, self._sums.of(site, self.on_gradient)
-                value = Tap.apply(
+                examples, send = self.examples, self.sums.of(site, self.on_gradient)
+                value = GradientProbe.apply(
                     value,
                     None,
-                    self._anchor(value),
+                    self.anchor(value),
                     lambda grad, x: send(site, 0, by_unit(grad * x, examples, site, feed)),
                 )
             value = self._masks.apply(site, feed, value)
@@ -262,54 +232,9 @@ class Gates:
         self.fired[site.kind, norm.module] += 1
         return self._masks.at(site, norm, value)
 
-    def _layer_hook(self, site: Site, index: int) -> Callable[..., Any]:
-        key = (site.kind, site.path)
 
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-            self.fired[key] += 1
-            before = self._entered.pop((key, index), None)
-            if before is None:
-                before = states_before(site, module, args, kwargs)
-            after = states_after(output, len(before))
-            if any(b.shape != a.shape for b, a in zip(before, after, strict=True)):
-                # It cannot go: it is no addition to its input, and has nothing to be scored by.
-                return output
-            if self.on_activation is not None:
-                whole = (joined(states).detach() for states in (before, after))
-                self.on_activation(site, index, *(x.movedim(site.batch, 0) for x in whole))
-            pairs = zip(before, after, strict=True)
-            after = [self._gated_state(site, index, b, a) for b, a in pairs]
-            return with_states(output, after)
-
-        return hook
-
-    def _gated_state(
-        self, site: Site, index: int, before: torch.Tensor, after: torch.Tensor
-    ) -> torch.Tensor:
-        key = (site.kind, site.path)
-        if self.on_gradient is not None and torch.is_grad_enabled():
-            examples, send = self.examples, self._sums.of(site, self.on_gradient)
-            after = Tap.apply(
-                after,
-                before,
-                self._anchor(after),
-                lambda grad, x: send(
-                    site, index, by_layer((grad * x).movedim(site.batch, 0), examples)
-                ),
-            )
-            if site.layers.beside:
-                # XLM multiplies what its lists give by the mask, in place.
-                after = after.clone()
-        if index in self._closed_layers.get(key, ()):
-            # The layer stays in the graph, so that every parameter gets a gradient under DDP.
-            after = before + 0 * after if torch.is_grad_enabled() else before
-        if key in self.factors:
-            after = torch.lerp(before, after, self.factors[key][index].to(after))
-        return after
-
-
-def attached(model: nn.Module, owner: str) -> Gates | None:
-    """Return the gates that an owner keeps in a model, if there are any."""
+def attached_gates(model: nn.Module, owner: str) -> Gates | None:
+    """Return the gates of an owner that are attached to a model, if there are any."""
     for hook in model._forward_pre_hooks.values():
         gates = getattr(hook, "__self__", None)
         if isinstance(gates, Gates) and gates.owner == owner:
@@ -318,13 +243,13 @@ def attached(model: nn.Module, owner: str) -> Gates | None:
 
 
 def closed_layers(model: nn.Module) -> set[nn.Module]:
-    """Return the layers that gates in a model close at this moment."""
+    """Return the layers of a model that gates close now."""
     hooks = [getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values()]
     closed = {
         gates.units.site("layers", path).seen(index)[1]
         for gates in hooks
         if isinstance(gates, Gates)
-        for (_, path), indices in gates._closed_layers.items()
+        for (_, path), indices in gates.closed.items()
         for index in indices
         if not gates.units.site("layers", path).layers.runs
     }
@@ -333,18 +258,18 @@ def closed_layers(model: nn.Module) -> set[nn.Module]:
 
 @contextmanager
 def gated(model: nn.Module, structure: Structure) -> Iterator[Gates]:
-    """Run a model as if a structure's removed units were gone; the model is not changed.
+    """Run a model inside the block as if it had a structure; its weights do not change.
 
     Args:
         model: The model itself, not a wrapper around it.
-        structure: The units to keep. Sites that it leaves out keep all.
+        structure: The units to keep. Sites that are not in it keep all units.
 
     Yields:
         The gates.
 
     Raises:
         KeyError: The structure names a site that the model does not have.
-        ValueError: It counts other numbers of units, or removes one that cannot go.
+        ValueError: It counts other numbers of units, or removes one that cannot be removed.
     """
     gates = Gates(model, find_units(model, structure.has("dimensions")))
     gates.set(structure)

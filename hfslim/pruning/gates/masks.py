@@ -1,4 +1,4 @@
-"""What gates multiply units by: 0 or 1 for each, spread over the inputs that carry them."""
+"""Masks of 0 and 1: one entry per unit, expanded to the inputs of modules."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hfslim.anatomy.units import Site
 
 
 class Masks:
-    """The units that are closed, site by site."""
+    """The closed units of each site."""
 
     def __init__(self) -> None:
         self._by_site: dict[tuple[Kind, str], torch.Tensor] = {}
@@ -24,7 +24,7 @@ class Masks:
         self._spread.clear()
 
     def close(self, site: Site, kept: Sequence[int]) -> None:
-        """Close all units of a site but some."""
+        """Close all units of a site except those that are kept."""
         mask = torch.zeros(site.size)
         mask[list(kept)] = 1.0
         self._by_site[site.kind, site.path] = mask
@@ -34,7 +34,7 @@ class Masks:
         return self._by_site.get(key)
 
     def at(self, site: Site, feed: Feed, value: torch.Tensor) -> torch.Tensor | None:
-        """Return what an input is to be multiplied by; None where all units are open."""
+        """Return the mask of an input; None where all units are open."""
         by_unit = self.get((site.kind, site.path))
         if by_unit is None:
             return None
@@ -46,6 +46,6 @@ class Masks:
         return mask
 
     def apply(self, site: Site, feed: Feed, value: torch.Tensor) -> torch.Tensor:
-        """Return an input with its closed units at zero."""
+        """Return an input with its closed units set to zero."""
         mask = self.at(site, feed, value)
         return value if mask is None else value * mask

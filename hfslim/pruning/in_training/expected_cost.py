@@ -1,4 +1,4 @@
-"""What a model costs whose units are there with some probability; differentiable."""
+"""Expected cost of a model whose units are present with given probabilities; differentiable."""
 
 from __future__ import annotations
 
@@ -17,21 +17,13 @@ from hfslim.pruning.target import Target
 
 
 class ExpectedCost:
-    """The cost of a model by the probabilities of its units, in everything that a target names.
+    """The expected cost of a model, in each figure that a target limits.
 
-    A unit inside a layer is there if the layer is. Expected is the cost at the expected number of
-    units, which for multiply-accumulates, parameters and counts is the expected cost.
-
-    Args:
-        units: The sites that may lose units.
-        target: What the model may cost.
-        costs: What the units cost.
-
-    Raises:
-        ValueError: What the units cost depends on each other.
+    A unit inside a layer is present only if the layer is. The expected cost is the cost at the
+    expected number of units, which is exact for multiply-accumulates, parameters and counts.
 
     Attributes:
-        names: What is limited: the resource, or the kinds of units that a sparsity names.
+        names: The limited figures: the resource, or the kinds of units of a sparsity.
     """
 
     def __init__(self, units: Units, target: Target, costs: Price = UNPRICED) -> None:
@@ -57,11 +49,7 @@ class ExpectedCost:
         self.names = tuple(self._tables)
 
     def kept(self, present: Mapping[Key, torch.Tensor]) -> torch.Tensor:
-        """Return the expected fraction that is kept of each figure named, `[names]`.
-
-        Args:
-            present: Probability of each unit by site, `[units]`.
-        """
+        """Return the expected fraction that is kept of each figure, `[names]`."""
         layers = self._by_layer(present)
         fractions = []
         for table in self._tables.values():
@@ -71,13 +59,13 @@ class ExpectedCost:
             for site in self.units:
                 if site.kind != "layers":
                     number = present[site.kind, site.path].sum()
-                    inside = along(table.site[site.kind, site.path], number)
+                    inside = interpolate(table.site[site.kind, site.path], number)
                     total = total + layers.get(site.layer, 1.0) * inside
             fractions.append(total / table.total)
         return torch.stack(fractions)
 
     def limits(self, target: Target) -> torch.Tensor:
-        """Return the fraction that a target leaves of each figure named, `[names]`."""
+        """Return the fraction of each figure that a target keeps, `[names]`."""
         by_kind = {str(kind): 1 - fraction for kind, fraction in target.sparsity.items()}
         limits = [by_kind.get(name, target.kept) for name in self.names]
         return torch.tensor(limits, dtype=torch.float64)
@@ -85,8 +73,8 @@ class ExpectedCost:
     def scores(self, present: Mapping[Key, torch.Tensor]) -> dict[Key, torch.Tensor]:
         """Return the expected cost of each unit, `[units]` by site.
 
-        Of all sets that cost no more than a budget, the one of greatest sum holds the units that
-        are likeliest to be there. A layer's cost is that of what it holds.
+        Maximising their sum under a budget keeps the units that are most likely present. The cost
+        of a layer includes that of its units.
         """
         layers, scores = self._by_layer(present), dict[Key, torch.Tensor]()
         first = next(iter(self._tables.values()))
@@ -113,12 +101,12 @@ class ExpectedCost:
         }
 
 
-def along(curve: Curve, width: torch.Tensor) -> torch.Tensor:
-    """Return a curve's value at a width between those it knows, with its slope as gradient.
+def interpolate(curve: Curve, width: torch.Tensor) -> torch.Tensor:
+    """Interpolate a curve linearly at a width, with the slope as gradient.
 
     Examples:
         >>> width = torch.tensor(3.0, requires_grad=True)
-        >>> value = along(Curve((0, 2, 6), (0.0, 1.0, 5.0)), width)
+        >>> value = interpolate(Curve((0, 2, 6), (0.0, 1.0, 5.0)), width)
         >>> value.backward()
         >>> value.item(), width.grad.item()
         (2.0, 1.0)
@@ -131,13 +119,13 @@ def along(curve: Curve, width: torch.Tensor) -> torch.Tensor:
 
 
 def _inside(table: LatencyTable, site: Site, present: Mapping[Key, torch.Tensor]) -> torch.Tensor:
-    """Return the expected cost of a site's units where their layer is there, `[units]`."""
+    """Return the expected cost of a site's units if their layer is present, `[units]`."""
     key = site.kind, site.path
     return present[key] * (table.site[key].ms[-1] / site.size)
 
 
 def _of_costs(units: Units, costs: Costs) -> LatencyTable:
-    """Write costs as what each layer costs without its units, and each site by its width."""
+    """Return costs as a table: of each layer without its units, and of each site by its width."""
     site: dict[Key, Curve] = {}
     layer = {
         f"{s.path}.{i}": float(cost)
@@ -155,7 +143,7 @@ def _of_costs(units: Units, costs: Costs) -> LatencyTable:
 
 
 def _of_counts(units: Units, kind: Kind) -> LatencyTable:
-    """Count the units of one kind, as if each cost 1."""
+    """Return a table in which each unit of one kind costs 1, and others nothing."""
     counts = {(s.kind, s.path): s.size * (s.kind == kind) for s in units}
     layers = [site for site in units if site.kind == "layers"]
     return LatencyTable(

@@ -1,4 +1,4 @@
-"""Train with random layers missing: a callback for any Trainer, the stock one too."""
+"""LayerDrop: a callback for any Trainer, also the stock one."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ logger = logging.getLogger(__name__)
 class LayerDropCallback(TrainerCallback):
     """Skips random layers in training, so that layers can be removed afterwards.
 
-    Each step draws, of the layers that may be removed, those to skip from (seed, step): every
-    process, every accumulation step and every resumed run skips the same ones. The residual stream
-    passes by a skipped layer, whose parameters stay in the graph. Evaluation runs all layers.
+    Each step draws the layers to skip, among the removable ones, from (seed, step): every process,
+    every accumulation step and every resumed run skips the same layers. The residual stream
+    bypasses a skipped layer, whose parameters stay in the graph. Evaluation runs all layers.
 
-    (Fan et al. 2019, arXiv 1909.11556, who train from the start with it; at fine-tuning pair it
-    with distillation.)
+    (Fan et al. 2019, arXiv 1909.11556, for pre-training; in fine-tuning combine it with
+    distillation.)
 
     Args:
         p: Probability that a layer is skipped; 0.5 prepares for halving the depth.
         seed: Seed of the draw.
 
     Raises:
-        ValueError: `p` is not in [0, 1); or, when training begins, it is by torch.compile.
+        ValueError: `p` is not in [0, 1); or, when training begins, it uses torch.compile.
     """
 
     def __init__(self, p: float = 0.2, seed: int = 0) -> None:

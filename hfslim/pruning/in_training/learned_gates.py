@@ -1,4 +1,4 @@
-"""Gates that are learned beside the weights, under a Lagrangian that meets a target.
+"""Gates that are learned beside the weights, with a Lagrangian for the target.
 
 (L0: Louizos et al. 2018, arXiv 1712.01312; structured, with a Lagrangian: CoFi, Xia et al. 2022,
 arXiv 2204.00408.)
@@ -24,19 +24,19 @@ TEMPERATURE = 2 / 3
 LOW, HIGH = -0.1, 1.1
 """β, γ and ζ of Louizos et al."""
 OPEN = 0.95
-"""How likely each gate is to pass its unit at first, before it is stretched."""
+"""Initial probability of each gate to be open, before stretching."""
 WARM_UP = 0.7
-"""Part of the time in which the limit comes down to the target; in the rest the gates settle."""
+"""Part of the time in which the limit decreases to the target; then the gates settle."""
 TRAVEL = 40.0
-"""How far a log α could go at the steps of Adam, if all led the same way."""
+"""The distance that log α can travel by steps of Adam in one direction."""
 MULTIPLIERS = (0.0, 100.0)
-"""λ₁ and λ₂ at first: λ₂ keeps the expected cost near its limit until λ₁ has found its value."""
+"""Initial λ₁ and λ₂: λ₂ keeps the expected cost near its limit until λ₁ has converged."""
 MULTIPLIER_RATE = 0.1
-"""Step of the multipliers, as a part of that of log α."""
+"""Learning rate of the multipliers, as a fraction of that of log α."""
 
 
 def stretched(logits: torch.Tensor) -> torch.Tensor:
-    """Return `min(1, max(0, σ(x) · (ζ − γ) + γ))`: a gate that can be quite open or quite closed.
+    """Return `min(1, max(0, σ(x) · (ζ − γ) + γ))`: a gate that reaches 0 and 1.
 
     Examples:
         >>> stretched(torch.tensor([-3.0, 0.0, 3.0]))
@@ -46,36 +46,25 @@ def stretched(logits: torch.Tensor) -> torch.Tensor:
 
 
 def hard_concrete(log_alpha: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Draw gates, `stretched((log u − log(1 − u) + log α) / β)`.
-
-    Args:
-        log_alpha: log α of each gate.
-        noise: u of each, in (0, 1).
-    """
+    """Draw gates, `stretched((log u − log(1 − u) + log α) / β)`."""
     return stretched((noise.logit() + log_alpha) / TEMPERATURE)
 
 
 def presence(log_alpha: torch.Tensor) -> torch.Tensor:
-    """Return how likely a drawn gate is not quite closed, `σ(log α − β log(−γ / ζ))`."""
+    """Return the probability that a drawn gate is not 0, `σ(log α − β log(−γ / ζ))`."""
     return (log_alpha - TEMPERATURE * math.log(-LOW / HIGH)).sigmoid()
 
 
 class LearnedGates:
-    """Hard-concrete gates on a model's units, their Lagrangian and the optimizer of both.
+    """Hard-concrete gates on a model's units, the Lagrangian, and the optimizer of both.
 
     Each optimizer step multiplies every unit by a gate drawn from (seed, step), the same on every
-    process. The loss that is trained on, plus `λ₁ · gap + λ₂ · gap²`, moves log α down its gradient
-    and λ₁, λ₂ up theirs; the gap is what the expected cost exceeds its limit by, as a fraction of
-    the whole model's.
-
-    Args:
-        gates: The gates of the model.
-        cost: What the model is expected to cost.
-        seed: Seed of the draws.
-        steps: How many optimizer steps there are to learn in.
+    process. The training loss plus `λ₁ · gap + λ₂ · gap²` is minimised over log α and maximised
+    over λ₁ and λ₂; the gap is the expected cost minus its limit, as a fraction of the whole
+    model's cost.
 
     Attributes:
-        drawn: Whether drawn gates are in the model at this moment.
+        drawn: Whether the units are multiplied by drawn gates now.
     """
 
     def __init__(self, gates: Gates, cost: ExpectedCost, seed: int, steps: int) -> None:
@@ -98,7 +87,7 @@ class LearnedGates:
         self._optimizer = torch.optim.Adam(groups, eps=1e-12)
 
     def draw(self, step: int) -> None:
-        """Multiply the units by gates drawn for an optimizer step, until `rest`."""
+        """Multiply the units by gates drawn for an optimizer step, until `use_means`."""
         uniform = np.random.default_rng([self.seed, step]).random(len(self._fixed))
         noise = torch.from_numpy(uniform).clamp(1e-6, 1 - 1e-6).float()
         self._sample = self._whole(hard_concrete(self._log_alpha, noise))
@@ -110,14 +99,7 @@ class LearnedGates:
         self.drawn = True
 
     def learn(self, target: Target) -> None:
-        """Step log α by the gradients of all processes, and the multipliers.
-
-        Args:
-            target: What the model may cost at this moment.
-
-        Raises:
-            UnusableScoresError: A gradient is not finite.
-        """
+        """Update log α, by the gradients of all processes, and the multipliers for a target."""
         parts = [torch.zeros_like(x) if x.grad is None else x.grad for x in self._leaves]
         gradient = add_over_ranks(torch.cat(parts))
         gradient /= rank_count()
@@ -135,30 +117,30 @@ class LearnedGates:
         torch.autograd.backward([self._sample, penalty], [gradient, None])
         self._optimizer.step()
 
-    def rest(self) -> None:
-        """Multiply the units by what the gates are without noise, `stretched(log α)`."""
+    def use_means(self) -> None:
+        """Multiply the units by the gates without noise, `stretched(log α)`."""
         self.drawn = False
         with torch.no_grad():
-            calm = self._whole(stretched(self._log_alpha)).to(self._device)
-        self.gates.factors = dict(zip(self._keys, calm.split(self._sizes), strict=True))
+            means = self._whole(stretched(self._log_alpha)).to(self._device)
+        self.gates.factors = dict(zip(self._keys, means.split(self._sizes), strict=True))
 
     def present(self) -> dict[Key, torch.Tensor]:
-        """Return how likely each unit is to be there, `[units]` by site, float64."""
+        """Return the probability that each unit is present, `[units]` by site, float64."""
         whole = self._whole(presence(self._log_alpha.double()))
         return dict(zip(self._keys, whole.split(self._sizes), strict=True))
 
     def scores(self) -> dict[Key, torch.Tensor]:
-        """Return what to decide by, `[units]` by site."""
+        """Return the scores of the final decision, `[units]` by site."""
         with torch.no_grad():
             return self.cost.scores(self.present())
 
     def expected(self) -> dict[str, float]:
-        """Return the expected fraction that is kept of each figure that the target names."""
+        """Return the expected fraction that is kept of each limited figure."""
         with torch.no_grad():
             return dict(zip(self.cost.names, self.cost.kept(self.present()).tolist(), strict=True))
 
     def state(self) -> str:
-        """Return all that has been learned, as text; `restore` takes it up exactly."""
+        """Return parameters and optimizer state as text."""
         tensors = {}
         for name, parameter in self._parameters.items():
             tensors[name] = parameter.detach()
@@ -167,7 +149,7 @@ class LearnedGates:
         return base64.b64encode(save(tensors)).decode()
 
     def restore(self, state: str) -> None:
-        """Go on from what `state` returned."""
+        """Restore the result of `state`, exactly."""
         tensors = load(base64.b64decode(state))
         for name, parameter in self._parameters.items():
             with torch.no_grad():
@@ -184,5 +166,5 @@ class LearnedGates:
         return next(self.gates.model.parameters()).device
 
     def _whole(self, values: torch.Tensor) -> torch.Tensor:
-        """Put 1 where a unit has to stay."""
+        """Set the values of fixed units to 1."""
         return torch.where(self._fixed, values.new_ones(()), values)

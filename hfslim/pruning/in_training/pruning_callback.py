@@ -1,4 +1,4 @@
-"""Prune while training: a callback for any Trainer, the stock one too."""
+"""Pruning of units while training: a callback for any Trainer, also the stock one."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
-from transformers.trainer_callback import ExportableState
 
-from hfslim.anatomy.adapters import check_merged
 from hfslim.anatomy.discovery import find_units
 from hfslim.anatomy.inputs import Stated
 from hfslim.anatomy.structure import Kind, Structure
 from hfslim.pruning.gates.gates import Gates, Key
 from hfslim.pruning.in_training.expected_cost import ExpectedCost
+from hfslim.pruning.in_training.gradual import GradualCallback, forget_best
 from hfslim.pruning.in_training.learned_gates import WARM_UP, LearnedGates
-from hfslim.pruning.in_training.schedules import Pace, Schedule
-from hfslim.pruning.scores.collect import Collector
+from hfslim.pruning.in_training.schedules import Schedule
+from hfslim.pruning.scores.collector import Collector
 from hfslim.pruning.scores.criteria import Criteria, criteria_by_kind, learns
 from hfslim.pruning.scores.importance import Scores
 from hfslim.pruning.search.search import Search
@@ -32,39 +31,36 @@ from hfslim.pruning.surgery.surgery import shrink
 from hfslim.pruning.target import Target
 from hfslim.training.callback_requirements import (
     CUT_AFTER,
-    average_over_processes,
     check_not_compiled,
-    check_saved_between_steps,
     check_unscaled,
     check_whole_parameters,
-    saved_state,
 )
-from hfslim.training.log_figures import FiguresCallback
 from hfslim.training.ranks import rank
 
 logger = logging.getLogger(__name__)
 
 
-class PruningCallback(FiguresCallback, ExportableState):
+class PruningCallback(GradualCallback):
     """Prunes gradually while a Trainer trains, then shrinks the model.
 
     Units are scored by the gradients of the training itself, summed over the examples of all
-    processes; at each decision more gates close, and none opens again. Shapes change only when
-    training has ended: `trainer.model` is then the small model, `trainer.save_model()` saves it,
-    and further training needs a new Trainer. Checkpoints hold the whole model with its gates, and
-    resume exactly, with the same callback; without it the stock Trainer would bring the removed
-    units back, `SlimTrainer` and `DistillationTrainer` refuse. The best model is tracked from the
-    last decision on. An error in training leaves the gates in the model until the next training
-    with a PruningCallback begins.
+    processes. At each decision more gates close; none opens again. Shapes change only when training
+    has ended: `trainer.model` is then the small model, `trainer.save_model()` saves it, and further
+    training needs a new Trainer. Checkpoints hold the whole model with its gates, and training
+    resumes exactly with the same callback. Without it the stock Trainer would restore the removed
+    units; `SlimTrainer` and `DistillationTrainer` raise an error. The best model is tracked from
+    the last decision on. After an error in training the gates stay in the model until the next
+    training with a PruningCallback begins.
 
     Args:
-        target: What to keep, as for `prune`.
-        units: Kinds of units that may go.
-        criterion: How units are scored, as for `prune`; or `l0`: the gates are learned beside the
-            weights, by hard-concrete noise and a Lagrangian whose target comes down along the
-            schedule, and at the end those likeliest to be open stay, as many as the target allows.
-        schedule: `cubic` (most of it early) or `linear`, in twenty decisions; `iterative`, in four,
-            with a quarter of the time from start to end between two of them; or `oneshot`.
+        target: The target, as for `prune`.
+        units: Kinds of units that may be removed.
+        criterion: How units are scored, as for `prune`; or `l0`: gates are learned beside the
+            weights, by hard-concrete noise and a Lagrangian whose target decreases along the
+            schedule; at the end the units whose gates are most likely open are kept, as many as the
+            target allows.
+        schedule: `cubic` (most of it early) or `linear`, in twenty decisions; `iterative`, in four
+            decisions, a quarter of the time from start to end apart; or `oneshot`.
         start: When pruning begins, as a fraction of the training steps.
         end: When the target is met, as a fraction of the training steps; the rest is recovery.
         interval: Optimizer steps between decisions; by default the schedule's.
@@ -72,16 +68,16 @@ class PruningCallback(FiguresCallback, ExportableState):
         seed: Seed of random scores.
 
     Raises:
-        ValueError: An argument is out of range; or, when training begins, it is by fp16, FSDP,
+        ValueError: An argument is out of range; or, when training begins, it uses fp16, FSDP,
             ZeRO-3, torch.compile or several GPUs in one process, or the checkpoint is of another
             callback.
-        UnreachableTargetError: When training begins, the target is below what can be reached.
+        UnreachableTargetError: When training begins, the target cannot be reached.
         RuntimeError: When training begins, the model does not run some units as modules, or runs
             them more than once.
 
     Attributes:
-        structure: The units that are kept, by their numbers before any cut; None before training.
-        scores: What the last decision went by, `[units]` by kind and site; None before the first.
+        structure: The units that are kept, by their indices before any cut; None before training.
+        scores: The scores of the last decision, `[units]` by kind and site; None before the first.
     """
 
     def __init__(
@@ -96,52 +92,49 @@ class PruningCallback(FiguresCallback, ExportableState):
         inputs: Stated | None = None,
         seed: int = 0,
     ) -> None:
-        self._pace = Pace(schedule, start, end, interval)
         self.goal = Target.parse(target, units)
         self.criteria = criteria_by_kind(criterion, units, "training")
+        super().__init__(
+            {
+                "target": dict(target),
+                "units": list(units),
+                "criterion": criterion if isinstance(criterion, str) else dict(criterion),
+                "schedule": schedule,
+                "start": start,
+                "end": end,
+                "interval": interval,
+                "inputs": inputs and {name: list(_shape(value)) for name, value in inputs.items()},
+                "seed": seed,
+            }
+        )
         self._learns = learns(self.criteria)
         if self._learns:
             self._pace.check_learned()
         self.structure: Structure | None = None
         self.scores: Mapping[Key, torch.Tensor] | None = None
-        self._arguments: dict[str, Any] = {
-            "target": dict(target),
-            "units": list(units),
-            "criterion": criterion if isinstance(criterion, str) else dict(criterion),
-            "schedule": schedule,
-            "start": start,
-            "end": end,
-            "interval": interval,
-            "inputs": inputs and {name: list(_shape(value)) for name, value in inputs.items()},
-            "seed": seed,
-        }
         self._inputs, self._seed = inputs, seed
         self._learned: LearnedGates | None = None
         self._collector: Collector = None  # type: ignore[assignment]  # made when training begins
 
     def on_train_begin(  # type: ignore[override]  # the Trainer always passes the model
-        self,
-        args: Arguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel,
-        **_: Any,
+        self, args: Arguments, state: TrainerState, *_: Any, model: PreTrainedModel, **__: Any
     ) -> None:
-        """Gate the model, and take up a saved state where training resumes."""
-        _check_arguments(args, learns=self._learns)
-        average_over_processes(args)
-        check_merged(model)
+        """Gate the model, and restore the saved state where training resumes."""
+        name = "PruningCallback with learned gates" if self._learns else "PruningCallback"
+        ways = ("DDP",) if self._learns else ("DDP", "ZeRO-2")
+        check_whole_parameters(args, name, ways, CUT_AFTER)
+        _check_arguments(args)
+        self._begin(args, state, model)
         kinds = self._arguments["units"]
         units = find_units(model, "dimensions" in kinds).of(kinds)
         self._search = Search.priced(model, units, self.goal, self._inputs)
         if self._search.price.resource != self.goal.resource:
             coupled = " and ".join(sorted({site.kind for site in units if site.coupled}))
             raise ValueError(
-                f"there is no latency table for {coupled} to go by while a model trains: give "
+                f"there is no latency table for {coupled} to use while a model trains: give "
                 'target={"macs": …}, or cut in one go by hfslim.prune, which times what it cuts'
             )
         check_reachable(self._search)
-        self._decisions = self._pace.over(state.max_steps)
         check_gates(model, units)
         gates = Gates(model, units, owner=type(self).__name__)
         self._collector = Collector(gates, self.criteria, mean_loss=True)
@@ -157,21 +150,21 @@ class PruningCallback(FiguresCallback, ExportableState):
         gates.attach()
 
     def on_step_begin(self, args: Arguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        """Score, or draw gates, while there is something left to decide."""
+        """Score units, or draw gates, until the last decision."""
         if not self._decisions.first <= state.global_step < self._decisions.last:
             return
         if self._learned is not None:
             self._learned.draw(state.global_step)
             return
         if self._decided:
-            self._collector.renew()
+            self._collector.reset(keep_accumulated=True)
             self._decided = False
         self._collector.start()
 
     def on_pre_optimizer_step(
         self, args: Arguments, state: TrainerState, *_: Any, **__: Any
     ) -> None:
-        """Let the gates learn from the gradients of the step."""
+        """Update the learned gates by the gradients of the step."""
         if self._learned is not None and self._learned.drawn:
             self._learned.learn(
                 self.goal.at(self._decisions.progress(state.global_step + 1, WARM_UP))
@@ -184,7 +177,7 @@ class PruningCallback(FiguresCallback, ExportableState):
         self._collector.stop()
         progress = self._decisions.after(state.global_step)
         if self._learned is not None and state.global_step < self._decisions.last:
-            self._learned.rest()
+            self._learned.use_means()
         elif progress is not None:
             self._decide(state, progress, kwargs["model"])
         self._before_save(control)
@@ -196,55 +189,51 @@ class PruningCallback(FiguresCallback, ExportableState):
         self._before_save(control)
 
     def figures(self) -> dict[str, float]:
-        """Return the fractions of units kept, or likely to be."""
+        """Return the fractions of units that are kept, or expected to be."""
         if self._learned is not None:
             return {f"expected_{name}": part for name, part in self._learned.expected().items()}
         counts = {} if self.structure is None else self.structure.counts()
         return {f"kept_{kind}": here / total for kind, (here, total) in counts.items()}
 
     def on_train_end(  # type: ignore[override]
-        self,
-        args: Arguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel,
-        **_: Any,
+        self, args: Arguments, state: TrainerState, *_: Any, model: PreTrainedModel, **__: Any
     ) -> None:
         """Shrink the model."""
-        if state.global_step < self._decisions.last:
-            self._decide_early(state, model)
+        self._ended_early(state, lambda: self._decide(state, 1.0, model))
         self._collector.gates.detach()
         assert self.structure is not None
         shrink(model, self.structure)
 
-    def state(self) -> dict[str, Any]:
-        """Return what the Trainer writes into a checkpoint."""
-        saved = None
-        if self.structure is not None:
-            scores = self._collector.scores
-            saved = {
-                "structure": self.structure.to_dict(),
-                "decided": self._decided,
-                "count": scores.count,
-                "sums": _packed(scores.sums),
-                "scores": self.scores and _packed(self.scores),
-                "learned": self._learned and self._learned.state(),
-            }
-        return {"args": self._arguments, "attributes": {"saved": saved}}
+    def _checkpoint(self) -> dict[str, Any] | None:
+        if self.structure is None:
+            return None
+        return {
+            "structure": self.structure.to_dict(),
+            "decided": self._decided,
+            "count": self._collector.scores.count,
+            "sums": _packed(self._collector.scores.sums),
+            "scores": self.scores and _packed(self.scores),
+            "learned": self._learned and self._learned.state(),
+        }
+
+    def _has_scores(self, state: TrainerState) -> bool:
+        if self._learned is not None:
+            return state.global_step > self._decisions.first
+        return not self._collector.needs_data or bool(self._collector.scores.reduce().count)
 
     def _restore(self, state: TrainerState) -> None:
-        saved = saved_state(state, type(self).__name__, self._arguments)
+        saved = self._saved(state)
         self.structure = Structure.from_dict(saved["structure"])
         self._decided = saved["decided"]
         self.scores = saved["scores"] and _unpacked(saved["scores"])
         if self._learned is not None:
             self._learned.restore(saved["learned"])
-            self._learned.rest()
+            self._learned.use_means()
         if rank() == 0:
             self._collector.scores = Scores(_unpacked(saved["sums"]), saved["count"])
 
     def _before_save(self, control: TrainerControl) -> None:
-        """Give rank 0, which writes the checkpoint, the scores of all; the sum over ranks stays."""
+        """Move the scores of all ranks to rank 0, which writes the checkpoint; the sum stays."""
         if control.should_save or control.should_evaluate:
             total = self._collector.scores.reduce()
             self._collector.reset()
@@ -255,7 +244,7 @@ class PruningCallback(FiguresCallback, ExportableState):
         gates = self._collector.gates
         if self._learned is not None:
             scores = self._learned.scores()
-            logger.info("step %d: gates leave %s", state.global_step, self._learned.expected())
+            logger.info("step %d: expected to keep %s", state.global_step, self._learned.expected())
             self._learned, gates.factors = None, {}
         else:
             scores = self._collector.result(model, self._seed)
@@ -266,37 +255,12 @@ class PruningCallback(FiguresCallback, ExportableState):
         if new != self.structure:
             self.structure = new
             gates.set(new)
-            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+            forget_best(state)
             logger.info("step %d: keeps %s (%s)", state.global_step, new, new.digest())
 
-    def _decide_early(self, state: TrainerState, model: PreTrainedModel) -> None:
-        if self._learned is not None:
-            blind = state.global_step <= self._decisions.first
-        else:
-            blind = self._collector.needs_data and not self._collector.scores.reduce().count
-        if blind:
-            logger.warning(
-                "training stopped at step %d, before the first score at step %d: the model is not "
-                "pruned; train for longer, or prune it with `hfslim.prune`",
-                state.global_step,
-                self._decisions.first + 1,
-            )
-            return
-        logger.warning(
-            "training stopped at step %d, before the target was due at step %d: pruning to the "
-            "target now, without recovery",
-            state.global_step,
-            self._decisions.last,
-        )
-        self._decide(state, 1.0, model)
 
-
-def _check_arguments(args: Arguments, learns: bool) -> None:
-    """Refuse ways of training under which scores would be wrong."""
-    name = "PruningCallback with learned gates" if learns else "PruningCallback"
-    ways = ("DDP",) if learns else ("DDP", "ZeRO-2")
-    check_whole_parameters(args, name, ways, CUT_AFTER)
-    check_saved_between_steps("PruningCallback")
+def _check_arguments(args: Arguments) -> None:
+    """Raise a ValueError on trainings whose scores would be wrong."""
     check_unscaled(args)
     check_not_compiled(args, "PruningCallback")
     if args.n_gpu > 1:
@@ -327,4 +291,4 @@ def _unpacked(saved: Mapping[str, str]) -> dict[Key, torch.Tensor]:
         kind, _, path = name.partition(" ")
         values = np.frombuffer(base64.b64decode(text), dtype="<f8").copy()
         scores[kind, path] = torch.from_numpy(values)
-    return scores  # type: ignore[return-value]  # kinds that were saved
+    return scores  # type: ignore[return-value]  # the kinds are valid

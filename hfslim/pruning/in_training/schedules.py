@@ -1,4 +1,4 @@
-"""How far towards its target a gradual pruning is, as training goes on."""
+"""Schedules of gradual pruning: the progress towards the target, and the decisions' steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Schedule = Literal["cubic", "linear", "oneshot", "iterative"]
 
 
 def cubic(progress: float) -> float:
-    """Remove most early, while there is time to recover: `1 − (1 − p)³`.
+    """Remove most units early, while there is time to recover: `1 − (1 − p)³`.
 
     (Zhu and Gupta 2017, arXiv 1710.01878.)
 
@@ -28,7 +28,7 @@ def linear(progress: float) -> float:
 
 
 def oneshot(progress: float) -> float:
-    """Remove everything at the end of the window, from the scores of all of it."""
+    """Remove everything at the end of the window, by the scores of the whole window."""
     return float(progress >= 1)
 
 
@@ -39,19 +39,19 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "iterative": linear,
 }
 DECISIONS = {"cubic": 20, "linear": 20, "oneshot": 1, "iterative": 4}
-"""How often something goes, if no interval is given; in between the model recovers."""
+"""Number of decisions if no interval is given."""
 GRADUAL = ("cubic", "linear")
 
 
 @dataclass(frozen=True)
 class Pace:
-    """When a callback decides, as fractions of a training.
+    """The schedule of a callback's decisions, as fractions of a training.
 
     Attributes:
         schedule: A name of `SCHEDULES`.
         start: When pruning begins.
         end: When the goal is met.
-        interval: Optimizer steps between decisions; None for as many as `DECISIONS` says.
+        interval: Optimizer steps between decisions; None for the number in `DECISIONS`.
 
     Raises:
         ValueError: One of them is out of range.
@@ -73,20 +73,16 @@ class Pace:
             raise ValueError(f"interval is a number of steps, at least 1; got {self.interval}")
 
     def check_learned(self) -> None:
-        """Refuse what gates that learn at every step cannot do.
-
-        Raises:
-            ValueError: The schedule has levels, or there is an interval.
-        """
+        """Raise a ValueError if the schedule is not gradual enough for learned gates."""
         if self.schedule not in GRADUAL or self.interval is not None:
             raise ValueError(
-                "learned gates close bit by bit, without decisions on the way: with criterion='l0' "
+                "learned gates close gradually, without decisions on the way: with criterion='l0' "
                 f"the schedule is one of {list(GRADUAL)} and there is no interval; got "
                 f"schedule={self.schedule!r}, interval={self.interval}"
             )
 
     def over(self, steps: int) -> Decisions:
-        """Return the decisions of a training of some optimizer steps."""
+        """Return the decisions of a training of a given number of optimizer steps."""
         first, last = math.ceil(self.start * steps), math.ceil(self.end * steps)
         last = max(last, first + 1)
         interval = self.interval or max(1, (last - first) // DECISIONS[self.schedule])
@@ -95,12 +91,12 @@ class Pace:
 
 @dataclass(frozen=True)
 class Decisions:
-    """The optimizer steps of a training after which something goes.
+    """The optimizer steps of a training after which a callback decides.
 
     Attributes:
-        schedule: From the fraction of the time that is over to the fraction of the way.
+        schedule: From the fraction of the time that has passed to the progress.
         first: Steps before pruning begins.
-        last: The step after which the goal is met.
+        last: The step of the last decision.
         interval: Steps between decisions.
     """
 
@@ -115,7 +111,7 @@ class Decisions:
         return self.last - self.first
 
     def after(self, step: int) -> float | None:
-        """Return how far towards the goal to go after a step; None if nothing is decided then.
+        """Return the progress to decide after a step, in [0, 1]; None without a decision.
 
         Examples:
             >>> decisions = Pace("linear", 0.2, 0.6, 2).over(10)
@@ -126,10 +122,5 @@ class Decisions:
         return self.progress(step) if self.first < step <= self.last and due else None
 
     def progress(self, step: int, within: float = 1.0) -> float:
-        """Return how far towards the goal a step is.
-
-        Args:
-            step: Number of the step.
-            within: The part of the time from first to last after which the goal is reached.
-        """
+        """Return the progress towards the goal at a step, which it reaches `within` of the time."""
         return self.schedule(min(1.0, (step - self.first) / (within * self.steps)))

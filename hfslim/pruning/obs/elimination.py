@@ -1,6 +1,6 @@
-"""Remove units one by one at the least cost while the others make up for them.
+"""Elimination of units one by one at the least cost, with updates of the remaining weights.
 
-Optimal Brain Surgeon (Hassibi and Stork 1993) for whole units of a projection `y = W x`, as in
+Optimal Brain Surgeon (Hassibi and Stork 1993) for whole units of a layer `y = W x`, as in
 ZipLM (Kurtic et al. 2023, arXiv 2302.04089), with the error measured by the curvature of the loss
 in the outputs, as in LLM Surgeon (van der Ouderaa et al. 2023, arXiv 2312.17244).
 """
@@ -12,20 +12,20 @@ from collections.abc import Sequence
 import torch
 
 PANEL = 64
-"""Columns of updates that are gathered before the matrices change."""
+"""Columns of updates that are collected before the matrices are updated."""
 
 
 def eliminate(around: Sequence[Elimination]) -> tuple[list[int], torch.Tensor]:
-    """Find the order in which units go, always the one that costs least.
+    """Remove all units in order of least cost.
 
     Args:
-        around: The projections that take them, one or several; they are used up.
+        around: The layers that take the units, one or several; they cannot be used again.
 
     Returns:
-        The units, the first to go first, and what each adds to the sum of the errors, `[units]`.
+        The units in order of removal, and the cost of each, `[units]`.
 
     Examples:
-        Two inputs are copies of one another but for a little noise, so one of them goes for free:
+        Two inputs are equal but for a little noise, so the removal of one of them costs little:
 
         >>> second = torch.tensor([[1.01, 1.0, 0.0], [1.0, 1.01, 0.0], [0.0, 0.0, 1.0]]).double()
         >>> order, costs = eliminate([Elimination(second, torch.ones(3, 3).double())])
@@ -37,10 +37,10 @@ def eliminate(around: Sequence[Elimination]) -> tuple[list[int], torch.Tensor]:
     order: list[int] = []
     costs = []
     for _ in range(size):
-        price = sum(one.prices() for one in around)
-        assert isinstance(price, torch.Tensor)
-        unit = int(price.masked_fill(gone, float("inf")).argmin())
-        costs.append(price[unit])
+        cost = sum(one.costs() for one in around)
+        assert isinstance(cost, torch.Tensor)
+        unit = int(cost.masked_fill(gone, float("inf")).argmin())
+        costs.append(cost[unit])
         order.append(unit)
         gone[unit] = True
         for one in around:
@@ -49,11 +49,11 @@ def eliminate(around: Sequence[Elimination]) -> tuple[list[int], torch.Tensor]:
 
 
 class Elimination:
-    """A projection that loses its units one by one while the others make up for them.
+    """A layer whose units are removed one by one, with the optimal update of the others.
 
-    Removing the columns `S` of `W`, with the best change of the others, costs
-    `tr((A_SS)⁻¹ B_SS)`, where `A = H⁻¹` and `B = Wᵀ G W`. Then `A` becomes
-    `A − A_S (A_SS)⁻¹ A_Sᵀ` and `W` becomes `W − W_S (A_SS)⁻¹ A_Sᵀ`; of `W` only `B` is needed.
+    Removing the columns `S` of `W` costs `tr((A_SS)⁻¹ B_SS)`, where `A = H⁻¹` and `B = Wᵀ G W`.
+    Then `A` becomes `A − A_S (A_SS)⁻¹ A_Sᵀ` and `W` becomes `W − W_S (A_SS)⁻¹ A_Sᵀ`. Only `B` is
+    needed, not `W`.
 
     Args:
         second: `H`, second moments of the inputs, positive definite, `[units · width]²`, float64.
@@ -71,14 +71,14 @@ class Elimination:
         self.pending = self.a.new_empty(3, len(self.a), max(PANEL // width, 1) * width)
         self.filled = 0
 
-    def prices(self) -> torch.Tensor:
-        """Return what each unit would cost now, `[units]`; of those that are gone, anything."""
-        price = self.a.new_zeros(self.size)
-        price[self.units] = _traces(self.blocks_a, self.blocks_b)
-        return price
+    def costs(self) -> torch.Tensor:
+        """Return the cost of each unit's removal now, `[units]`; undefined for removed units."""
+        costs = self.a.new_zeros(self.size)
+        costs[self.units] = _traces(self.blocks_a, self.blocks_b)
+        return costs
 
     def remove(self, unit: int) -> None:
-        """Let a unit go."""
+        """Remove a unit."""
         unit = int((self.units == unit).nonzero())
         width, filled = self.width, self.filled
         self.gone[unit] = True
@@ -99,7 +99,7 @@ class Elimination:
             self._compress()
 
     def _compress(self) -> None:
-        """Change the matrices by what is pending, and leave out what is gone."""
+        """Apply the pending updates to the matrices, and drop the removed units."""
         left = ~self.gone
         columns = left.repeat_interleave(self.width).nonzero().flatten()
         a, b = (m.index_select(0, columns).index_select(1, columns) for m in (self.a, self.b))
@@ -113,18 +113,18 @@ class Elimination:
 
 
 def refit(weight: torch.Tensor, second: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Solve for the weights that keep a projection's output best when some inputs are gone.
+    """Return the weights that best preserve a layer's output without some of its inputs.
 
     The least squares solution `W H_{:,K} (H_KK)⁻¹`, which equals the sum of all OBS updates.
-    Weights that are zero stay zero, and a row with some is solved for by itself.
+    Weights that are zero stay zero; a row with zeros is solved separately.
 
     Args:
         weight: `W`, `[outputs, inputs]`.
         second: `H`, second moments of the inputs, positive definite, `[inputs, inputs]`.
-        kept: Numbers of the inputs that stay, `[kept]`.
+        kept: Indices of the remaining inputs, `[kept]`.
 
     Returns:
-        The weights, 0 where they were and where the input is gone, `[outputs, inputs]`.
+        The weights, `[outputs, inputs]`; 0 where they were 0 and at removed inputs.
 
     Examples:
         >>> second = torch.tensor([[1.0, 1.0], [1.0, 2.0]])
@@ -147,15 +147,15 @@ def refit(weight: torch.Tensor, second: torch.Tensor, kept: torch.Tensor) -> tor
 def rescale(
     weight: torch.Tensor, second: torch.Tensor, kept: torch.Tensor, width: int = 1
 ) -> torch.Tensor:
-    """Solve for one factor per kept unit that keeps a projection's output best.
+    """Return one factor per kept unit that best preserves a layer's output.
 
-    Least squares over the units' outputs `W_u x_u`, which need not be seen: their inner products
-    follow from `W` and `H`. (Kwon et al. 2022, arXiv 2204.09656, section 4.3.)
+    Least squares over the units' outputs `W_u x_u`, whose inner products follow from `W` and `H`.
+    (Kwon et al. 2022, arXiv 2204.09656, section 4.3.)
 
     Args:
         weight: `W`, `[outputs, inputs]`.
         second: `H`, second moments of the inputs, `[inputs, inputs]`.
-        kept: Numbers of the units that stay.
+        kept: Indices of the remaining units.
         width: Inputs per unit.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Second moments around the projections that units feed: what removing units and mending needs."""
+"""Second moments at the layers that take units: for elimination and reconstruction."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from transformers import PreTrainedModel
 
 from hfslim.anatomy.units import Site, Units
 from hfslim.pruning.gates.gates import Gates, Key
-from hfslim.pruning.obs.backward_pass import listen
-from hfslim.pruning.obs.memory_budget import in_passes, room_beside
-from hfslim.pruning.obs.projections import Projection, projections
-from hfslim.pruning.scores.batches import fitting
+from hfslim.pruning.obs.backward_pass import run_backward
+from hfslim.pruning.obs.matrix_layers import MatrixLayer, matrix_layers
+from hfslim.pruning.obs.memory_budget import in_passes, statistics_budget
+from hfslim.pruning.scores.batches import run_within_memory
 from hfslim.pruning.scores.importance import EMPTY, UnusableScoresError
 from hfslim.training.ranks import add_over_ranks
 
 T = TypeVar("T")
 
 UNFOLDED = 4
-"""Examples of which a convolution's inputs are unfolded at once."""
+"""Number of examples whose inputs of a convolution are unfolded at once."""
 RIDGE = 1e-2
-"""Added to the diagonal of second moments, as a fraction of its mean."""
+"""Ridge on the diagonal of second moments, as a fraction of the diagonal's mean."""
 
 
 @dataclass
 class InputMoments:
-    """Sums over positions of what goes into a projection, so that batches and ranks add theirs.
+    """Sums over positions of a layer's inputs, which add up over batches and ranks.
 
     Attributes:
-        weight: Sum of what the positions count, `[]`.
+        weight: Sum of the weights of the positions, `[]`.
         first: `Σ weight · x`, `[inputs]`.
         second: `Σ weight · x xᵀ`, `[inputs, inputs]`.
     """
@@ -42,39 +42,39 @@ class InputMoments:
     second: torch.Tensor
 
     @classmethod
-    def nothing(cls, device: torch.device, *shapes: tuple[int, ...]) -> Self:
-        """Return sums over nothing, of the shapes of the attributes."""
+    def zeros(cls, device: torch.device, *shapes: tuple[int, ...]) -> Self:
+        """Return empty sums, of the shapes of the attributes."""
         return cls(*(torch.zeros(s, dtype=torch.float64, device=device) for s in shapes))
 
     def add_inputs(self, x: torch.Tensor, weight: torch.Tensor) -> None:
-        """Add positions: inputs `[positions, inputs]`, what each counts `[positions]`."""
-        # Padding, and in the last layer all positions but those that are classified, count nothing.
-        there = weight.nonzero().flatten()
-        x, weight = x[there].float(), weight[there]
+        """Add positions: inputs `[positions, inputs]`, weights `[positions]`."""
+        # Padding, and in the last layer all positions but the classified ones, have weight 0.
+        used = weight.nonzero().flatten()
+        x, weight = x[used].float(), weight[used]
         weighted = x * weight.unsqueeze(-1)
         self.weight += weight.sum(dtype=torch.float64)
         self.first += weighted.sum(0, dtype=torch.float64)
         self.second += weighted.T @ x
 
     def reduce(self) -> None:
-        """Add up those of all ranks."""
+        """Add the sums of all ranks."""
         for total in vars(self).values():
             add_over_ranks(total)
 
     def covariance(self, centred: bool, ridge: float = RIDGE) -> torch.Tensor:
         """Return mean second moments with a ridge, `[inputs, inputs]`; about the mean if centred.
 
-        Where a projection has a bias, the bias makes up for the mean of what is removed.
+        Centre them for a layer with a bias, which compensates the mean of removed inputs.
         """
         second = self.second / self.weight.clamp_min(1e-300)
-        # Sums over float32 are known to this; where all inputs are alike, nothing else is left.
+        # The rounding error of float32 sums, which is all that is left where all inputs are equal.
         rounding = (
             torch.finfo(torch.float32).eps * second.trace() if ridge else second.new_zeros(())
         )
         if centred:
             second -= torch.outer(self.mean, self.mean)
         added = torch.maximum(ridge * second.diagonal().mean(), rounding).clamp_min(1e-30)
-        # In place, because these matrices are the largest that there are.
+        # In place, because these are the largest matrices.
         second = (second + second.T).div_(2)
         second.diagonal().add_(added)
         return second
@@ -87,10 +87,10 @@ class InputMoments:
 
 @dataclass
 class Moments(InputMoments):
-    """Sums over positions around a projection `y = W x + b`.
+    """Sums over positions at a layer `y = W x + b`.
 
-    A position counts by `‖g‖²`, where `g` is the gradient of `decision_roots` at `y`: by how much
-    the decision listens there. Padding gets no gradient, so it counts nothing.
+    A position has the weight `‖g‖²`, where `g` is the gradient of `decision_factors` at `y`.
+    Padding gets no gradient, and so the weight 0.
 
     Attributes:
         outer: `Σ g gᵀ`, `[outputs, outputs]`.
@@ -102,14 +102,14 @@ class Moments(InputMoments):
 
     @classmethod
     def of(cls, weight: torch.Tensor) -> Moments:
-        """Return the sums over nothing around a projection with a weight `[outputs, inputs]`."""
+        """Return empty sums for a layer with a weight `[outputs, inputs]`."""
         outputs, inputs = weight.shape
         shapes = ((), (inputs,), (inputs, inputs), (outputs, outputs), ())
-        return cls.nothing(weight.device, *shapes)
+        return cls.zeros(weight.device, *shapes)
 
     @staticmethod
     def size(weight: torch.Tensor) -> int:
-        """Return the bytes of the sums around a projection, but for what is no matrix."""
+        """Return the bytes of the two matrices of sums."""
         return 8 * sum(side * side for side in weight.shape)
 
     def add(self, x: torch.Tensor, g: torch.Tensor) -> None:
@@ -120,15 +120,10 @@ class Moments(InputMoments):
 
 
 class SecondMoments:
-    """The second moments around a model's projections, as many at once as there is room for.
+    """The second moments at a model's `matrix_layers`, within the memory budget.
 
-    Where there is room for all, data is gone through once, and they are kept. Where there is not,
-    it is gone through anew for each group of sites, whose moments are used and forgotten.
-
-    Args:
-        units: Sites whose units meet weight matrices.
-        batches: Model inputs; labels are passed over.
-        progress: Whether to show progress bars.
+    If all fit into the budget, they are gathered in one pass over the data and kept. Otherwise each
+    group of sites takes its own pass, and its moments are discarded after use.
     """
 
     def __init__(
@@ -140,10 +135,10 @@ class SecondMoments:
         self._kept: dict[Key, list[Moments]] | None = None
 
     def kept(self, model: PreTrainedModel) -> Mapping[Key, list[Moments]] | None:
-        """Return the moments of all sites, gathered when first asked for; None without room."""
+        """Return the moments of all sites, gathered at the first call; None if above the budget."""
         if self._kept is None:
             sizes = {site: _size(model, site) for site in self.units}
-            if sum(sizes.values()) <= room_beside(model):
+            if sum(sizes.values()) <= statistics_budget(model):
                 self._kept = gather(model, self.units, self._batches, self._progress)
         return self._kept
 
@@ -154,17 +149,7 @@ class SecondMoments:
         use: Callable[[Site, list[Moments]], T],
         purpose: str,
     ) -> dict[Key, T]:
-        """Use the moments of some sites, one by one.
-
-        Args:
-            model: The model, or a copy of it; it is not changed, nor may `use` change it.
-            sites: The sites, some of `units`.
-            use: Called with each of them and the moments around its projections.
-            purpose: What for, for the log.
-
-        Returns:
-            What `use` returned, by site.
-        """
+        """Return the results of a function of the moments of each site, by site."""
         kept = self.kept(model) if sites else {}
         if kept is not None:
             return {(s.kind, s.path): use(s, kept[s.kind, s.path]) for s in sites}
@@ -186,28 +171,14 @@ def gather(
     sites: Sequence[Site] | None = None,
     title: str = "second moments",
 ) -> dict[Key, list[Moments]]:
-    """Sum second moments around the projections that units feed, in one pass over data.
+    """Sum second moments at the layers that take units, in one pass over the examples of all ranks.
 
-    No labels are needed, and the model is not changed.
-
-    Args:
-        model: The model, not a wrapper.
-        units: Sites whose units meet weight matrices.
-        batches: Model inputs; labels are passed over.
-        progress: Whether to show a progress bar.
-        sites: Those of the units whose moments are wanted; all if not given.
-        title: What the progress bar says.
-
-    Returns:
-        The sums over the examples of all ranks, of each projection of a site.
-
-    Raises:
-        UnusableScoresError: There are no examples, or an activation or gradient is not finite; the
-            message names the module.
+    No labels are needed, and the model is not changed. The moments are returned by site, of all
+    `units` or of some `sites` among them, for each of a site's matrix layers.
     """
-    # All are gated and listened at, so that not a bit depends on which are wanted.
+    # All sites are gated and hooked, so that the result of one does not depend on the choice.
     gates, wanted = Gates(model, units), list(units) if sites is None else sites
-    at = {site: projections(model, site) for site in units}
+    layers_of = {site: matrix_layers(model, site) for site in units}
 
     def check() -> None:
         gates.check_fired()
@@ -216,20 +187,20 @@ def gather(
     def once(
         batches: Iterable[Mapping[str, Any]],
     ) -> tuple[dict[Key, list[Moments]], int]:
-        by_path = {one.path: (one, Moments.of(one.weight)) for s in wanted for one in at[s]}
-        found = {(s.kind, s.path): [by_path[one.path][1] for one in at[s]] for s in wanted}
+        by_path = {one.path: (one, Moments.of(one.weight)) for s in wanted for one in layers_of[s]}
+        found = {(s.kind, s.path): [by_path[one.path][1] for one in layers_of[s]] for s in wanted}
 
-        def heard(path: str, x: torch.Tensor, g: torch.Tensor) -> None:
+        def on_gradient(path: str, x: torch.Tensor, g: torch.Tensor) -> None:
             if path in by_path:
                 layer, moments = by_path[path]
-                for some, theirs in zip(_parts(x, layer), _parts(g, layer), strict=True):
-                    moments.add(*layer.positions(some, theirs))
+                for inputs, gradients in zip(_parts(x, layer), _parts(g, layer), strict=True):
+                    moments.add(*layer.positions(inputs, gradients))
 
         with gates:
-            modules = {one.path: one.module for layers in at.values() for one in layers}
-            return found, listen(model, modules, batches, heard, progress, check, title)
+            modules = {one.path: one.module for layers in layers_of.values() for one in layers}
+            return found, run_backward(model, modules, batches, on_gradient, progress, check, title)
 
-    found, examples = fitting(once, batches)
+    found, examples = run_within_memory(once, batches)
     for (kind, path), several in found.items():
         for moments in several:
             moments.examples += examples
@@ -244,10 +215,10 @@ def gather(
     return found
 
 
-def _parts(x: torch.Tensor, layer: Projection) -> tuple[torch.Tensor, ...]:
-    """Part what a layer gets so that what a convolution sees of it is never large."""
-    return x.split(UNFOLDED) if layer.convolves else (x,)
+def _parts(x: torch.Tensor, layer: MatrixLayer) -> tuple[torch.Tensor, ...]:
+    """Split a batch so that the unfolded patches of a convolution stay small."""
+    return x.split(UNFOLDED) if layer.is_convolution else (x,)
 
 
 def _size(model: nn.Module, site: Site) -> int:
-    return sum(Moments.size(one.weight) for one in projections(model, site))
+    return sum(Moments.size(one.weight) for one in matrix_layers(model, site))

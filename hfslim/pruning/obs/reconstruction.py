@@ -1,4 +1,4 @@
-"""Change the weights that stay, so that they make up for the units that go."""
+"""Scores by elimination, and reconstruction of the remaining weights by least squares."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from hfslim.anatomy.structure import Structure
 from hfslim.anatomy.units import Site, Units
 from hfslim.pruning.gates.gates import Key
 from hfslim.pruning.obs.elimination import Elimination, eliminate, refit, rescale
+from hfslim.pruning.obs.matrix_layers import MatrixLayer, matrix_layers
 from hfslim.pruning.obs.moments import Moments, SecondMoments
-from hfslim.pruning.obs.projections import Projection, projections
 
 logger = logging.getLogger(__name__)
 
@@ -24,28 +24,20 @@ Reconstruction = Literal["weights", "scales", "none"]
 RECONSTRUCTIONS: tuple[Reconstruction, ...] = get_args(Reconstruction)
 
 LARGEST_SCALE = 10.0
-"""Solutions with a larger factor are dropped, as Kwon et al. do."""
+"""Solutions with a larger factor are discarded, as by Kwon et al."""
 
 
 def check_reconstruction(how: str) -> None:
-    """Refuse a way that there is not.
-
-    Raises:
-        ValueError: Naming those that there are.
-    """
+    """Raise a ValueError if there is no such reconstruction."""
     if how not in RECONSTRUCTIONS:
         raise ValueError(f"reconstruction must be one of {list(RECONSTRUCTIONS)}, got {how!r}")
 
 
 def obs_scores(model: PreTrainedModel, moments: SecondMoments) -> dict[Key, torch.Tensor]:
-    """Score units by what each adds to the loss when it goes in its turn and the others make up.
+    """Score units by the rise of the loss at their removal in turn, with updates of the others.
 
-    Units of a site go one by one, so the scores of one site rise in the order in which they go, and
-    the sum of those removed estimates the loss.
-
-    Args:
-        model: The model whose moments these are.
-        moments: Of its heads, neurons and channels.
+    The scores of a site rise in the order of removal, and the sum over removed units estimates the
+    rise of the loss.
 
     Returns:
         `[units]` by site, float64.
@@ -53,7 +45,7 @@ def obs_scores(model: PreTrainedModel, moments: SecondMoments) -> dict[Key, torc
 
     def rising(site: Site, around: list[Moments]) -> torch.Tensor:
         order, costs = _eliminated(model, site, around)
-        # Strictly rising, so that sorting by score gives back the order.
+        # Strictly rising, so that sorting by score gives the order of removal.
         step = 1e-12 * costs.sum() * torch.arange(1, site.size + 1).to(costs)
         scores = torch.empty_like(costs)
         scores[order] = costs.clamp_min(0).cummax(0).values + step
@@ -63,23 +55,16 @@ def obs_scores(model: PreTrainedModel, moments: SecondMoments) -> dict[Key, torc
 
 
 def layer_scores(units: Units, scores: Mapping[Key, torch.Tensor]) -> dict[Key, torch.Tensor]:
-    """Score each layer by the sum of what is in it.
-
-    Args:
-        units: The sites of the model.
-        scores: Scores of the units in the layers, `[units]` by site.
-
-    Returns:
-        `[layers]` by list, float64.
+    """Score each layer by the sum of the scores of its units, `[layers]` by list, float64.
 
     Raises:
-        ValueError: Layers are runs of one module, or nothing in them has a score.
+        ValueError: Layers are runs of one module, or no unit in a layer has a score.
     """
     found: dict[Key, torch.Tensor] = {}
     for site in units:
         if site.layers.runs:
             raise ValueError(
-                f"obs scores layers by what is in them, and those at {site.path!r} are runs of the "
+                f"obs scores layers by their units, and those at {site.path!r} are runs of the "
                 "same module: choose another criterion for layers, such as fisher"
             )
         if site.kind == "layers":
@@ -91,9 +76,8 @@ def layer_scores(units: Units, scores: Mapping[Key, torch.Tensor]) -> dict[Key, 
             empty = [index for index in site.removable if not by_layer[index]]
             if empty:
                 raise ValueError(
-                    f"obs scores layers by what is in them, and in those at {site.path!r} with the "
-                    f"numbers {empty} nothing has a score: choose another criterion for layers, "
-                    "such as fisher"
+                    f"obs scores layers by their units, and layers {empty} at {site.path!r} have "
+                    "no scored units: choose another criterion for layers, such as fisher"
                 )
             sums = [sum(some) for some in by_layer]
             found[site.kind, site.path] = torch.tensor(sums, dtype=torch.float64)
@@ -104,7 +88,7 @@ def _eliminated(
     model: PreTrainedModel, site: Site, around: list[Moments]
 ) -> tuple[list[int], torch.Tensor]:
     problems = []
-    for layer, moments in zip(projections(model, site), around, strict=True):
+    for layer, moments in zip(matrix_layers(model, site), around, strict=True):
         weight = layer.weight.double()
         metric = weight.T @ (moments.outer / moments.examples) @ weight
         second = moments.covariance(layer.bias is not None)
@@ -113,28 +97,23 @@ def _eliminated(
 
 
 @dataclass
-class _Mended:
-    """What stays of a projection, and its bias.
+class _Reconstruction:
+    """The weights of a layer's remaining inputs, `[outputs, kept]`, and its bias, `[outputs]`."""
 
-    Attributes:
-        layer: The projection.
-        inputs: Numbers of the inputs that stay, `[kept]`.
-        weight: `[outputs, kept]`.
-        bias: `[outputs]`; None if it has none.
-    """
-
-    layer: Projection
+    layer: MatrixLayer
     inputs: torch.Tensor
     weight: torch.Tensor
     bias: torch.Tensor | None
 
-    def now(self) -> _Mended:
-        """Return the same as it is in the model now."""
+    def current(self) -> _Reconstruction:
+        """Return the same weights and bias as they are in the model now."""
         weight, bias = self.layer.weight.index_select(1, self.inputs), self.layer.bias
-        return _Mended(self.layer, self.inputs, weight, None if bias is None else bias.clone())
+        return _Reconstruction(
+            self.layer, self.inputs, weight, None if bias is None else bias.clone()
+        )
 
     def put(self) -> None:
-        """Put it into the model."""
+        """Write weights and bias into the model."""
         self.layer.put(self.layer.weight.index_copy(1, self.inputs, self.weight))
         bias = self.layer.bias
         if bias is not None and self.bias is not None:
@@ -149,41 +128,30 @@ def reconstructed(
     moments: SecondMoments | None,
     how: Reconstruction,
 ) -> Iterator[None]:
-    """Let what stays make up for what a structure removes; taken back if the block fails.
+    """Reconstruct the weights of remaining units; undo it if the block fails.
 
-    Every layer that takes units of a site is solved for by least squares, and its bias makes up for
-    the mean. The weights that meet removed units, whose inputs are gone, stay as they are, and so
-    do sites without moments.
-
-    Args:
-        model: The model whose moments these are.
-        units: Its sites.
-        structure: The units to keep.
-        moments: Second moments; None if there are none.
-        how: `weights`: every weight that stays; `scales`: one factor for each unit that stays,
-            which multiplies its weights; `none`: nothing.
-
-    Yields:
-        Nothing.
+    Every layer that takes units of a site is solved by least squares, for all its remaining weights
+    (`weights`) or for one factor per remaining unit (`scales`), and its bias compensates the mean.
+    The weights of removed units do not change, nor do sites without moments.
     """
-    mended: list[_Mended] = []
+    new: list[_Reconstruction] = []
     if moments is not None and how != "none":
         known = {(site.kind, site.path) for site in moments.units}
         kept = {(s.kind, s.path): structure.kept(s.kind, s.path) for s in units}
         cut = [s for s in units if (k := (s.kind, s.path)) in known and len(kept[k]) < s.size]
 
-        def solve(site: Site, around: list[Moments]) -> list[_Mended]:
-            layers = zip(projections(model, site), around, strict=True)
+        def solve(site: Site, around: list[Moments]) -> list[_Reconstruction]:
+            layers = zip(matrix_layers(model, site), around, strict=True)
             units = torch.tensor(kept[site.kind, site.path], dtype=torch.long)
-            return [_mended(layer, units, one, how) for layer, one in layers]
+            return [_solved(layer, units, one, how) for layer, one in layers]
 
         by_site = moments.each(model, cut, solve, "reconstruction")
-        mended = [one for several in by_site.values() for one in several]
-    before: list[_Mended] = []
+        new = [one for several in by_site.values() for one in several]
+    before: list[_Reconstruction] = []
     try:
-        while mended:
-            before.append(mended[-1].now())
-            mended.pop().put()
+        while new:
+            before.append(new[-1].current())
+            new.pop().put()
         yield
     except BaseException:
         for old in before:
@@ -191,10 +159,10 @@ def reconstructed(
         raise
 
 
-def _mended(
-    layer: Projection, units: torch.Tensor, moments: Moments, how: Reconstruction
-) -> _Mended:
-    """Solve for a projection of which some units stay."""
+def _solved(
+    layer: MatrixLayer, units: torch.Tensor, moments: Moments, how: Reconstruction
+) -> _Reconstruction:
+    """Solve for the weights and bias of a layer that keeps some units."""
     weight, bias = layer.weight, layer.bias
     old, second = weight.double(), moments.covariance(bias is not None)
     units = units.to(old.device)
@@ -205,7 +173,7 @@ def _mended(
         scales = rescale(old, second, units, layer.width)
         if scales.abs().max() > LARGEST_SCALE:
             logger.warning(
-                "%s: a factor of %.1f would be needed, so its weights stay as they are",
+                "%s: a factor of %.1f would be needed, so its weights do not change",
                 layer.path,
                 scales.abs().max(),
             )
@@ -214,4 +182,4 @@ def _mended(
         new[:, inputs] = old[:, inputs] * scales.repeat_interleave(layer.width)
     if bias is not None:
         bias = bias + ((old - new) @ moments.mean).to(bias)
-    return _Mended(layer, inputs, new[:, inputs].to(weight), bias)
+    return _Reconstruction(layer, inputs, new[:, inputs].to(weight), bias)

@@ -1,4 +1,4 @@
-"""Calibration data that can be gone through more than once."""
+"""Calibration data that can be read more than once, and batches that fit into memory."""
 
 from __future__ import annotations
 
@@ -19,19 +19,14 @@ T = TypeVar("T")
 
 
 class Batches:
-    """The first examples of some batches of model inputs, as often as they are asked for.
+    """The first examples of batches of model inputs, of some classes or all, for repeated reading.
 
-    A list or a DataLoader is gone through anew each time; what can be gone through only once, such
-    as a generator, is kept in memory from the first time on.
-
-    Args:
-        data: Batches of model inputs, with or without `labels`.
-        max_examples: Examples to use at most.
-        classes: Numbers of the classes whose examples are used; all if None.
+    A list or a DataLoader is read again each time; an iterator, such as a generator, is read once
+    and kept in memory.
 
     Raises:
-        ValueError: `max_examples` is less than 1; or, on the way, a batch is no dict of tensors, or
-            has no labels to choose by.
+        ValueError: `max_examples` is less than 1; or, while reading, a batch is not a dict of
+            tensors, or has no labels although `classes` are given.
     """
 
     def __init__(
@@ -43,7 +38,7 @@ class Batches:
         if max_examples < 1:
             raise ValueError(f"max_examples must be at least 1, got {max_examples}")
         self.max_examples = max_examples
-        self._data = data if classes is None else _Chosen(data, tuple(classes))
+        self._data = data if classes is None else _OfClasses(data, tuple(classes))
         self._once = isinstance(data, Iterator)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -53,11 +48,7 @@ class Batches:
 
 
 def class_numbers(config: PreTrainedConfig, classes: Sequence[int | str]) -> tuple[int, ...]:
-    """Return the numbers of classes, given by number or name.
-
-    Raises:
-        ValueError: The model has no such class, or none at all.
-    """
+    """Return the numbers of classes, given by number or name; raise a ValueError on others."""
     if problem_type(config) == "regression":
         raise ValueError("classes: the model predicts values, not classes")
     known: Mapping[Any, str] = config.id2label or {}
@@ -73,7 +64,7 @@ def class_numbers(config: PreTrainedConfig, classes: Sequence[int | str]) -> tup
 
 
 def check_classes(labels: torch.Tensor, classes: int, problem: ProblemType) -> None:
-    """Refuse classes that the model does not have; on a GPU they would end the process."""
+    """Raise a ValueError on classes that the model does not have; a GPU would abort the process."""
     if problem == "single_label_classification" and len(labels):
         lowest, highest = labels.min().item(), labels.max().item()
         if highest >= classes or (lowest < 0 and lowest != IGNORED_LABEL):
@@ -83,7 +74,7 @@ def check_classes(labels: torch.Tensor, classes: int, problem: ProblemType) -> N
 
 
 def class_of_each(labels: torch.Tensor | None, classes: int) -> torch.Tensor:
-    """Return the class of each example, `[examples]`; refuse examples without exactly one."""
+    """Return the class of each example, `[examples]`; raise a ValueError where there is not one."""
     if labels is None or labels.ndim != 1 or labels.is_floating_point():
         given = "none" if labels is None else f"{labels.dtype} of shape {tuple(labels.shape)}"
         raise ValueError(
@@ -98,8 +89,8 @@ def class_of_each(labels: torch.Tensor | None, classes: int) -> torch.Tensor:
     return labels
 
 
-class _Chosen:
-    """The examples of some classes; of several labels at a time, those with one of the classes."""
+class _OfClasses:
+    """The examples that have one of some classes, among their labels or as their only label."""
 
     def __init__(self, data: Iterable[Mapping[str, Any]], classes: tuple[int, ...]) -> None:
         self.data, self.classes = data, classes
@@ -139,47 +130,46 @@ def _limited(data: Iterable[Mapping[str, Any]], max_examples: int) -> Iterator[B
             return
 
 
-def fitting(
+def run_within_memory(
     run: Callable[[Iterable[Mapping[str, Any]]], T], data: Iterable[Mapping[str, Any]]
 ) -> T:
-    """Run over batches; where they do not fit into memory, anew over halves of them.
+    """Run a function over batches; halve the batches and restart while they do not fit into memory.
 
     Args:
-        run: Begins from nothing each time; what it returns must not depend on how examples are
-            batched.
-        data: Batches that can be gone through more than once.
+        run: Must start from scratch at each call, and not depend on how examples are batched.
+        data: Batches that can be read more than once.
 
     Raises:
-        RuntimeError: Single examples do not fit either; of a GPU `torch.OutOfMemoryError`.
+        RuntimeError: Single examples do not fit either; on a GPU `torch.OutOfMemoryError`.
     """
     most: int | None = None
     while True:
-        seen = [1]
+        sizes = [1]
         try:
-            return run(_split(data, most, seen))
+            return run(_split(data, most, sizes))
         except RuntimeError as error:
-            if max(seen) == 1 or not should_reduce_batch_size(error):
+            if max(sizes) == 1 or not should_reduce_batch_size(error):
                 raise
-            most, reason = (max(seen) + 1) // 2, str(error).partition("\n")[0]
+            most, reason = (max(sizes) + 1) // 2, str(error).partition("\n")[0]
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         logger.warning(
             "out of memory on %d examples at once (%s): starting anew with %d; smaller batches of "
             "calibration data would save the first try",
-            *(max(seen), reason, most),
+            *(max(sizes), reason, most),
         )
 
 
 def _split(
-    data: Iterable[Mapping[str, Any]], most: int | None, seen: list[int]
+    data: Iterable[Mapping[str, Any]], most: int | None, sizes: list[int]
 ) -> Iterator[Mapping[str, Any]]:
-    """Yield batches of up to `most` examples, and note the size of each."""
+    """Yield batches of up to `most` examples, and append the size of each to `sizes`."""
     for batch in data:
         size = next((len(v) for v in batch.values() if isinstance(v, torch.Tensor)), 1)
         step = max(size if most is None else min(size, most), 1)
         for start in range(0, max(size, 1), step):
             part = slice(start, start + step)
-            seen.append(min(step, size - start))
+            sizes.append(min(step, size - start))
             yield (
                 batch
                 if step >= size

@@ -1,4 +1,4 @@
-"""How much each class needs each unit."""
+"""Importance of every unit for each class."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from hfslim.anatomy.discovery import find_units
 from hfslim.anatomy.structure import KINDS, Kind
 from hfslim.pruning.gates.gates import Gates, Key
 from hfslim.pruning.scores.batches import Batches
-from hfslim.pruning.scores.collect import Collector, run
+from hfslim.pruning.scores.collect import run
+from hfslim.pruning.scores.collector import Collector
 from hfslim.pruning.scores.criteria import CRITERIA, Criteria, criteria_by_kind
 
 
 @dataclass(frozen=True)
 class ClassImportance:
-    """Importance of every unit, taken apart by the classes of the examples.
+    """Importance of every unit, in total and by the class of the examples.
 
     Attributes:
         classes: Names of the classes, in the model's order.
         examples: Number of examples of each, `[classes]`.
-        scores: Importance for all examples by kind and site, `[units]`, as `prune` has it.
-        by_class: What the examples of each class add to it, `[classes, units]` by kind and site;
-            over the classes it adds up to `scores`.
+        scores: Importance over all examples by kind and site, `[units]`, as in `prune`.
+        by_class: The part of the examples of each class, `[classes, units]` by kind and site; the
+            sum over classes is `scores`.
     """
 
     classes: tuple[str, ...]
@@ -35,12 +36,12 @@ class ClassImportance:
     by_class: Mapping[Key, torch.Tensor]
 
     def shares(self, kind: Kind) -> dict[Key, torch.Tensor]:
-        """Return each unit's share of what a class, or all, needs of a kind.
+        """Return each unit's share of the total importance of a kind, for all and for each class.
 
-        Losses of hard classes have greater gradients; shares compare classes all the same.
+        Losses of hard classes have greater gradients; shares make classes comparable.
 
         Returns:
-            `[1 + classes, units]` by kind and site: all examples first, then each class; every row
+            `[1 + classes, units]` by kind and site: all examples first, then each class. Every row
             adds up to 1 over the sites of the kind, or is 0 for a class without examples.
         """
         rows = {
@@ -60,26 +61,26 @@ def importance_by_class(
     max_examples: int = 512,
     progress: bool = True,
 ) -> ClassImportance:
-    """Score units for each class apart, in the one pass that scores them for the whole task.
+    """Score units for each class, in the pass that scores them for all examples.
 
-    Scores are sums over examples, so those of the examples of each class add up to the whole. Under
-    several processes all ranks get the scores over the examples of all.
+    Scores are sums over examples, so the scores of the classes add up to the total. Under several
+    processes all ranks get the scores over the examples of all ranks.
 
     Args:
-        model: The classifier, not a wrapper; it is not changed.
-        data: Batches of model inputs with `labels`, one class for each example.
-        units: Kinds of units; all that the model has if not given.
+        model: The classifier, not a wrapper; unchanged.
+        data: Batches of model inputs with `labels`, one class per example.
+        units: Kinds of units; by default all that the model has.
         criterion: `fisher` (Kwon et al. 2022, arXiv 2204.09656), `taylor` (Michel et al. 2019,
             arXiv 1905.10650), or another that scores example by example.
-        max_examples: Examples to use at most, on each rank.
+        max_examples: Maximum number of examples, on each rank.
         progress: Whether to show a progress bar.
 
     Returns:
-        Scores for all and by class. Where a criterion brings the scores of a site, or of a kind, to
-        one scale, the classes' are brought there with them.
+        Scores in total and by class. Where a criterion rescales the scores of a site or a kind, the
+        scores by class are rescaled with them.
 
     Raises:
-        ValueError: The data is empty or has no class for each example, the criterion does not score
+        ValueError: The data is empty or lacks a class for an example, the criterion does not score
             example by example, or scores are not finite.
     """
     found = find_units(model)

@@ -1,4 +1,4 @@
-"""Every criterion in one table: what it is computed from, by which function, after which paper."""
+"""The table of criteria: what each is computed from, by which function, after which paper."""
 
 from __future__ import annotations
 
@@ -20,22 +20,28 @@ Criteria = str | Mapping[Kind, str]
 """The name of a criterion, or one for each kind of unit."""
 Labels = Literal["needed", "optional", "unused"]
 Rows = torch.Tensor | slice
-"""Which examples of a batch, `[examples]`."""
+"""A choice of the examples of a batch, `[examples]`."""
+Scoring = Callable[[torch.Tensor], torch.Tensor]
+WeightScoring = Callable[[nn.Module, Units, int], dict[Key, torch.Tensor]]
+RemovalScoring = Callable[
+    [PreTrainedModel, Units, Sequence[Mapping[str, Any]], bool], dict[Key, torch.Tensor]
+]
 
 OUTPUT_NORM = 1e-5
-"""K-prune's λ, the weight of the output norm."""
+"""λ of K-prune, the weight of the output norm."""
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What the gates of a site multiply in one batch.
+class GatedActivations:
+    """The activations that the gates of a site multiply in one batch.
 
     Attributes:
         site: The site.
         before: For layers the input, else the same as `after`; `[examples, positions, features]`.
-        after: What the gate multiplies; of layers the output.
+        after: The gated activations; for layers the output.
         weight: `[examples, positions]`, 0 for padding, 1 elsewhere.
-        projection: Weight that the gated features meet, `[outputs, features]`; None for layers.
+        projection: Weight of the projection of the gated features, `[outputs, features]`; None for
+            layers.
     """
 
     site: Site
@@ -46,18 +52,18 @@ class Seen:
 
     @property
     def added(self) -> torch.Tensor:
-        """What the units add: of layers, to the residual stream."""
+        """The contribution of the units; for layers, to the residual stream."""
         return self.after - self.before if self.site.kind == "layers" else self.after
 
-    def of(self, rows: Rows) -> Seen:
-        """Return what is seen of some examples."""
+    def of(self, rows: Rows) -> GatedActivations:
+        """Return the activations of some examples."""
         return replace(
             self, before=self.before[rows], after=self.after[rows], weight=self.weight[rows]
         )
 
     @property
     def units(self) -> int:
-        """Number of units seen at once: layers come one by one."""
+        """Number of units in the batch: 1 for layers, which are scored one by one."""
         return 1 if self.site.kind == "layers" else self.site.size
 
 
@@ -65,41 +71,37 @@ class Seen:
 class Criterion:
     """How units are scored. The sources that are set add up.
 
-    Every score is a sum over examples, so that batches and processes can add theirs.
+    Every score is a sum over examples, so that batches and processes add their scores.
 
     Attributes:
-        paper: Where it comes from.
+        paper: The source in the literature.
         gradient: From `∂loss/∂gate`, `[examples, units]`, to `[units]`.
-        loss: What `gradient` is of: the loss by the labels (in training, the loss that is trained
-            on), or the divergence from the model's own predictions, root by root.
-        temperature: That of the predictions.
-        activation: From what the gates multiply, to `[units]`.
-        weights: From the model itself and a seed, to `[units]` by site.
+        loss: The loss that `gradient` differentiates: the loss by the labels (in training, the
+            training loss), or the divergence from the model's own predictions, factor by factor
+            (`hfslim.pruning.scores.importance.fisher_factors`).
+        temperature: Temperature of the predictions.
+        activation: From `GatedActivations` to `[units]`.
+        weights: From the model and a seed, to `[units]` by site.
         removal: From the model and batches, by removing units in turn, to `[units]` by site.
-        eliminates: Whether units are scored by removing them in turn while the others make up, from
-            second moments (`hfslim.pruning.obs.reconstruction.obs_scores`).
+        eliminates: Whether units are removed in turn, from second moments, while the remaining
+            weights are updated (`hfslim.pruning.obs.reconstruction.obs_scores`).
         learned: Whether gates are learned in training, all under one budget
             (`hfslim.pruning.in_training.learned_gates.LearnedGates`).
         labels: Whether the loss needs labels; where they are optional and missing, the model's own
-            predictions stand in.
-        kinds: The kinds of units that it is for.
-        per_layer: Whether heads and neurons are brought to L2 norm 1 in each layer.
-        accumulates: Whether scores add up over all of training, not from decision to decision.
+            predictions replace them.
+        kinds: The kinds of units that it can score.
+        per_layer: Whether the scores of heads and neurons are divided by their L2 norm per layer.
+        accumulates: Whether scores add up over the whole training, or restart at each decision.
         when: `calibration`, `training` or both.
     """
 
     paper: str
-    gradient: Callable[[torch.Tensor], torch.Tensor] | None = None
+    gradient: Scoring | None = None
     loss: Literal["labels", "predictions"] = "labels"
     temperature: float = 1.0
-    activation: Callable[[Seen], torch.Tensor] | None = None
-    weights: Callable[[nn.Module, Units, int], dict[Key, torch.Tensor]] | None = None
-    removal: (
-        Callable[
-            [PreTrainedModel, Units, Sequence[Mapping[str, Any]], bool], dict[Key, torch.Tensor]
-        ]
-        | None
-    ) = None
+    activation: Callable[[GatedActivations], torch.Tensor] | None = None
+    weights: WeightScoring | None = None
+    removal: RemovalScoring | None = None
     eliminates: bool = False
     learned: bool = False
     labels: Labels = "unused"
@@ -109,21 +111,21 @@ class Criterion:
     when: tuple[str, ...] = ("calibration", "training")
 
 
-def _activation(seen: Seen) -> torch.Tensor:
-    return importance.activation(seen.added * seen.weight.unsqueeze(-1), seen.units)
+def _activation(batch: GatedActivations) -> torch.Tensor:
+    return importance.activation(batch.added * batch.weight.unsqueeze(-1), batch.units)
 
 
-def _block_influence(seen: Seen) -> torch.Tensor:
-    return importance.block_influence(seen.before, seen.after, seen.weight)
+def _block_influence(batch: GatedActivations) -> torch.Tensor:
+    return importance.block_influence(batch.before, batch.after, batch.weight)
 
 
-def _output_norm(seen: Seen) -> torch.Tensor:
-    if seen.projection is None:
+def _output_norm(batch: GatedActivations) -> torch.Tensor:
+    if batch.projection is None:
         raise ValueError(
-            f"kl_fisher needs the matrix that the {seen.site.kind} at {seen.site.path!r} meet, "
-            "and they meet none: choose another criterion, such as fisher"
+            f"kl_fisher needs the weight matrix that projects the {batch.site.kind} at "
+            f"{batch.site.path!r}, and there is none: choose another criterion, such as fisher"
         )
-    norm = importance.output_norm(seen.added, seen.projection, seen.units, seen.weight)
+    norm = importance.output_norm(batch.added, batch.projection, batch.units, batch.weight)
     return OUTPUT_NORM * norm
 
 
@@ -192,16 +194,31 @@ CRITERIA: dict[str, Criterion] = {
 }
 
 
+def register_criterion(name: str, criterion: Criterion) -> None:
+    """Add a criterion to the table, under the name by which `criterion` arguments give it.
+
+    `hfslim.prune`, `PruningCallback` and recipes find it there. Register it before the recipe is
+    parsed, and in every process.
+
+    Args:
+        name: A name that `CRITERIA` does not have yet.
+        criterion: How it scores, by `gradient`, `activation`, `weights` or `removal`.
+
+    Raises:
+        ValueError: The name is taken, or the criterion sets none of these four.
+    """
+    if name in CRITERIA:
+        raise ValueError(f"criterion {name!r} is registered already: choose another name")
+    sources = ("gradient", "activation", "weights", "removal")
+    if not any(getattr(criterion, source) for source in sources):
+        raise ValueError(f"criterion {name!r} computes no scores: set one of {list(sources)}")
+    CRITERIA[name] = criterion
+
+
 def usual_criterion(
     kinds: Iterable[Kind], when: str = "calibration", sites: Iterable[Site] = ()
 ) -> str:
-    """Return the criterion to use where none is asked for: `obs` where it fits, else `fisher`.
-
-    Args:
-        kinds: The kinds of units to score.
-        when: `calibration` or `training`.
-        sites: All sites of the model, if they are known.
-    """
+    """Return the default criterion: `obs` where it can be used, else `fisher`."""
     obs = CRITERIA["obs"]
     fits = when in obs.when and set(kinds) <= set(obs.kinds)
     return "obs" if fits and not any(site.experts.inside for site in sites) else "fisher"
@@ -210,16 +227,11 @@ def usual_criterion(
 def criteria_by_kind(
     criterion: Criteria, kinds: Iterable[Kind], when: str = "calibration"
 ) -> dict[Kind, str]:
-    """Spell out a criterion for each kind of unit.
-
-    Args:
-        criterion: One name, or one for each kind.
-        kinds: The kinds of units to score.
-        when: `calibration` or `training`.
+    """Return the name of the criterion of each kind of unit.
 
     Raises:
-        ValueError: A kind or a criterion is unknown, is not for that kind or not for then, a kind
-            has none, or learned gates are mixed with scored ones.
+        ValueError: A kind or a criterion is unknown, a criterion cannot score that kind or be used
+            at that time, a kind has none, or learned gates are mixed with scored ones.
     """
     given = dict(criterion) if isinstance(criterion, Mapping) else None
     result: dict[Kind, str] = {}
@@ -254,16 +266,12 @@ def criteria_by_kind(
 
 
 def learns(criteria: Mapping[Kind, str]) -> bool:
-    """Tell whether gates are learned, not scored."""
+    """Return whether gates are learned instead of scored."""
     return any(CRITERIA[name].learned for name in criteria.values())
 
 
 def check_labels(criteria: Mapping[Kind, str]) -> None:
-    """Refuse criteria that need labels, for data that has none.
-
-    Raises:
-        ValueError: Naming them, and those that do not.
-    """
+    """Raise a ValueError if a criterion needs labels; call it where the data has none."""
     needing = sorted({name for name in criteria.values() if CRITERIA[name].labels == "needed"})
     if needing:
         free = [

@@ -1,27 +1,19 @@
-"""Tell where numbers stop being numbers, and where gradients end."""
+"""Checks of logits and gradients, which name the module that causes a failure."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from hfslim.pruning.scores.importance import UnusableScoresError
 
 
 def check_finite(model: nn.Module, inputs: Mapping[str, Any], logits: torch.Tensor) -> None:
-    """Refuse logits that are not finite, and name the first module that they come from.
-
-    Args:
-        model: The model that computed them.
-        inputs: What it computed them from; it is run once more to find the module.
-        logits: Of any shape.
-
-    Raises:
-        UnusableScoresError: They are not.
-    """
+    """Raise an UnusableScoresError if logits are not finite, naming the first such module."""
     if torch.isfinite(logits).all():
         return
     place = next((f"the input {n!r}" for n, v in inputs.items() if not _finite(v)), None)
@@ -32,20 +24,16 @@ def check_finite(model: nn.Module, inputs: Mapping[str, Any], logits: torch.Tens
 
 
 def check_gradients(model: nn.Module, logits: torch.Tensor) -> None:
-    """Refuse logits that gradients do not pass from, as in a model that runs without them inside.
-
-    Raises:
-        UnusableScoresError: They do not.
-    """
+    """Raise an UnusableScoresError if the model runs its layers without gradients."""
     if not logits.requires_grad:
         raise UnusableScoresError(
-            f"{type(model).__name__} runs its layers without gradients, so none tells what units "
-            "are worth: use criterion='activation' or 'magnitude' with reconstruction='none'"
+            f"{type(model).__name__} runs its layers without gradients, so units cannot be scored "
+            "by them: use criterion='activation' or 'magnitude' with reconstruction='none'"
         )
 
 
 def _first(model: nn.Module, inputs: Mapping[str, Any]) -> str:
-    """Return the path of the first module to return what is not finite."""
+    """Return the path of the first module whose output is not finite."""
     found: list[str] = []
 
     def hook(path: str) -> Callable[..., None]:
@@ -66,14 +54,5 @@ def _first(model: nn.Module, inputs: Mapping[str, Any]) -> str:
 
 
 def _finite(value: Any) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in _tensors(value))
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for one in value:
-            yield from _tensors(one)
+    tensors = (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)

@@ -1,4 +1,4 @@
-"""How much a model needs each unit: criteria, and their sums over examples and ranks."""
+"""Importance of units: the criteria as pure functions, and sums over examples and ranks."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ EMPTY = "no examples were scored: the calibration data is empty, or has none of 
 
 
 class UnusableScoresError(ValueError):
-    """There are no scores to decide by, or they are not finite."""
+    """There are no scores, or they are not finite."""
 
 
 @dataclass
 class Scores:
-    """Importance of every unit, as sums over examples, so that ranks can add theirs.
+    """Importance of every unit, as sums over examples, which add up over ranks.
 
     Attributes:
         sums: Sum over examples by site, `[units]`, float64.
@@ -34,11 +34,7 @@ class Scores:
     count: int = 0
 
     def mean(self) -> dict[Key, torch.Tensor]:
-        """Return the mean over examples by site, `[units]`.
-
-        Raises:
-            UnusableScoresError: There are no examples, or a score is not finite.
-        """
+        """Return the mean over examples by site, `[units]`."""
         if not self.count:
             raise UnusableScoresError(EMPTY)
         for (kind, path), value in self.sums.items():
@@ -72,8 +68,8 @@ class Scores:
 def fisher(gradient: torch.Tensor) -> torch.Tensor:
     """Sum the squared gradients of the gates, `[examples, units]` to `[units]`.
 
-    The square is taken example by example; the square of a batch's gradient ranks otherwise,
-    because signs cancel. (Kwon et al. 2022, arXiv 2204.09656.)
+    Gradients are squared example by example; the square of a batch's gradient gives another
+    ranking, because signs cancel. (Kwon et al. 2022, arXiv 2204.09656.)
 
     Examples:
         >>> fisher(torch.tensor([[1.0, -2.0], [-1.0, 3.0]]))
@@ -85,7 +81,7 @@ def fisher(gradient: torch.Tensor) -> torch.Tensor:
 def taylor(gradient: torch.Tensor) -> torch.Tensor:
     """Sum the absolute gradients of the gates, `[examples, units]` to `[units]`.
 
-    (Michel et al. 2019, arXiv 1905.10650; the normalisation per layer is `normalise`'s.)
+    (Michel et al. 2019, arXiv 1905.10650; `normalise` does their normalisation per layer.)
 
     Examples:
         >>> taylor(torch.tensor([[1.0, -2.0], [-1.0, 3.0]]))
@@ -95,11 +91,10 @@ def taylor(gradient: torch.Tensor) -> torch.Tensor:
 
 
 def movement(gradient: torch.Tensor) -> torch.Tensor:
-    """Sum `−∂L/∂gate`, `[examples, units]` to `[units]`; it grows while weights leave zero.
+    """Sum `−∂L/∂gate`, `[examples, units]` to `[units]`; positive while weights move from zero.
 
-    It is `−Σ W · ∂L/∂W` over the unit's slice of the projection that follows, which gradient
-    descent turns into a change of the unit's size. (Sanh et al. 2020, arXiv 2005.07683, for whole
-    units as Lagunas et al. 2021, arXiv 2109.04838.)
+    It equals `−Σ W · ∂L/∂W` over the unit's slice of the projection that follows. (Sanh et al.
+    2020, arXiv 2005.07683, for whole units as in Lagunas et al. 2021, arXiv 2109.04838.)
 
     Examples:
         >>> movement(torch.tensor([[1.0, -2.0], [-1.0, 3.0]]))
@@ -108,30 +103,30 @@ def movement(gradient: torch.Tensor) -> torch.Tensor:
     return -gradient.sum(0)
 
 
-def divergence_roots(
+def fisher_factors(
     logits: torch.Tensor, problem: ProblemType, temperature: float = 1.0, outcomes: int = 8
 ) -> torch.Tensor:
-    """Write the curvature of the divergence from a model's own predictions as a sum of squares.
+    """Return scalars whose squared gradients add up to the Fisher information of the predictions.
 
-    The divergence `KL_T` between what a model predicts and what it predicts with a gate ξ changed
-    is 0 at ξ = 1 with slope 0, so its gradient scores nothing there. Its second derivative is the
-    Fisher information `Σ_k (∂r_k/∂ξ)²` of the roots `r_k` returned here: for one class per example
+    The divergence `KL_T` between a model's predictions and those with a gate ξ changed is 0 at
+    ξ = 1, and so is its gradient. Its second derivative is the Fisher information
+    `Σ_k (∂r_k/∂ξ)²` of the factors `r_k` returned here. For one class per example
     `r_k = T √p_k log p_k`, where `p = softmax(logits / T)` and the square root is a constant.
 
     Args:
         logits: `[examples, classes]`.
         problem: What the logits mean.
         temperature: T > 0; of no effect for regression.
-        outcomes: Roots at most, one backward pass each. Where there are more classes, those least
-            likely count as one outcome, which is the Fisher information of the coarser
-            distribution; of several yes-or-no questions the surest are left out.
+        outcomes: Maximum number of factors, one backward pass each. With more classes, the least
+            likely ones are merged into one outcome; of more independent labels, the most certain
+            are left out. Regression returns all.
 
     Returns:
-        `[examples, min(classes, outcomes)]`; all outputs for regression.
+        `[examples, factors]`.
 
     Examples:
-        >>> roots = divergence_roots(torch.zeros(1, 4), "single_label_classification")
-        >>> [round(r, 4) for r in roots[0].tolist()]  # ½ · log ¼
+        >>> factors = fisher_factors(torch.zeros(1, 4), "single_label_classification")
+        >>> [round(r, 4) for r in factors[0].tolist()]  # ½ · log ¼
         [-0.6931, -0.6931, -0.6931, -0.6931]
     """
     logits = logits.float()
@@ -151,22 +146,15 @@ def divergence_roots(
 
 
 def normalise(scores: Mapping[Key, torch.Tensor]) -> dict[Key, torch.Tensor]:
-    """Divide each site's scores by their L2 norm, as Michel et al. (1905.10650) do per layer."""
+    """Divide each site's scores by their L2 norm, as Michel et al. (arXiv 1905.10650) per layer."""
     return {key: value / value.norm().clamp_min(1e-30) for key, value in scores.items()}
 
 
 def activation(value: torch.Tensor, units: int) -> torch.Tensor:
-    """Sum over examples the L2 norm of each unit's activations.
+    """Sum over examples the L2 norm of each unit's activations, to `[units]`.
 
-    (In the spirit of Minitron, arXiv 2407.14679.)
-
-    Args:
-        value: `[examples, positions, units · width]`, zero at padded positions; of a layer, what
-            it adds to the residual stream.
-        units: Number of units.
-
-    Returns:
-        `[units]`.
+    The value, `[examples, positions, units · width]`, is zero at padded positions; for a layer it
+    is the contribution to the residual stream. (In the spirit of Minitron, arXiv 2407.14679.)
 
     Examples:
         >>> activation(torch.tensor([[[3.0, 1.0], [4.0, 0.0]]]), units=2)
@@ -179,19 +167,18 @@ def activation(value: torch.Tensor, units: int) -> torch.Tensor:
 def output_norm(
     value: torch.Tensor, projection: torch.Tensor, units: int, weight: torch.Tensor
 ) -> torch.Tensor:
-    """Sum over examples the mean square of what each unit adds to the residual stream.
+    """Sum over examples the mean square of each unit's contribution to the residual stream.
 
-    (The representational knowledge of K-prune, Park et al. 2023, arXiv 2308.03449; there the width
-    of a head is averaged before the projection, here the head's whole output counts.)
+    The result, `[units]`, is a mean over positions and features.
+
+    (The representational knowledge of K-prune, Park et al. 2023, arXiv 2308.03449, who average over
+    a head's width before the projection; here the head's whole output is projected.)
 
     Args:
-        value: What the projection gets, `[examples, positions, units · width]`.
+        value: Input of the projection, `[examples, positions, units · width]`.
         projection: Its weight, `[features, units · width]`.
         units: Number of units.
         weight: `[examples, positions]`, 0 for padding, 1 elsewhere.
-
-    Returns:
-        `[units]`, means over positions and features.
 
     Examples:
         >>> value = torch.tensor([[[1.0, 2.0], [3.0, 0.0]]])
@@ -210,17 +197,10 @@ def output_norm(
 def block_influence(
     before: torch.Tensor, after: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
-    """Sum over examples `1 − cos` between a layer's input and output.
+    """Sum over examples the mean of `1 − cos` between a layer's input and output, to `[1]`.
 
-    (ShortGPT, Men et al. 2024, arXiv 2403.03853.)
-
-    Args:
-        before: Input, `[examples, positions, features]`.
-        after: Output, the same shape.
-        weight: `[examples, positions]`, 0 for padding, 1 elsewhere.
-
-    Returns:
-        `[1]`.
+    Input and output are `[examples, positions, features]`; the weight, `[examples, positions]`, is
+    0 for padding and 1 elsewhere. (ShortGPT, Men et al. 2024, arXiv 2403.03853.)
 
     Examples:
         >>> before = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])
@@ -250,7 +230,7 @@ def magnitude(model: nn.Module, units: Units) -> dict[Key, torch.Tensor]:
 
 
 def random_scores(units: Units, seed: int) -> dict[Key, torch.Tensor]:
-    """Return uniform scores: the control that any other criterion has to beat."""
+    """Return uniform random scores, as a control for other criteria."""
     generator = torch.Generator().manual_seed(seed)
     return {
         (site.kind, site.path): torch.rand(site.size, generator=generator, dtype=torch.float64)

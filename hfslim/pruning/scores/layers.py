@@ -1,4 +1,4 @@
-"""Which layers to remove: evenly spaced ones, or one after the other by what the loss says."""
+"""Scores of layers: by even spacing, or by the loss when layers are removed in turn."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hfslim.anatomy.structure import Structure
 from hfslim.anatomy.units import Units
 from hfslim.measuring.timing import evaluating, placed
 from hfslim.pruning.gates.gates import Gates, Key
-from hfslim.pruning.scores.batches import fitting
+from hfslim.pruning.scores.batches import run_within_memory
 from hfslim.pruning.scores.finite import check_finite
 from hfslim.pruning.scores.importance import Scores, UnusableScoresError
 from hfslim.pruning.search.best import best_structure
@@ -27,19 +27,13 @@ logger = logging.getLogger(__name__)
 
 
 def spacing(size: int, fixed: Sequence[int] = ()) -> list[float]:
-    """Score the layers of a list so that those left are evenly spaced, whatever their number.
+    """Score the layers of a list so that any number of remaining layers is evenly spaced.
 
-    The list is halved again and again, to evenly spaced layers with the first and the last among
-    them; within a halving, the layer to go next is the one furthest from the ends and from those
-    just gone. (Every other layer: Fan et al. 2019, arXiv 1909.11556; of twelve, the six that
-    DistilBERT starts from, Sanh et al. 2019, arXiv 1910.01108.)
-
-    Args:
-        size: Number of layers.
-        fixed: Layers that stay.
-
-    Returns:
-        A score in (0, 1] for each layer, the rank of its removal.
+    The list is halved repeatedly, to evenly spaced layers that include the first and the last.
+    Within a halving, the next layer to remove is the one furthest from the ends and from the layers
+    removed in the same halving. (Every other layer: Fan et al. 2019, arXiv 1909.11556; of twelve,
+    the six that DistilBERT starts from, Sanh et al. 2019, arXiv 1910.01108.)
+    Scores are the ranks of removal, in (0, 1].
 
     Examples:
         >>> [round(12 * score) for score in spacing(12)]
@@ -62,7 +56,7 @@ def spacing(size: int, fixed: Sequence[int] = ()) -> list[float]:
 
 
 def spaced(units: Units) -> dict[Key, torch.Tensor]:
-    """Score layers by `spacing`, `[layers]` by list."""
+    """Return the `spacing` of the layers of each list, `[layers]`."""
     return {
         (site.kind, site.path): torch.tensor(spacing(site.size, site.fixed), dtype=torch.float64)
         for site in units
@@ -71,21 +65,18 @@ def spaced(units: Units) -> dict[Key, torch.Tensor]:
 
 
 def spaced_layers(model: PreTrainedModel, keep: int) -> Structure:
-    """Choose evenly spaced layers: the depth at which to run a model trained with LayerDrop.
+    """Return the structure that keeps evenly spaced layers, as after training with LayerDrop.
 
-    `gated(model, spaced_layers(model, 6))` runs the model at that depth and leaves it as it is,
-    `shrink` cuts it.
+    `gated(model, spaced_layers(model, 6))` runs the model at that depth without changing it;
+    `shrink` removes the layers.
 
     Args:
         model: The model itself, not a wrapper.
-        keep: Number of layers to keep, of all lists together.
-
-    Returns:
-        The structure.
+        keep: Number of layers to keep, in all lists together.
 
     Raises:
-        ValueError: The model has no layers that can be removed, or not so many.
-        UnreachableTargetError: Fewer than `keep` cannot go.
+        ValueError: The model has no removable layers, or `keep` is out of range.
+        UnreachableTargetError: Too many layers cannot be removed.
     """
     units = find_units(model).of(["layers"])
     total = sum(site.size for site in units)
@@ -101,25 +92,15 @@ def loss_delta(
     batches: Sequence[Mapping[str, Any]],
     progress: bool = False,
 ) -> dict[Key, torch.Tensor]:
-    """Remove layers one after the other, always the one whose loss hurts least; score by the loss.
+    """Score layers by greedy removal: remove the layer that raises the loss least, and repeat.
 
-    After each removal those left are scored again, so that a layer whose neighbour does its work
-    counts once the neighbour is gone. That is `n² / 2` evaluations for `n` layers. Under several
-    processes all ranks remove the same layers, by the loss over the examples of all.
-
-    Args:
-        model: The model.
-        units: Its sites; layers are scored, others left alone.
-        batches: Labelled batches of this rank.
-        progress: Whether to show a progress bar.
+    After each removal the remaining layers are evaluated again, so that a layer gains importance
+    when a redundant neighbour is removed. `n` layers take `n² / 2` evaluations. Under several
+    processes all ranks remove the same layers, by the loss over the examples of all ranks.
 
     Returns:
-        The rise of the mean loss at a layer's removal, `[layers]` by list; never less than that of
-        the layer before, so that the order of the scores is the order of removal. The last layer
-        of a list, and fixed ones, have the greatest.
-
-    Raises:
-        UnusableScoresError: There are no examples, or a loss is not finite.
+        The rise of the mean loss at a layer's removal, `[layers]` by list, strictly increasing in
+        the order of removal. The last layer of a list, and fixed ones, have the greatest score.
     """
     sites = Units(tuple(site for site in units if site.kind == "layers"))
     closed = {site.path: frozenset[int]() for site in sites}
@@ -147,11 +128,11 @@ def loss_delta(
             return loss
 
         def whole(parts: Iterable[Mapping[str, Any]]) -> tuple[float, int]:
-            # No layer is closed, so what fits now will fit.
+            # No layer is closed yet, so batches that fit now will fit later.
             fitted[:] = parts
             return _summed_loss(model, fitted, gates)
 
-        [loss] = _means([fitting(whole, batches)], ["no layer"])
+        [loss] = _means([run_within_memory(whole, batches)], ["no layer"])
         shown.advance(task)
         while left := candidates():
             losses = [loss_without(path, closed[path] | {index}) for path, index in left]
@@ -179,7 +160,7 @@ def loss_delta(
 def _summed_loss(
     model: PreTrainedModel, batches: Sequence[Mapping[str, Any]], gates: Gates
 ) -> tuple[float, int]:
-    """Return the sum of the losses of the labelled examples, and their number."""
+    """Return the sum of the losses over the labelled examples, and their number."""
     total, count = 0.0, 0
     for batch in batches:
         inputs = placed(model, batch)
@@ -195,7 +176,7 @@ def _summed_loss(
 
 
 def _means(losses: list[tuple[float, int]], names: list[str]) -> list[float]:
-    """Return the means over the examples of all ranks, of sums and counts of this one."""
+    """Return the means over the examples of all ranks, from this rank's sums and counts."""
     sums = {("layers", "loss"): torch.tensor([total for total, _ in losses], dtype=torch.float64)}
     reduced = Scores(sums, losses[0][1]).reduce()  # type: ignore[arg-type]
     if not reduced.count:

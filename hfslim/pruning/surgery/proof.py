@@ -1,4 +1,4 @@
-"""Run a model with closed gates and cut, and compare: the proof that a cut is exact."""
+"""The proof that a cut is exact: the logits of the cut model equal those of the gated model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 Settings = dict[str, Any]
 Returns = dict[str, Settings]
-"""What each attention module returns, as settings of the class that may stand in for it."""
+"""The form of each attention module's output, as settings of the class that may replace it."""
 
 PROBE_EXAMPLES = 2
 PROBE_LENGTH = {"input_ids": 16, "input_values": 4000, "input_features": 64}
@@ -30,23 +30,19 @@ HALF_TOLERANCE = 5e-2
 
 
 def check_gates(model: PreTrainedModel, units: Units) -> None:
-    """Check by one forward pass that gates on a model's units act, before training relies on them.
-
-    Raises:
-        RuntimeError: Some do not.
-    """
+    """Raise a RuntimeError if one forward pass does not call every gate on a model's units."""
     with Gates(model, units) as gates:
         _logits(model, probe_inputs(model))
         gates.check_fired()
 
 
 def attention_returns(model: PreTrainedModel, units: Units) -> Returns:
-    """Run a model once, to see what each attention module returns."""
+    """Run a model once, and return the form of each attention module's output."""
     return run_gated(model, units, units.full(), probe_inputs(model))[1]
 
 
 def probe_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return small random inputs to run a model on."""
+    """Return small random inputs of a model."""
     length = PROBE_LENGTH.get(model.main_input_name)
     return example_inputs(model, batch_size=PROBE_EXAMPLES, length=length)
 
@@ -57,10 +53,10 @@ def run_gated(
     structure: Structure,
     inputs: Mapping[str, torch.Tensor],
 ) -> tuple[torch.Tensor, Returns]:
-    """Run the gated model; return its logits and what each attention module returns."""
+    """Run the gated model; return its logits and the form of each attention module's output."""
     returns: Returns = {}
 
-    def note(path: str) -> Any:
+    def record(path: str) -> Any:
         def hook(_: nn.Module, __: tuple, output: Any) -> None:
             returns[path] = {"returns": 0 if isinstance(output, torch.Tensor) else len(output)}
             if isinstance(output, list):
@@ -69,9 +65,9 @@ def run_gated(
         return hook
 
     attentions = [site.path for site in units if site.kind == "heads"]
-    handles = [model.get_submodule(p).register_forward_hook(note(p)) for p in attentions]
+    handles = [model.get_submodule(p).register_forward_hook(record(p)) for p in attentions]
     try:
-        # Sites that stay whole need not be reached by gates.
+        # Gates need not be called on sites that keep all units.
         cut = [e for e in structure if len(e.kept) < e.total]
         gates = Gates(model, Units(tuple(units.site(e.kind, e.path) for e in cut)))
         gates.set(Structure(tuple(cut)))
@@ -84,22 +80,16 @@ def run_gated(
     return logits, returns
 
 
-def tell_unseen(
+def warn_if_no_effect(
     expected: torch.Tensor, model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]
 ) -> None:
-    """Warn where gates change the logits so little that a wrong cut would not be seen either.
-
-    Args:
-        expected: The gated model's logits.
-        model: The model, without gates, not yet cut.
-        inputs: What both run on.
-    """
+    """Warn if gates change the logits so little that `check_equal` cannot detect a wrong cut."""
     effect = (_logits(model, inputs) - expected).abs().max().item()
     if effect <= _tolerance(expected):
         logger.warning(
-            "what is cut changes the logits of %s by %.2g on the inputs of the check, too little "
-            "to see in %s whether the cut is exact: cut it trained, in float32, or on `inputs` of "
-            "its task",
+            "the removed units change the logits of %s by %.2g on the inputs of the check, too "
+            "little to check in %s that the cut is exact: cut the trained model, in float32, or "
+            "pass `inputs` of its task",
             type(model).__name__,
             effect,
             str(expected.dtype).removeprefix("torch."),
@@ -109,16 +99,7 @@ def tell_unseen(
 def check_equal(
     expected: torch.Tensor, model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]
 ) -> None:
-    """Check that a cut model computes what the gated one did.
-
-    Args:
-        expected: The gated model's logits.
-        model: The cut model.
-        inputs: What both run on.
-
-    Raises:
-        RuntimeError: It does not, or does not run at all.
-    """
+    """Raise a RuntimeError if a cut model does not run, or differs from the gated model."""
     remedy = (
         "so this family cannot be cut like this; nothing was changed. Leave the kind of unit that "
         "causes it out of `units`"

@@ -1,4 +1,4 @@
-"""Cut tensors so that they can be made whole again, without holding anything twice."""
+"""Slices of tensors that can be undone, without a second copy of the tensors."""
 
 from __future__ import annotations
 
@@ -13,103 +13,96 @@ from torch import nn
 
 
 @dataclass(frozen=True)
-class _Part:
-    """What a tensor that was cut along one dimension is made whole from.
+class _Slice:
+    """The two parts of a tensor that was sliced along one dimension.
 
     Attributes:
         tensor: The tensor, empty now.
-        kept: What stays of it.
-        gone: What does not.
+        kept: The entries that are kept.
+        removed: The entries that are removed.
         dim: The dimension.
-        index: Where along it what stays was.
-        stride: Its layout.
+        index: Indices of the kept entries.
+        stride: The tensor's strides.
     """
 
     tensor: weakref.ref[torch.Tensor]
     kept: torch.Tensor
-    gone: torch.Tensor
+    removed: torch.Tensor
     dim: int
     index: torch.Tensor
     stride: tuple[int, ...]
 
     def joined(self, kept: torch.Tensor) -> torch.Tensor:
-        """Put what stays and what does not together again."""
-        size = kept.shape[self.dim] + self.gone.shape[self.dim]
+        """Return the whole tensor, given its kept entries."""
+        size = kept.shape[self.dim] + self.removed.shape[self.dim]
         shape = [*kept.shape[: self.dim], size, *kept.shape[self.dim + 1 :]]
         whole = torch.empty_strided(shape, self.stride, dtype=kept.dtype, device=kept.device)
         whole.index_copy_(self.dim, self.index, kept)
-        return whole.index_copy_(self.dim, _others(self.index, size), self.gone)
+        return whole.index_copy_(self.dim, _others(self.index, size), self.removed)
 
 
-class Parted:
-    """The tensors of a model that were cut, each left empty beside its two parts.
+class ReversibleSlices:
+    """The tensors of a model that were sliced, each emptied and stored as its two parts.
 
-    A cut copies what stays; with what goes beside that, the tensor itself is needed no more, so the
-    model and its cut version take the memory of one. Objects stay what they are: who is made whole
-    again has all values as they were, bit for bit. Tensors that do not have their memory for
-    themselves stay whole.
+    The kept and the removed entries together hold all values, so the original model and its cut
+    version take the memory of one. A restored tensor is the same object with the same values, bit
+    for bit. Tensors that share their memory are not emptied.
 
-    Args:
-        model: The model.
-        sparing: Whether to empty tensors at all. If not, they stay where they are in memory.
+    Unless `sparing`, no tensor is emptied, and all stay at their places in memory.
     """
 
     def __init__(self, model: nn.Module, sparing: bool) -> None:
         self._sparing = sparing
         tensors = (*model.parameters(), *model.buffers())
         self._users = Counter(one.untyped_storage().data_ptr() for one in tensors)
-        self._parts: dict[int, _Part] = {}
+        self._slices: dict[int, _Slice] = {}
 
     def select(self, tensor: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
-        """Return what stays of a tensor, a parameter of a parameter, and empty the tensor.
+        """Return the kept entries of a parameter or buffer, and empty it.
 
-        Args:
-            tensor: A parameter or buffer of the model, whole or cut before. The caller holds on to
-                it until it calls `restore` or `let_go`.
-            dim: The dimension to cut along.
-            index: What stays, by number, each once.
+        The caller keeps a reference to the tensor until it calls `restore` or `discard`.
         """
         data = self.whole(tensor)
         index = index.to(data.device)
         kept = data.index_select(dim, index)
         if isinstance(tensor, nn.Parameter):
             kept = nn.Parameter(kept, requires_grad=tensor.requires_grad)
-        if id(tensor) not in self._parts and self._has_own_memory(data):
-            gone = data.index_select(dim, _others(index, data.shape[dim]))
-            part = _Part(weakref.ref(tensor), kept, gone, dim, index, data.stride())
-            # First noted, then emptied: an interrupt between the two loses nothing.
-            self._parts[id(tensor)] = part
+        if id(tensor) not in self._slices and self._has_own_memory(data):
+            removed = data.index_select(dim, _others(index, data.shape[dim]))
+            one = _Slice(weakref.ref(tensor), kept, removed, dim, index, data.stride())
+            # Stored before the tensor is emptied: an interrupt between the two loses nothing.
+            self._slices[id(tensor)] = one
             tensor.data = data.new_empty(0)
         return kept
 
     def whole(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the values of a tensor as they were before it was emptied, if it was."""
-        part = self._parts.get(id(tensor))
-        return tensor.detach() if part is None else part.joined(self.whole(part.kept))
+        """Return the values of a tensor before it was emptied, or of one that was not."""
+        one = self._slices.get(id(tensor))
+        return tensor.detach() if one is None else one.joined(self.whole(one.kept))
 
     def restore_used(self, model: nn.Module) -> None:
-        """Make whole again what a model still uses, after all its cuts."""
+        """Restore the sliced tensors that the cut model still uses."""
         for tensor in (*model.parameters(), *model.buffers()):
-            if id(tensor) in self._parts:
+            if id(tensor) in self._slices:
                 self._settle(id(tensor))
 
     def restore(self) -> None:
-        """Make all tensors whole again; what was cut last comes first."""
-        while self._parts:
-            self._settle(next(reversed(self._parts)))
+        """Restore all tensors, in reverse order."""
+        while self._slices:
+            self._settle(next(reversed(self._slices)))
 
-    def let_go(self) -> None:
-        """Forget what is gone, for good; make whole what others than the model still hold."""
-        while self._parts:
-            self._settle(next(iter(self._parts)))
+    def discard(self) -> None:
+        """Discard all removed entries; restore tensors that are referenced outside the model."""
+        while self._slices:
+            self._settle(next(iter(self._slices)))
         return_memory()
 
     def _settle(self, key: int) -> None:
-        """Make a tensor whole, if anybody has it, and forget its parts."""
-        tensor = self._parts[key].tensor()
+        """Restore a tensor, if it still exists, and discard its parts."""
+        tensor = self._slices[key].tensor()
         if tensor is not None:
             tensor.data = self.whole(tensor)
-        del self._parts[key]
+        del self._slices[key]
 
     def _has_own_memory(self, data: torch.Tensor) -> bool:
         storage = data.untyped_storage()
@@ -118,14 +111,14 @@ class Parted:
 
 
 def _others(index: torch.Tensor, size: int) -> torch.Tensor:
-    """Return the numbers below a size that are not in an index."""
+    """Return the indices below a size that are not in `index`."""
     others = torch.ones(size, dtype=torch.bool, device=index.device)
     others[index] = False
     return others.nonzero().flatten()
 
 
 def return_memory() -> None:
-    """Give the system back what is free between memory in use, which glibc keeps otherwise."""
+    """Return free heap memory, which glibc would keep, to the system."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:

@@ -254,7 +254,7 @@ def test_layerdrop_skips_the_same_layers_in_every_run_and_none_in_evaluation(tmp
 
         def spy(args, state, control, **kwargs):
             begin(args, state, control, **kwargs)
-            skipped.append(dict(callback._gates._closed_layers))
+            skipped.append(dict(callback._gates.closed))
 
         callback.on_step_begin = spy
         trainer = _trainer(tmp_path / name, callback)

@@ -145,7 +145,7 @@ def test_a_layer_that_has_to_stay_is_never_dropped():
     callback = LayerDropCallback(p=0.99)
     callback.on_train_begin(SimpleNamespace(torch_compile=False), None, model=model)
     callback.on_step_begin(None, SimpleNamespace(global_step=0))
-    assert callback._gates._closed_layers == {("layers", "deberta.encoder.layer"): {1, 2}}
+    assert callback._gates.closed == {("layers", "deberta.encoder.layer"): {1, 2}}
 
 
 def test_resuming_without_the_callback_is_refused(tmp_path):

@@ -122,18 +122,18 @@ class _Held:
     """Notes how many bytes of second moments there are at once, and leaves little room for them."""
 
     def __init__(self, monkeypatch, kind, leaves):
-        self.most, self._seen, made = 0, [], kind.nothing.__func__
-        monkeypatch.setattr(memory_budget, "ROOM", leaves)
-        monkeypatch.setattr(memory_budget, "SHARE", 0.0)
+        self.most, self._seen, made = 0, [], kind.zeros.__func__
+        monkeypatch.setattr(memory_budget, "LEAST_BUDGET", leaves)
+        monkeypatch.setattr(memory_budget, "MODEL_FRACTION", 0.0)
 
-        def nothing(cls, *args):
+        def zeros(cls, *args):
             one = made(cls, *args)
             self._seen += [weakref.ref(t) for t in vars(one).values() if t.ndim == 2]
             alive = [t for ref in self._seen if (t := ref()) is not None]
             self.most = max(self.most, sum(t.numel() * 8 for t in alive))
             return one
 
-        monkeypatch.setattr(kind, "nothing", classmethod(nothing))
+        monkeypatch.setattr(kind, "zeros", classmethod(zeros))
 
 
 def _outcome(**how):
@@ -178,9 +178,9 @@ def test_moments_that_fit_are_gathered_once_for_scores_and_reconstruction(monkey
 
 
 def test_a_quarter_of_a_large_model_may_be_moments(monkeypatch):
-    monkeypatch.setattr(memory_budget, "ROOM", 100)
-    assert memory_budget.room_beside(torch.nn.Linear(10, 100, bias=False)) == 1000
-    assert memory_budget.room_beside(torch.nn.Linear(1, 1)) == 100
+    monkeypatch.setattr(memory_budget, "LEAST_BUDGET", 100)
+    assert memory_budget.statistics_budget(torch.nn.Linear(10, 100, bias=False)) == 1000
+    assert memory_budget.statistics_budget(torch.nn.Linear(1, 1)) == 100
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda"])

@@ -229,7 +229,7 @@ def test_an_unknown_reconstruction_is_refused():
 def test_inputs_that_are_all_alike_have_a_covariance_to_solve_with():
     torch.manual_seed(0)
     x = torch.randn(1, 48).repeat(40, 1)
-    moments = InputMoments.nothing(x.device, (), (48,), (48, 48))
+    moments = InputMoments.zeros(x.device, (), (48,), (48, 48))
     moments.add_inputs(x, torch.rand(40))
     # About their mean nothing is left of them but the rounding of float32, negative at times.
     torch.linalg.cholesky(moments.covariance(centred=True))

@@ -15,10 +15,10 @@ from hfslim.anatomy.discovery import find_units
 from hfslim.anatomy.inputs import example_inputs
 from hfslim.anatomy.structure import Structure
 from hfslim.anatomy.units import Units
-from hfslim.pruning.obs import projections
+from hfslim.pruning.obs import matrix_layers
 from hfslim.pruning.obs.elimination import Elimination, eliminate
+from hfslim.pruning.obs.matrix_layers import MatrixLayer
 from hfslim.pruning.obs.moments import gather
-from hfslim.pruning.obs.projections import Projection
 from hfslim.pruning.scores.batches import Batches
 from hfslim.pruning.steps import calibrate, cut
 from hfslim.pruning.surgery.batch_norms import renew_batch_norms
@@ -52,7 +52,7 @@ CONVOLUTIONS = [
 
 @pytest.mark.parametrize("conv", CONVOLUTIONS, ids=lambda conv: type(conv).__name__)
 def test_a_convolution_is_the_matrix_that_it_is_laid_out_as(conv):
-    layer = Projection("conv", conv, 1, conv.weight[0, 0].numel())
+    layer = MatrixLayer("conv", conv, 1, conv.weight[0, 0].numel())
     x = torch.randn(2, 3, 9, 8) if isinstance(conv, nn.Conv2d) else torch.randn(2, 3, 17)
     with torch.no_grad():
         seen, expected = layer.positions(x, conv(x))
@@ -63,9 +63,9 @@ def test_a_convolution_is_the_matrix_that_it_is_laid_out_as(conv):
 
 
 def test_of_many_places_those_that_are_looked_at_stand_for_all(monkeypatch):
-    monkeypatch.setattr(projections, "PLACES", 200)
+    monkeypatch.setattr(matrix_layers, "SAMPLED_POSITIONS", 200)
     torch.manual_seed(0)
-    layer = Projection("conv", nn.Conv2d(2, 3, 3), 1, 9)
+    layer = MatrixLayer("conv", nn.Conv2d(2, 3, 3), 1, 9)
     x, g = torch.rand(4, 2, 32, 32), torch.rand(4, 3, 30, 30)
     seen, given = layer.positions(x, g)
     assert len(seen) == len(given) == 4 * 200
@@ -76,14 +76,14 @@ def test_of_many_places_those_that_are_looked_at_stand_for_all(monkeypatch):
 
 def test_weights_that_lie_channels_last_are_put_too():
     conv = nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
-    layer = Projection("conv", conv, 1, 9)
+    layer = MatrixLayer("conv", conv, 1, 9)
     layer.put(torch.ones(5, 27))
     assert torch.equal(conv.weight, torch.ones(5, 3, 3, 3))
 
 
 def test_moments_of_a_convolution_are_those_of_what_it_sees_at_each_place(monkeypatch):
     """Against autograd, place by place."""
-    monkeypatch.setattr(projections, "PLACES", 10_000)
+    monkeypatch.setattr(matrix_layers, "SAMPLED_POSITIONS", 10_000)
     model = _resnet(num_labels=2)
     units = find_units(model).of(["channels"])
     site = next(s for s in units if len(s.feeds) == 1)

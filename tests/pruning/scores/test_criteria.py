@@ -18,9 +18,10 @@ from hfslim.anatomy.inputs import example_inputs
 from hfslim.measuring.measurement import macs
 from hfslim.pruning import CRITERIA, UnusableScoresError, spaced_layers
 from hfslim.pruning.gates.gates import Gates
-from hfslim.pruning.scores.collect import Collector, collect
+from hfslim.pruning.scores.collect import collect
+from hfslim.pruning.scores.collector import Collector
 from hfslim.pruning.scores.criteria import OUTPUT_NORM, criteria_by_kind
-from hfslim.pruning.scores.importance import divergence_roots, output_norm
+from hfslim.pruning.scores.importance import fisher_factors, output_norm
 from hfslim.pruning.scores.layers import spacing
 
 HEADS = ("heads", "bert.encoder.layer.1.attention.self")
@@ -123,9 +124,9 @@ def test_of_many_classes_the_least_likely_count_as_one():
     torch.manual_seed(0)
     logits, change = torch.randn(1, 20, dtype=torch.float64), torch.randn(20, dtype=torch.float64)
     gate = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    roots = divergence_roots(logits + gate * change, "single_label_classification")
-    assert roots.shape == (1, 8)
-    found = sum(torch.autograd.grad(r, gate, retain_graph=True)[0].square() for r in roots[0])
+    factors = fisher_factors(logits + gate * change, "single_label_classification")
+    assert factors.shape == (1, 8)
+    found = sum(torch.autograd.grad(r, gate, retain_graph=True)[0].square() for r in factors[0])
 
     p, score = logits.softmax(-1)[0], change - (logits.softmax(-1)[0] * change).sum()
     order = p.argsort(descending=True)

@@ -78,7 +78,7 @@ def test_a_cut_that_the_check_cannot_see_is_told(caplog):
     model.classifier.weight.data.zero_()
     hfslim.shrink(model, structure)
     (record,) = (record for record in caplog.records if record.levelname == "WARNING")
-    assert "changes the logits of BertForSequenceClassification by 0 " in record.getMessage()
+    assert "change the logits of BertForSequenceClassification by 0 " in record.getMessage()
 
 
 def test_a_structure_of_another_model_is_refused():

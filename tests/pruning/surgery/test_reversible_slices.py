@@ -20,7 +20,7 @@ from hfslim.anatomy.inputs import example_inputs
 from hfslim.anatomy.structure import KINDS
 from hfslim.pruning.surgery import surgery
 from hfslim.pruning.surgery.proof import attention_returns
-from hfslim.pruning.surgery.reversible_slices import Parted
+from hfslim.pruning.surgery.reversible_slices import ReversibleSlices
 
 CASES = {
     "two dimensions": ("bert", ("heads", "neurons", "dimensions")),
@@ -100,7 +100,7 @@ def test_a_cut_that_is_taken_back_leaves_every_tensor_as_it_was(monkeypatch, nam
 @pytest.mark.parametrize("part", [0.3, 0.9])
 def test_an_interrupt_half_way_leaves_every_tensor_as_it_was(monkeypatch, name, part):
     model, structure = _case(name)
-    select, calls = Parted.select, []
+    select, calls = ReversibleSlices.select, []
 
     def counted(*args):
         calls.append(args)
@@ -108,7 +108,7 @@ def test_an_interrupt_half_way_leaves_every_tensor_as_it_was(monkeypatch, name, 
             raise KeyboardInterrupt
         return select(*args)
 
-    monkeypatch.setattr(Parted, "select", counted)
+    monkeypatch.setattr(ReversibleSlices, "select", counted)
     units, stop = find_units(model, structure.has("dimensions")), 0
     structure, returns = units.complete(structure), attention_returns(model, units)
     with Untouched(model), surgery.cut_for_now(model, units, structure, returns):
@@ -151,10 +151,10 @@ def test_a_parameter_that_another_module_uses_uncut_is_whole_again():
     first, second = (layer.intermediate.dense for layer in model.bert.encoder.layer[:2])
     second.weight = first.weight
     before = first.weight.detach().clone()
-    parted = Parted(model, sparing=True)
-    first.weight = parted.select(second.weight, 0, torch.arange(7))
+    slices = ReversibleSlices(model, sparing=True)
+    first.weight = slices.select(second.weight, 0, torch.arange(7))
     assert second.weight.numel() == 0
-    parted.restore_used(model)
+    slices.restore_used(model)
     assert torch.equal(second.weight, before)
     assert torch.equal(first.weight, before[:7])
 
@@ -163,7 +163,7 @@ def test_tensors_in_memory_that_others_share_are_left_alone():
     model = tiny("bert")
     dense = model.bert.encoder.layer[0].intermediate.dense
     model.register_buffer("twin", dense.weight.detach(), persistent=False)
-    one = Parted(model, sparing=True)
+    one = ReversibleSlices(model, sparing=True)
     kept = one.select(dense.weight, 0, torch.tensor([1, 3]))
     assert torch.equal(kept, model.twin[[1, 3]])
     assert dense.weight.data_ptr() == model.twin.data_ptr()
@@ -175,7 +175,7 @@ def test_nothing_is_held_twice_while_a_cut_is_checked(monkeypatch):
     structure = uneven(model, drop_layer=False)
     gc.collect()  # What earlier tests left must not go meanwhile.
     whole, before, largest = _size(model), _live(), 128 * 512 * 4
-    select, check, cutting, checked = Parted.select, surgery.check_equal, [], []
+    select, check, cutting, checked = ReversibleSlices.select, surgery.check_equal, [], []
 
     def watched(*args):
         kept = select(*args)
@@ -186,7 +186,7 @@ def test_nothing_is_held_twice_while_a_cut_is_checked(monkeypatch):
         checked.append(_live() - before)
         check(*args)
 
-    monkeypatch.setattr(Parted, "select", watched)
+    monkeypatch.setattr(ReversibleSlices, "select", watched)
     monkeypatch.setattr(surgery, "check_equal", measured)
     hfslim.shrink(model, structure)
     assert _size(model) < 0.7 * whole

@@ -1,4 +1,4 @@
-"""The layers that take a site's units, as matrices of what each unit brings."""
+"""The linear layers and convolutions whose inputs are a site's units, as matrices."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch.nn import functional
 from hfslim.anatomy.units import Site
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
-PLACES = 256
-"""Places of a convolution's output that are looked at, of each example."""
+SAMPLED_POSITIONS = 256
+"""Maximum number of output positions of a convolution that are used per example."""
 
 
 @dataclass(frozen=True)
-class Projection:
-    """A layer `y = W x` whose inputs are a site's units: a linear layer, or a convolution.
+class MatrixLayer:
+    """A layer `y = W x` whose inputs are a site's units: a linear layer or a convolution.
 
-    Of a convolution `x` is what it sees of its input at one place of its output.
+    For a convolution `x` is the patch of the input under the kernel at one output position.
 
     Attributes:
         path: Module path of the layer.
@@ -39,41 +39,34 @@ class Projection:
     def weight(self) -> torch.Tensor:
         """The layer's `W`, `[outputs, inputs]`."""
         weight = self.module.get_parameter("weight").detach()
-        return weight.flatten(1) if self.convolves else weight.movedim(self.dim, -1)
+        return weight.flatten(1) if self.is_convolution else weight.movedim(self.dim, -1)
 
     def put(self, weight: torch.Tensor) -> None:
         """Set the layer's `W`, `[outputs, inputs]`."""
-        if self.convolves:
+        if self.is_convolution:
             whole = self.module.get_parameter("weight").detach()
             whole.copy_(weight.view(whole.shape))
         else:
             self.weight.copy_(weight)
 
     @property
-    def convolves(self) -> bool:
-        """Whether it is a convolution."""
+    def is_convolution(self) -> bool:
+        """Whether the layer is a convolution."""
         return isinstance(self.module, CONVOLUTIONS)
 
     @property
     def bias(self) -> torch.Tensor | None:
-        """The layer's bias, if it has one, `[outputs]`."""
+        """The layer's bias, `[outputs]`; None if it has none."""
         bias = getattr(self.module, "bias", None)
         return None if bias is None else bias.detach()
 
     def positions(self, x: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what comes in and what is at the output, position by position.
+        """Return inputs `[positions, inputs]` and output gradients `[positions, outputs]`.
 
-        Of a convolution they are `PLACES` at most of each example, the same of all, drawn once;
-        what is at the output then counts for those that are left out.
-
-        Args:
-            x: The layer's input.
-            g: What there is at its output, of the same shape as it.
-
-        Returns:
-            `[positions, inputs]` and `[positions, outputs]`.
+        For a convolution these are at most `SAMPLED_POSITIONS` of each example, the same ones in
+        all examples; the gradients are scaled by the square root of the positions per sample.
         """
-        if not self.convolves:
+        if not self.is_convolution:
             return x.flatten(0, -2), g.flatten(0, -2)
         conv: Any = self.module
         kernel, dilation, padding, stride = (
@@ -83,37 +76,38 @@ class Projection:
             conv.stride,
         )
         if isinstance(conv, nn.Conv1d):
-            # As an image of one row.
+            # Treat it as an image of one row.
             x, kernel, dilation = x.unsqueeze(-2), (1, *kernel), (1, *dilation)
             padding, stride = (0, *padding), (1, *stride)
-        seen, given = functional.unfold(x.float(), kernel, dilation, padding, stride), g.flatten(2)
-        number = given.shape[-1]
-        if number > PLACES:
-            places = torch.randperm(number, generator=torch.Generator().manual_seed(0))[:PLACES]
-            seen, given = seen[..., places.to(x.device)], given[..., places.to(x.device)]
-            given = given * math.sqrt(number / PLACES)
-        return seen.transpose(1, 2).flatten(0, 1), given.transpose(1, 2).flatten(0, 1)
+        patches, g = functional.unfold(x.float(), kernel, dilation, padding, stride), g.flatten(2)
+        number = g.shape[-1]
+        if number > SAMPLED_POSITIONS:
+            order = torch.randperm(number, generator=torch.Generator().manual_seed(0))
+            sample = order[:SAMPLED_POSITIONS].to(x.device)
+            patches = patches[..., sample]
+            g = g[..., sample] * math.sqrt(number / SAMPLED_POSITIONS)
+        return patches.transpose(1, 2).flatten(0, 1), g.transpose(1, 2).flatten(0, 1)
 
 
-def projections(model: nn.Module, site: Site) -> list[Projection]:
-    """Return the layers that a site's units meet.
+def matrix_layers(model: nn.Module, site: Site) -> list[MatrixLayer]:
+    """Return the layers whose inputs are a site's units.
 
     Raises:
-        ValueError: What meets them is no matrix of theirs alone.
+        ValueError: A module that takes the units has no weight matrix for these inputs alone.
     """
     found = []
     for feed in site.feeds:
-        one = None if site.twins else _projection(model, site, feed.module)
+        one = None if site.twins else _matrix_layer(model, site, feed.module)
         if one is None:
             raise ValueError(
-                f"{feed.module!r} has no weight matrix that meets the {site.kind} as its inputs: "
+                f"{feed.module!r} has no weight matrix with the {site.kind} as its inputs: "
                 f"set another criterion for {site.kind}, such as fisher"
             )
         found.append(one)
     return found
 
 
-def _projection(model: nn.Module, site: Site, path: str) -> Projection | None:
+def _matrix_layer(model: nn.Module, site: Site, path: str) -> MatrixLayer | None:
     module = model.get_submodule(path)
     for cut in site.cuts:
         if (cut.module, cut.tensor) != (path, "weight"):
@@ -123,7 +117,7 @@ def _projection(model: nn.Module, site: Site, path: str) -> Projection | None:
             plain = module.groups == 1 and module.padding_mode == "zeros"
             if plain and isinstance(module.padding, tuple) and cut.dim == 1:
                 if weight.shape[1] == site.size:
-                    return Projection(path, module, 1, weight[0, 0].numel())
+                    return MatrixLayer(path, module, 1, weight[0, 0].numel())
         elif weight.ndim == 2 and weight.shape[cut.dim] == site.size * site.width:
-            return Projection(path, module, cut.dim, site.width)
+            return MatrixLayer(path, module, cut.dim, site.width)
     return None
