@@ -205,10 +205,7 @@ def _by_wanda(
 
 
 def _by_sparsegpt(
-    module: nn.Module,
-    moments: Sequence[InputMoments],
-    zeros: torch.Tensor,
-    goal: SparsityGoal,
+    module: nn.Module, moments: Sequence[InputMoments], zeros: torch.Tensor, goal: SparsityGoal
 ) -> _Change:
     """Remove weights of a module, and update the others and its bias."""
     weight = weight_of(module)

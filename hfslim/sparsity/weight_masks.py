@@ -34,10 +34,7 @@ class Pattern(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
-        """Parse a text such as `2:4`.
-
-        Raises:
-            ValueError: The text is not of that form, or removes nothing.
+        """Parse a text such as `2:4`; raise a ValueError on others.
 
         Examples:
             >>> Pattern.parse("2:4").sparsity
@@ -69,11 +66,7 @@ class SparsityGoal(NamedTuple):
 
     @classmethod
     def parse(cls, sparsity: float | None, pattern: str | None) -> SparsityGoal:
-        """Parse the two arguments, exactly one of which must be given.
-
-        Raises:
-            ValueError: None or both are given, or one is out of range.
-        """
+        """Parse the two arguments; raise a ValueError unless exactly one is given, in range."""
         if (sparsity is None) == (pattern is None):
             raise ValueError(
                 "give either sparsity, the fraction of weights to remove, or pattern, such as "

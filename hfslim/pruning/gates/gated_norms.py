@@ -52,10 +52,7 @@ class GatedNorm:
                 return output * found.mean().sqrt()
             return (output - bias) * found.mean().sqrt() + bias
 
-        return [
-            self.norm.register_forward_pre_hook(enter),
-            self.norm.register_forward_hook(leave),
-        ]
+        return [self.norm.register_forward_pre_hook(enter), self.norm.register_forward_hook(leave)]
 
     @property
     def centres(self) -> bool:

@@ -24,12 +24,7 @@ from hfslim.anatomy.slices import Feed
 from hfslim.anatomy.structure import Kind, Structure
 from hfslim.anatomy.units import Site, Units
 from hfslim.hub.format import modeling_hfslim
-from hfslim.pruning.gates.gate_gradients import (
-    GradientProbe,
-    GradientSums,
-    OnGradient,
-    by_unit,
-)
+from hfslim.pruning.gates.gate_gradients import GradientProbe, GradientSums, OnGradient, by_unit
 from hfslim.pruning.gates.gated_experts import Handle, gate_experts
 from hfslim.pruning.gates.gated_norms import GatedNorm
 from hfslim.pruning.gates.layer_gates import LayerGates
@@ -152,11 +147,10 @@ class Gates:
         self.detach()
 
     def check_fired(self) -> None:
-        """Check that one forward pass, run since `attach`, has called every gate once.
+        """Raise a RuntimeError unless one forward pass since `attach` has called every gate once.
 
-        Raises:
-            RuntimeError: A gate was not called, so closing it would have no effect; or it was
-                called more often than expected, so its units cannot be scored.
+        Closing a gate that is not called has no effect; units whose gate is called more often than
+        expected cannot be scored.
         """
         silent = [p for s in self.units for p in s.gated_at if not self.fired[s.kind, p]]
         if silent:

@@ -52,9 +52,6 @@ class Pace:
         start: When pruning begins.
         end: When the goal is met.
         interval: Optimizer steps between decisions; None for the number in `DECISIONS`.
-
-    Raises:
-        ValueError: One of them is out of range.
     """
 
     schedule: Schedule

@@ -18,11 +18,8 @@ PANEL = 64
 def eliminate(around: Sequence[Elimination]) -> tuple[list[int], torch.Tensor]:
     """Remove all units in order of least cost.
 
-    Args:
-        around: The layers that take the units, one or several; they cannot be used again.
-
-    Returns:
-        The units in order of removal, and the cost of each, `[units]`.
+    Returns the units in order of removal, and the cost of each, `[units]`. The layers that take the
+    units, one or several, cannot be used again.
 
     Examples:
         Two inputs are equal but for a little noise, so the removal of one of them costs little:
@@ -119,12 +116,9 @@ def refit(weight: torch.Tensor, second: torch.Tensor, kept: torch.Tensor) -> tor
     Weights that are zero stay zero; a row with zeros is solved separately.
 
     Args:
-        weight: `W`, `[outputs, inputs]`.
+        weight: `W`, `[outputs, inputs]`; the shape of the result, which is 0 at removed inputs.
         second: `H`, second moments of the inputs, positive definite, `[inputs, inputs]`.
         kept: Indices of the remaining inputs, `[kept]`.
-
-    Returns:
-        The weights, `[outputs, inputs]`; 0 where they were 0 and at removed inputs.
 
     Examples:
         >>> second = torch.tensor([[1.0, 1.0], [1.0, 2.0]])
@@ -155,11 +149,8 @@ def rescale(
     Args:
         weight: `W`, `[outputs, inputs]`.
         second: `H`, second moments of the inputs, `[inputs, inputs]`.
-        kept: Indices of the remaining units.
+        kept: Indices of the remaining units; the factors are `[kept]`.
         width: Inputs per unit.
-
-    Returns:
-        The factors, `[kept]`.
 
     Examples:
         >>> second = torch.tensor([[1.0, 1.0], [1.0, 2.0]])

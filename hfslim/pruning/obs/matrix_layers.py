@@ -23,11 +23,7 @@ class MatrixLayer:
 
     For a convolution `x` is the patch of the input under the kernel at one output position.
 
-    Attributes:
-        path: Module path of the layer.
-        module: The layer.
-        dim: The dimension of its weight along which the units lie.
-        width: Inputs per unit.
+    Its units lie along `dim` of the module's weight, each of `width` inputs.
     """
 
     path: str
@@ -90,11 +86,7 @@ class MatrixLayer:
 
 
 def matrix_layers(model: nn.Module, site: Site) -> list[MatrixLayer]:
-    """Return the layers whose inputs are a site's units.
-
-    Raises:
-        ValueError: A module that takes the units has no weight matrix for these inputs alone.
-    """
+    """Return the layers whose inputs are a site's units; raise a ValueError if one is no matrix."""
     found = []
     for feed in site.feeds:
         one = None if site.twins else _matrix_layer(model, site, feed.module)

@@ -184,9 +184,7 @@ def gather(
         gates.check_fired()
         gates.fired.clear()
 
-    def once(
-        batches: Iterable[Mapping[str, Any]],
-    ) -> tuple[dict[Key, list[Moments]], int]:
+    def once(batches: Iterable[Mapping[str, Any]]) -> tuple[dict[Key, list[Moments]], int]:
         by_path = {one.path: (one, Moments.of(one.weight)) for s in wanted for one in layers_of[s]}
         found = {(s.kind, s.path): [by_path[one.path][1] for one in layers_of[s]] for s in wanted}
 

@@ -36,11 +36,8 @@ def check_reconstruction(how: str) -> None:
 def obs_scores(model: PreTrainedModel, moments: SecondMoments) -> dict[Key, torch.Tensor]:
     """Score units by the rise of the loss at their removal in turn, with updates of the others.
 
-    The scores of a site rise in the order of removal, and the sum over removed units estimates the
-    rise of the loss.
-
-    Returns:
-        `[units]` by site, float64.
+    The scores of a site, `[units]`, float64, rise in the order of removal, and the sum over removed
+    units estimates the rise of the loss.
     """
 
     def rising(site: Site, around: list[Moments]) -> torch.Tensor:
@@ -55,11 +52,7 @@ def obs_scores(model: PreTrainedModel, moments: SecondMoments) -> dict[Key, torc
 
 
 def layer_scores(units: Units, scores: Mapping[Key, torch.Tensor]) -> dict[Key, torch.Tensor]:
-    """Score each layer by the sum of the scores of its units, `[layers]` by list, float64.
-
-    Raises:
-        ValueError: Layers are runs of one module, or no unit in a layer has a score.
-    """
+    """Score each layer by the sum of the scores of its units, `[layers]` by list, float64."""
     found: dict[Key, torch.Tensor] = {}
     for site in units:
         if site.layers.runs:

@@ -35,10 +35,8 @@ def collect(
     """Score units on calibration data; the model is not changed.
 
     `fisher` uses the loss by the labels. Without labels it is the Fisher information of the model's
-    own predictions (Kunstner et al. 2019, arXiv 1905.12558), exact up to eight classes.
-
-    Returns:
-        Mean scores by site, `[units]`, float64.
+    own predictions (Kunstner et al. 2019, arXiv 1905.12558), exact up to eight classes. Returns the
+    mean scores by site, `[units]`, float64.
 
     Raises:
         ValueError: There are no examples, a batch or label does not fit, a criterion needs labels

@@ -13,13 +13,7 @@ from hfslim.anatomy.structure import Kind
 from hfslim.anatomy.units import Site
 from hfslim.pruning.gates.gates import Gates, Key
 from hfslim.pruning.scores import importance
-from hfslim.pruning.scores.criteria import (
-    CRITERIA,
-    Criterion,
-    GatedActivations,
-    Rows,
-    check_labels,
-)
+from hfslim.pruning.scores.criteria import CRITERIA, Criterion, GatedActivations, Rows, check_labels
 from hfslim.pruning.scores.importance import Scores
 from hfslim.training.batch_shares import share_of
 from hfslim.training.objective import ProblemType, logits_of, problem_type
@@ -45,11 +39,7 @@ class Collector:
     """
 
     def __init__(
-        self,
-        gates: Gates,
-        criteria: Mapping[Kind, str],
-        mean_loss: bool = False,
-        classes: int = 0,
+        self, gates: Gates, criteria: Mapping[Kind, str], mean_loss: bool = False, classes: int = 0
     ) -> None:
         self.gates = gates
         self.names = dict(criteria)

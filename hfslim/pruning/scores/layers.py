@@ -65,7 +65,7 @@ def spaced(units: Units) -> dict[Key, torch.Tensor]:
 
 
 def spaced_layers(model: PreTrainedModel, keep: int) -> Structure:
-    """Return the structure that keeps evenly spaced layers, as after training with LayerDrop.
+    """Return the structure that keeps evenly spaced layers, for models trained with LayerDrop.
 
     `gated(model, spaced_layers(model, 6))` runs the model at that depth without changing it;
     `shrink` removes the layers.

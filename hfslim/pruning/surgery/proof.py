@@ -48,10 +48,7 @@ def probe_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def run_gated(
-    model: PreTrainedModel,
-    units: Units,
-    structure: Structure,
-    inputs: Mapping[str, torch.Tensor],
+    model: PreTrainedModel, units: Units, structure: Structure, inputs: Mapping[str, torch.Tensor]
 ) -> tuple[torch.Tensor, Returns]:
     """Run the gated model; return its logits and the form of each attention module's output."""
     returns: Returns = {}

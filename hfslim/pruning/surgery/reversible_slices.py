@@ -14,16 +14,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class _Slice:
-    """The two parts of a tensor that was sliced along one dimension.
-
-    Attributes:
-        tensor: The tensor, empty now.
-        kept: The entries that are kept.
-        removed: The entries that are removed.
-        dim: The dimension.
-        index: Indices of the kept entries.
-        stride: The tensor's strides.
-    """
+    """The two parts of a tensor that was sliced along `dim`, kept at `index`, and is empty now."""
 
     tensor: weakref.ref[torch.Tensor]
     kept: torch.Tensor

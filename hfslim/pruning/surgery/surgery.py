@@ -33,9 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 def shrink(
-    model: PreTrainedModel,
-    structure: Structure,
-    inputs: Mapping[str, torch.Tensor] | None = None,
+    model: PreTrainedModel, structure: Structure, inputs: Mapping[str, torch.Tensor] | None = None
 ) -> PreTrainedModel:
     """Remove the units that a structure does not keep, in place.
 
