@@ -16,7 +16,7 @@ from hfslim.pruning.in_training.schedules import Schedule
 from hfslim.sparsity import sparsify
 from hfslim.sparsity.oneshot import Method, check_scope
 from hfslim.sparsity.weight_callback import TrainingMethod, WeightPruningCallback
-from hfslim.sparsity.weight_masks import Goal, Scope
+from hfslim.sparsity.weight_masks import Scope, SparsityGoal
 
 if TYPE_CHECKING:
     from hfslim.pipeline.run_state import RunState
@@ -47,7 +47,7 @@ class Sparsify(CutStage):
     def __post_init__(self) -> None:
         if self.method is None:
             object.__setattr__(self, "method", "magnitude" if self.trains else "sparsegpt")
-        Goal.parse(self.sparsity, self.pattern)
+        SparsityGoal.parse(self.sparsity, self.pattern)
         if self.trains:
             self.callback()
         else:
