@@ -151,13 +151,21 @@ def test_what_an_interrupted_beginning_leaves_is_not_something_else(tmp_path: Pa
     assert Manifest.open(tmp_path, {}).stages == []
 
 
-def test_a_disk_that_is_full_is_told_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_a_disk_that_is_full_is_told_and_the_same_command_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = parse_recipe(image_recipe(tmp_path))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # The whole model has 26 kB, the code that loads a cut one 34.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+    prune = Prune.run
+
+    def limited(*arguments: Any) -> None:
+        # The code that loads a cut model has 24 kB.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        prune(*arguments)
+
     try:
-        with pytest.raises(CheckpointError) as failure:
+        with monkeypatch.context() as patch, pytest.raises(CheckpointError) as failure:
+            patch.setattr(Prune, "run", limited)
             run(recipe)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
