@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+collect_ignore = ["fixtures"]  # Saved models, with the code that travels with them.
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
