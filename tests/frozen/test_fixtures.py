@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import hfslim
 
-ELSEWHERE = Path(__file__).resolve().parents[1] / "without_hfslim.py"
+ELSEWHERE = Path(__file__).resolve().parents[1] / "support" / "without_hfslim.py"
 WITH_CODE = ("bert", "resnet")
 
 
