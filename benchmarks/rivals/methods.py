@@ -11,10 +11,9 @@ from transformers import PreTrainedModel
 import hfslim
 from benchmarks.rivals import depgraph
 from benchmarks.rivals.problem import Cut, Problem
-from hfslim.anatomy.structure import Structure
+from hfslim.anatomy.structure import Key, Structure
 from hfslim.anatomy.units import Units
 from hfslim.pruning import CRITERIA
-from hfslim.pruning.gates.gates import Key
 from hfslim.pruning.scores import importance
 from hfslim.pruning.surgery.batch_norms import renew_batch_norms
 

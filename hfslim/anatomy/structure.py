@@ -10,6 +10,8 @@ from typing import Any, Literal, cast, get_args
 
 Kind = Literal["heads", "neurons", "channels", "experts", "layers", "dimensions"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+Key = tuple[Kind, str]
+"""Kind and module path of a site."""
 
 
 @dataclass(frozen=True, order=True)
@@ -56,7 +58,7 @@ class Structure:
     """
 
     entries: tuple[Entry, ...]
-    _by_site: dict[tuple[Kind, str], Entry] = field(init=False, repr=False, compare=False)
+    _by_site: dict[Key, Entry] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "entries", tuple(sorted(self.entries)))

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hfslim.anatomy.slices import Cut, Feed
-from hfslim.anatomy.structure import KINDS, Entry, Kind, Structure
+from hfslim.anatomy.structure import KINDS, Entry, Key, Kind, Structure
 
 SOUGHT: dict[Kind, str] = {
     "heads": "module with projections like 'q_proj', 'k_proj', 'v_proj' and 'out_proj'",
@@ -129,6 +129,11 @@ class Site:
     layers: LayerPart = LayerPart()
     experts: ExpertPart = ExpertPart()
 
+    @property
+    def key(self) -> Key:
+        """Kind and path, by which sites are looked up."""
+        return self.kind, self.path
+
     def parts(self, index: int) -> tuple[str, ...]:
         """Return the paths of the modules that make up one layer, and go with it."""
         lists = () if self.layers.runs else (self.path, *self.layers.beside)
@@ -205,8 +210,8 @@ class Units:
     refusals: tuple[Refusal, ...] = ()
 
     @cached_property
-    def _by_key(self) -> dict[tuple[Kind, str], Site]:
-        return {(site.kind, site.path): site for site in self.sites}
+    def _by_key(self) -> dict[Key, Site]:
+        return {site.key: site for site in self.sites}
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites)
@@ -279,7 +284,7 @@ class Units:
                 raise ValueError(f"at least one of the {kind} of {path!r} must stay")
         return Structure(
             tuple(
-                given.get((s.kind, s.path), Entry(s.kind, s.path, tuple(range(s.size)), s.size))
+                given.get(s.key, Entry(s.kind, s.path, tuple(range(s.size)), s.size))
                 for s in self.sites
             )
         )

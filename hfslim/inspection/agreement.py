@@ -9,8 +9,7 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from hfslim.anatomy.structure import KINDS, Kind
-from hfslim.pruning.gates.gates import Key
+from hfslim.anatomy.structure import KINDS, Key, Kind
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from hfslim.reporting.plots import heat_maps
 from hfslim.reporting.unit_rows import means_of_neighbours
 
 if TYPE_CHECKING:
+    from hfslim.anatomy.structure import Key
     from hfslim.anatomy.units import Units
-    from hfslim.pruning.gates.gates import Key
     from hfslim.pruning.scores.by_class import ClassImportance
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -60,7 +60,7 @@ class Importance(Finding):
             totals[kind] = totals.get(kind, 0.0) + values.sum().item()
             highest[kind] = max(highest.get(kind, 0.0), bars[kind, path].max().item())
         for site in self.units:
-            values = self.scores[site.kind, site.path]
+            values = self.scores[site.key]
             share = values.sum().item() / totals[site.kind] if totals[site.kind] else 0.0
             least = [i for i in values.argsort(stable=True).tolist() if i not in site.fixed][:3]
             table.add_row(
@@ -68,7 +68,7 @@ class Importance(Finding):
                 escape(site.path),
                 str(site.size),
                 f"{share:.1%}",
-                _bars(bars[site.kind, site.path], highest[site.kind]),
+                _bars(bars[site.key], highest[site.kind]),
                 ", ".join(map(str, least)),
             )
         for refusal in self.units.refusals:
@@ -83,7 +83,7 @@ class Importance(Finding):
                 "path": site.path,
                 "units": site.size,
                 "fixed": list(site.fixed),
-                "scores": self.scores[site.kind, site.path].tolist(),
+                "scores": self.scores[site.key].tolist(),
             }
             for site in self.units
         ]

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hfslim.anatomy.discovery import find_units
-from hfslim.anatomy.structure import Kind
+from hfslim.anatomy.structure import Key, Kind
 from hfslim.anatomy.units import Units
 from hfslim.inspection import layer_similarity, prediction_changes, unit_agreement
 from hfslim.inspection.differences import Agreement, PredictionChanges
@@ -22,7 +22,6 @@ from hfslim.inspection.findings import Finding, Importance, ImportanceByClass, S
 from hfslim.pipeline.opening import open_classifier
 from hfslim.pipeline.schema import RecipeError
 from hfslim.pipeline.task_examples import TaskExamples
-from hfslim.pruning.gates.gates import Key
 from hfslim.pruning.scores.batches import Batches
 from hfslim.pruning.scores.by_class import ClassImportance, importance_by_class
 from hfslim.pruning.steps import calibrate
@@ -149,4 +148,4 @@ def saved_scores(path: str) -> dict[Key, torch.Tensor]:
 
 
 def _sizes(units: Units) -> dict[Key, int]:
-    return {(site.kind, site.path): site.size for site in units}
+    return {site.key: site.size for site in units}

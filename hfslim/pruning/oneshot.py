@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 from hfslim.anatomy.adapters import check_merged
 from hfslim.anatomy.discovery import find_units
 from hfslim.anatomy.inputs import Stated
-from hfslim.anatomy.structure import Kind, Structure
-from hfslim.pruning.gates.gates import Key
+from hfslim.anatomy.structure import Key, Kind, Structure
 from hfslim.pruning.latency.latency_search import LatencyTry
 from hfslim.pruning.obs.reconstruction import Reconstruction
 from hfslim.pruning.scores.batches import Batches, class_numbers

@@ -11,9 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from hfslim.anatomy.discovery import find_units
-from hfslim.anatomy.structure import Kind, Structure
+from hfslim.anatomy.structure import Key, Kind, Structure
 from hfslim.anatomy.units import Units
-from hfslim.pruning.gates.gates import Key
 from hfslim.pruning.latency.latency_search import LatencyTry, check_measured, search_measured
 from hfslim.pruning.latency.latency_table import LatencyTable
 from hfslim.pruning.obs.matrix_layers import matrix_layers
@@ -159,7 +158,7 @@ def check_reachable(search: Search) -> None:
     Raises:
         UnreachableTargetError: It cannot; the message gives the nearest that can.
     """
-    alike = {(s.kind, s.path): torch.ones(s.size, dtype=torch.float64) for s in search.units}
+    alike = {s.key: torch.ones(s.size, dtype=torch.float64) for s in search.units}
     if search.target.resource == "latency" and not isinstance(search.price, LatencyTable):
         check_measured(search, alike)
     else:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hfslim.anatomy.structure import Kind, Structure
+from hfslim.anatomy.structure import Key, Structure
 
 __all__ = ["COLUMNS", "means_of_neighbours", "unit_rows"]
 
@@ -17,7 +17,7 @@ COLUMNS = 96
 
 def unit_rows(
     structure: Structure,
-    scores: Mapping[tuple[Kind, str], torch.Tensor] | None = None,
+    scores: Mapping[Key, torch.Tensor] | None = None,
     most: int = COLUMNS,
 ) -> list[dict[str, Any]]:
     """Return a row for each layer that has units: which are kept, and their importance.

@@ -57,7 +57,7 @@ def test_recovery_holds_the_zeros_and_the_report_tells_them(tmp_path: Path) -> N
     for text in (card, (out / "05-measure" / "report.md").read_text()):
         assert "| all | 4,096 | 50.0% | 2:4 |" in text
         assert "Dense kernels multiply zeros like any other number: they bring no speed" in text
-    assert "50.0% are zero in the pattern 2:4" in card
+    assert "50.0% of the weights of its encoder are zero in the pattern 2:4" in card
     assert "- pruned" in card
     stages = json.loads((out / "manifest.json").read_text())["stages"]
     assert stages[1]["settings"]["method"] == "sparsegpt"

@@ -21,7 +21,7 @@ from torch import nn
 
 from hfslim.anatomy.discovery import find_units
 from hfslim.anatomy.slices import Feed
-from hfslim.anatomy.structure import Kind, Structure
+from hfslim.anatomy.structure import Key, Structure
 from hfslim.anatomy.units import Site, Units
 from hfslim.hub.format import modeling_hfslim
 from hfslim.pruning.gates.gate_gradients import GradientProbe, GradientSums, OnGradient, by_unit
@@ -32,7 +32,6 @@ from hfslim.pruning.gates.masks import Masks
 
 logger = logging.getLogger(__name__)
 
-Key = tuple[Kind, str]
 OnActivation = Callable[[Site, int, torch.Tensor, torch.Tensor], None]
 """Called with a site, the index of a layer, its input and its output, `[rows, ..., features]`; for
 other kinds both are the values that the gate multiplies."""
@@ -159,7 +158,7 @@ class Gates:
                 "can be neither scored nor removed; leave their kind out of `units`"
             )
         for site in (one for one in self.units if one.kind != "dimensions"):
-            uses = self.fired[site.kind, site.path] / (len(site.feeds) or site.size)
+            uses = self.fired[site.key] / (len(site.feeds) or site.size)
             if uses != site.uses:
                 raise RuntimeError(
                     f"{type(self.model).__name__} runs {site.path!r} {uses:g} times in one forward "
@@ -194,7 +193,7 @@ class Gates:
             self.on_output(output)
 
     def _unit_hook(self, site: Site, feed: Feed) -> Callable[[nn.Module, tuple], tuple | None]:
-        key = (site.kind, site.path)
+        key = site.key
         place = (site.kind, feed.module) if site.kind == "dimensions" else key
 
         def hook(_: nn.Module, args: tuple) -> tuple | None:

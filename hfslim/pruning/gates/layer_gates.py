@@ -64,7 +64,7 @@ class LayerGates:
         self, index: int, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
     ) -> Any:
         gates, site = self.gates, self.site
-        gates.fired[site.kind, site.path] += 1
+        gates.fired[site.key] += 1
         before = self._inputs.pop(index, None)
         if before is None:
             before = input_states(site, module, args, kwargs)

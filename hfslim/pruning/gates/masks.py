@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from hfslim.anatomy.slices import Feed
-from hfslim.anatomy.structure import Kind
+from hfslim.anatomy.structure import Key
 from hfslim.anatomy.units import Site
 
 
@@ -15,8 +15,8 @@ class Masks:
     """The closed units of each site."""
 
     def __init__(self) -> None:
-        self._by_site: dict[tuple[Kind, str], torch.Tensor] = {}
-        self._spread: dict[tuple[Kind, str, Feed], torch.Tensor] = {}
+        self._by_site: dict[Key, torch.Tensor] = {}
+        self._spread: dict[tuple[Key, Feed], torch.Tensor] = {}
 
     def clear(self) -> None:
         """Open all units."""
@@ -27,18 +27,18 @@ class Masks:
         """Close all units of a site except those that are kept."""
         mask = torch.zeros(site.size)
         mask[list(kept)] = 1.0
-        self._by_site[site.kind, site.path] = mask
+        self._by_site[site.key] = mask
 
-    def get(self, key: tuple[Kind, str]) -> torch.Tensor | None:
+    def get(self, key: Key) -> torch.Tensor | None:
         """Return 0 or 1 for each unit of a site; None where all are open."""
         return self._by_site.get(key)
 
     def at(self, site: Site, feed: Feed, value: torch.Tensor) -> torch.Tensor | None:
         """Return the mask of an input; None where all units are open."""
-        by_unit = self.get((site.kind, site.path))
+        by_unit = self.get(site.key)
         if by_unit is None:
             return None
-        key = (site.kind, site.path, feed)
+        key = site.key, feed
         mask = self._spread.get(key)
         if mask is None or mask.device != value.device or mask.dtype != value.dtype:
             mask = feed.spread(by_unit, value).to(value.dtype)

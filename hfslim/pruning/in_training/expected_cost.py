@@ -7,9 +7,8 @@ from collections.abc import Mapping
 
 import torch
 
-from hfslim.anatomy.structure import Kind
+from hfslim.anatomy.structure import Key, Kind
 from hfslim.anatomy.units import Site, Units
-from hfslim.pruning.gates.gates import Key
 from hfslim.pruning.latency.latency_table import Curve, LatencyTable
 from hfslim.pruning.search.price import UNPRICED, Price
 from hfslim.pruning.search.unit_costs import Costs
@@ -58,8 +57,8 @@ class ExpectedCost:
                 total = total + layers.get(path, 1.0) * cost
             for site in self.units:
                 if site.kind != "layers":
-                    number = present[site.kind, site.path].sum()
-                    inside = interpolate(table.site[site.kind, site.path], number)
+                    number = present[site.key].sum()
+                    inside = interpolate(table.site[site.key], number)
                     total = total + layers.get(site.layer, 1.0) * inside
             fractions.append(total / table.total)
         return torch.stack(fractions)
@@ -79,7 +78,7 @@ class ExpectedCost:
         layers, scores = self._by_layer(present), dict[Key, torch.Tensor]()
         first = next(iter(self._tables.values()))
         for site in self.units:
-            key, table = (site.kind, site.path), self._tables.get(site.kind, first)
+            key, table = site.key, self._tables.get(site.kind, first)
             if site.kind != "layers":
                 scores[key] = layers.get(site.layer, 1.0) * _inside(table, site, present)
                 continue
@@ -120,7 +119,7 @@ def interpolate(curve: Curve, width: torch.Tensor) -> torch.Tensor:
 
 def _inside(table: LatencyTable, site: Site, present: Mapping[Key, torch.Tensor]) -> torch.Tensor:
     """Return the expected cost of a site's units if their layer is present, `[units]`."""
-    key = site.kind, site.path
+    key = site.key
     return present[key] * (table.site[key].ms[-1] / site.size)
 
 
@@ -135,8 +134,8 @@ def _of_costs(units: Units, costs: Costs) -> LatencyTable:
     }
     for s in units:
         if s.kind != "layers":
-            whole = float(s.size * costs.unit[s.kind, s.path])
-            site[s.kind, s.path] = Curve((0, s.size), (0.0, whole))
+            whole = float(s.size * costs.unit[s.key])
+            site[s.key] = Curve((0, s.size), (0.0, whole))
             if s.layer in layer:
                 layer[s.layer] -= whole
     return LatencyTable(float(costs.total), layer, site)
@@ -144,13 +143,13 @@ def _of_costs(units: Units, costs: Costs) -> LatencyTable:
 
 def _of_counts(units: Units, kind: Kind) -> LatencyTable:
     """Return a table in which each unit of one kind costs 1, and others nothing."""
-    counts = {(s.kind, s.path): s.size * (s.kind == kind) for s in units}
+    counts = {s.key: s.size * (s.kind == kind) for s in units}
     layers = [site for site in units if site.kind == "layers"]
     return LatencyTable(
         float(sum(counts.values())),
         {f"{s.path}.{i}": float(kind == "layers") for s in layers for i in range(s.size)},
         {
-            (s.kind, s.path): Curve((0, s.size), (0.0, float(counts[s.kind, s.path])))
+            s.key: Curve((0, s.size), (0.0, float(counts[s.key])))
             for s in units
             if s.kind != "layers"
         },

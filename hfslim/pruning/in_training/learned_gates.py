@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from safetensors.torch import load, save
 
-from hfslim.pruning.gates.gates import Gates, Key
+from hfslim.anatomy.structure import Key
+from hfslim.pruning.gates.gates import Gates
 from hfslim.pruning.in_training.expected_cost import ExpectedCost
 from hfslim.pruning.scores.importance import UnusableScoresError
 from hfslim.pruning.target import Target
@@ -70,7 +71,7 @@ class LearnedGates:
     def __init__(self, gates: Gates, cost: ExpectedCost, seed: int, steps: int) -> None:
         self.gates, self.cost, self.seed = gates, cost, seed
         self.drawn = False
-        self._keys: list[Key] = [(site.kind, site.path) for site in gates.units]
+        self._keys: list[Key] = [site.key for site in gates.units]
         self._sizes = [site.size for site in gates.units]
         self._fixed = torch.zeros(sum(self._sizes), dtype=torch.bool)
         for site, part in zip(gates.units, self._fixed.split(self._sizes), strict=True):

@@ -15,8 +15,8 @@ from transformers import TrainingArguments as Arguments
 
 from hfslim.anatomy.discovery import find_units
 from hfslim.anatomy.inputs import Stated
-from hfslim.anatomy.structure import Kind, Structure
-from hfslim.pruning.gates.gates import Gates, Key
+from hfslim.anatomy.structure import Key, Kind, Structure
+from hfslim.pruning.gates.gates import Gates
 from hfslim.pruning.in_training.expected_cost import ExpectedCost
 from hfslim.pruning.in_training.gradual import GradualCallback, forget_best
 from hfslim.pruning.in_training.learned_gates import WARM_UP, LearnedGates

@@ -15,10 +15,9 @@ from scipy.optimize import isotonic_regression
 from torch import nn
 from transformers import PreTrainedModel
 
-from hfslim.anatomy.structure import Entry, Structure
+from hfslim.anatomy.structure import Entry, Key, Structure
 from hfslim.anatomy.units import Site, Units
 from hfslim.measuring.timing import describe_inputs, evaluating, mark, placed, seconds_between
-from hfslim.pruning.gates.gates import Key
 from hfslim.pruning.latency.latency_table import (
     Curve,
     LatencyTable,
@@ -123,7 +122,7 @@ def measure_table(
         alone, curves = additive(shape.samples, shape.widths)
         rest |= dict.fromkeys(shape.sites, alone)
         for sites in shape.sites.values():
-            site |= {(s.kind, s.path): c for s, c in zip(sites, curves, strict=True)}
+            site |= {s.key: c for s, c in zip(sites, curves, strict=True)}
     total = 1000 * float(np.median(whole))
     table = LatencyTable(total, rest, site, step, describe_inputs(inputs))
     # Neither part is ever 0, but on a stalled machine it may be measured so.

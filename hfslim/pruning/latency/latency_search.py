@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from hfslim.anatomy.structure import Structure
+from hfslim.anatomy.structure import Key, Structure
 from hfslim.measuring.timing import latency, paired_latency
-from hfslim.pruning.gates.gates import Key
 from hfslim.pruning.search.search import Search
 from hfslim.pruning.surgery.proof import Returns, attention_returns
 from hfslim.pruning.surgery.surgery import cut_for_now

@@ -18,10 +18,9 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from hfslim.anatomy.structure import Structure
+from hfslim.anatomy.structure import Key, Structure
 from hfslim.anatomy.units import Site, Units
 from hfslim.measuring.timing import describe_inputs
-from hfslim.pruning.gates.gates import Key
 from hfslim.pruning.search.price import dropped_layers
 from hfslim.pruning.target import Resource
 from hfslim.reporting.staged_writes import write_whole
@@ -81,7 +80,7 @@ class LatencyTable:
         return (
             self.outside
             + sum(ms for path, ms in self.layer.items() if path not in dropped)
-            + sum(self.site[s.kind, s.path].at(len(structure.kept(s.kind, s.path))) for s in narrow)
+            + sum(self.site[s.key].at(len(structure.kept(s.kind, s.path))) for s in narrow)
         )
 
     def corrected(self, factor: float) -> LatencyTable:

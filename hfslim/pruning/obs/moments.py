@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hfslim.anatomy.structure import Key
 from hfslim.anatomy.units import Site, Units
-from hfslim.pruning.gates.gates import Gates, Key
+from hfslim.pruning.gates.gates import Gates
 from hfslim.pruning.obs.backward_pass import run_backward
 from hfslim.pruning.obs.matrix_layers import MatrixLayer, matrix_layers
 from hfslim.pruning.obs.memory_budget import in_passes, statistics_budget
@@ -152,13 +153,13 @@ class SecondMoments:
         """Return the results of a function of the moments of each site, by site."""
         kept = self.kept(model) if sites else {}
         if kept is not None:
-            return {(s.kind, s.path): use(s, kept[s.kind, s.path]) for s in sites}
+            return {s.key: use(s, kept[s.key]) for s in sites}
         sizes = {site: _size(model, site) for site in sites}
         results = {}
         for title, group in in_passes(sizes, model, purpose):
             found = gather(model, self.units, self._batches, self._progress, group, title)
             for site in group:
-                key = site.kind, site.path
+                key = site.key
                 results[key] = use(site, found.pop(key))
         return results
 
@@ -186,7 +187,7 @@ def gather(
 
     def once(batches: Iterable[Mapping[str, Any]]) -> tuple[dict[Key, list[Moments]], int]:
         by_path = {one.path: (one, Moments.of(one.weight)) for s in wanted for one in layers_of[s]}
-        found = {(s.kind, s.path): [by_path[one.path][1] for one in layers_of[s]] for s in wanted}
+        found = {s.key: [by_path[one.path][1] for one in layers_of[s]] for s in wanted}
 
         def on_gradient(path: str, x: torch.Tensor, g: torch.Tensor) -> None:
             if path in by_path:

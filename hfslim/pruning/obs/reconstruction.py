@@ -11,9 +11,8 @@ from typing import Literal, get_args
 import torch
 from transformers import PreTrainedModel
 
-from hfslim.anatomy.structure import Structure
+from hfslim.anatomy.structure import Key, Structure
 from hfslim.anatomy.units import Site, Units
-from hfslim.pruning.gates.gates import Key
 from hfslim.pruning.obs.elimination import Elimination, eliminate, refit, rescale
 from hfslim.pruning.obs.matrix_layers import MatrixLayer, matrix_layers
 from hfslim.pruning.obs.moments import Moments, SecondMoments
@@ -63,8 +62,7 @@ def layer_scores(units: Units, scores: Mapping[Key, torch.Tensor]) -> dict[Key, 
         if site.kind == "layers":
             inside = [[s for s in units if s.layer == f"{site.path}.{i}"] for i in range(site.size)]
             by_layer = [
-                [scores[key].sum() for s in sites if (key := (s.kind, s.path)) in scores]
-                for sites in inside
+                [scores[key].sum() for s in sites if (key := s.key) in scores] for sites in inside
             ]
             empty = [index for index in site.removable if not by_layer[index]]
             if empty:
@@ -73,7 +71,7 @@ def layer_scores(units: Units, scores: Mapping[Key, torch.Tensor]) -> dict[Key, 
                     "no scored units: choose another criterion for layers, such as fisher"
                 )
             sums = [sum(some) for some in by_layer]
-            found[site.kind, site.path] = torch.tensor(sums, dtype=torch.float64)
+            found[site.key] = torch.tensor(sums, dtype=torch.float64)
     return found
 
 
@@ -129,13 +127,13 @@ def reconstructed(
     """
     new: list[_Reconstruction] = []
     if moments is not None and how != "none":
-        known = {(site.kind, site.path) for site in moments.units}
-        kept = {(s.kind, s.path): structure.kept(s.kind, s.path) for s in units}
-        cut = [s for s in units if (k := (s.kind, s.path)) in known and len(kept[k]) < s.size]
+        known = {site.key for site in moments.units}
+        kept = {s.key: structure.kept(s.kind, s.path) for s in units}
+        cut = [s for s in units if (k := s.key) in known and len(kept[k]) < s.size]
 
         def solve(site: Site, around: list[Moments]) -> list[_Reconstruction]:
             layers = zip(matrix_layers(model, site), around, strict=True)
-            units = torch.tensor(kept[site.kind, site.path], dtype=torch.long)
+            units = torch.tensor(kept[site.key], dtype=torch.long)
             return [_solved(layer, units, one, how) for layer, one in layers]
 
         by_site = moments.each(model, cut, solve, "reconstruction")

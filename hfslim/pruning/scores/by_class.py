@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from hfslim.anatomy.discovery import find_units
-from hfslim.anatomy.structure import KINDS, Kind
-from hfslim.pruning.gates.gates import Gates, Key
+from hfslim.anatomy.structure import KINDS, Key, Kind
+from hfslim.pruning.gates.gates import Gates
 from hfslim.pruning.scores.batches import Batches
 from hfslim.pruning.scores.collect import run
 from hfslim.pruning.scores.collector import Collector

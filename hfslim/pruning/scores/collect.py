@@ -11,10 +11,10 @@ import torch
 from rich.progress import track
 from transformers import PreTrainedModel
 
-from hfslim.anatomy.structure import Kind
+from hfslim.anatomy.structure import Key, Kind
 from hfslim.anatomy.units import Units
 from hfslim.measuring.timing import evaluating, placed
-from hfslim.pruning.gates.gates import Gates, Key
+from hfslim.pruning.gates.gates import Gates
 from hfslim.pruning.scores.batches import check_classes, class_of_each, run_within_memory
 from hfslim.pruning.scores.collector import Collector
 from hfslim.pruning.scores.criteria import check_labels

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hfslim.anatomy.structure import Kind
+from hfslim.anatomy.structure import Key, Kind
 from hfslim.anatomy.units import Site
-from hfslim.pruning.gates.gates import Gates, Key
+from hfslim.pruning.gates.gates import Gates
 from hfslim.pruning.scores import importance
 from hfslim.pruning.scores.criteria import CRITERIA, Criterion, GatedActivations, Rows, check_labels
 from hfslim.pruning.scores.importance import Scores
@@ -64,7 +64,7 @@ class Collector:
     def _zeros(self) -> Scores:
         return Scores(
             {
-                (site.kind, site.path): torch.zeros(site.size, dtype=torch.float64)
+                site.key: torch.zeros(site.size, dtype=torch.float64)
                 for site in self.gates.units
                 if (one := self.criteria[site.kind]).gradient or one.activation
             }
@@ -119,7 +119,7 @@ class Collector:
                     check_labels(self.names)
                 scores |= criterion.removal(model, units, batches, progress)
             if criterion.per_layer:
-                own = {(s.kind, s.path) for s in units if s.kind != "layers"}
+                own = {s.key for s in units if s.kind != "layers"}
                 scores |= importance.normalise({key: scores[key] for key in own})
         if len(used) > 1:
             scores = same_total(scores)

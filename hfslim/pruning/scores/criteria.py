@@ -10,9 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hfslim.anatomy.structure import KINDS, Kind
+from hfslim.anatomy.structure import KINDS, Key, Kind
 from hfslim.anatomy.units import Site, Units
-from hfslim.pruning.gates.gates import Key
 from hfslim.pruning.scores import importance
 from hfslim.pruning.scores.layers import loss_delta, spaced
 

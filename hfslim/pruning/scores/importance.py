@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hfslim.anatomy.structure import Key
 from hfslim.anatomy.units import Site, Units
-from hfslim.pruning.gates.gates import Key
 from hfslim.training.objective import ProblemType
 from hfslim.training.ranks import add_over_ranks, rank_count
 
@@ -47,7 +47,7 @@ class Scores:
 
     def add(self, site: Site, index: int, value: torch.Tensor) -> None:
         """Add to a site's sum: `[units]`, or `[1]` for the layer `index`."""
-        total = self.sums[site.kind, site.path]
+        total = self.sums[site.key]
         value = value.to("cpu", torch.float64)
         if site.kind == "layers":
             total[index] += value.sum()
@@ -225,7 +225,7 @@ def magnitude(model: nn.Module, units: Units) -> dict[Key, torch.Tensor]:
         for cut in site.cuts:
             tensor = getattr(model.get_submodule(cut.module), cut.tensor).detach().double()
             squares += cut.by_unit(tensor, site.size).square().sum(1).cpu()
-        result[site.kind, site.path] = squares.sqrt()
+        result[site.key] = squares.sqrt()
     return result
 
 
@@ -233,6 +233,5 @@ def random_scores(units: Units, seed: int) -> dict[Key, torch.Tensor]:
     """Return uniform random scores, as a control for other criteria."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        (site.kind, site.path): torch.rand(site.size, generator=generator, dtype=torch.float64)
-        for site in units
+        site.key: torch.rand(site.size, generator=generator, dtype=torch.float64) for site in units
     }

@@ -12,10 +12,10 @@ from rich.progress import Progress
 from transformers import PreTrainedModel
 
 from hfslim.anatomy.discovery import find_units
-from hfslim.anatomy.structure import Structure
+from hfslim.anatomy.structure import Key, Structure
 from hfslim.anatomy.units import Units
 from hfslim.measuring.timing import evaluating, placed
-from hfslim.pruning.gates.gates import Gates, Key
+from hfslim.pruning.gates.gates import Gates
 from hfslim.pruning.scores.batches import run_within_memory
 from hfslim.pruning.scores.finite import check_finite
 from hfslim.pruning.scores.importance import Scores, UnusableScoresError
@@ -58,7 +58,7 @@ def spacing(size: int, fixed: Sequence[int] = ()) -> list[float]:
 def spaced(units: Units) -> dict[Key, torch.Tensor]:
     """Return the `spacing` of the layers of each list, `[layers]`."""
     return {
-        (site.kind, site.path): torch.tensor(spacing(site.size, site.fixed), dtype=torch.float64)
+        site.key: torch.tensor(spacing(site.size, site.fixed), dtype=torch.float64)
         for site in units
         if site.kind == "layers"
     }
@@ -147,10 +147,7 @@ def loss_delta(
             loss = means[least]
             logger.info("without %s.%d the loss is %.4f", path, index, loss)
     most = math.nextafter(rises[-1], math.inf) if rises else 0.0
-    scores = {
-        (site.kind, site.path): torch.full((site.size,), most, dtype=torch.float64)
-        for site in sites
-    }
+    scores = {site.key: torch.full((site.size,), most, dtype=torch.float64) for site in sites}
     for (path, index), rise in zip(order, rises, strict=True):
         scores["layers", path][index] = rise
     return scores

@@ -8,9 +8,8 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from hfslim.anatomy.structure import Kind, Structure
+from hfslim.anatomy.structure import Key, Kind, Structure
 from hfslim.anatomy.units import Units
-from hfslim.pruning.gates.gates import Key
 from hfslim.pruning.latency.latency_table import LatencyTable
 from hfslim.pruning.search.coupled import lots, numbers_to_lose
 from hfslim.pruning.search.pool import Candidate, Pool

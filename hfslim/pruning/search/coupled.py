@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hfslim.pruning.gates.gates import Key
+from hfslim.anatomy.structure import Key
 from hfslim.pruning.search.unit_costs import Costs, Product
 
 

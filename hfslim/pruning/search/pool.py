@@ -9,9 +9,8 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from hfslim.anatomy.structure import Entry, Kind, Structure
+from hfslim.anatomy.structure import Entry, Key, Kind, Structure
 from hfslim.anatomy.units import Site, Units
-from hfslim.pruning.gates.gates import Key
 from hfslim.pruning.search.price import dropped_layers
 from hfslim.pruning.target import UnreachableTargetError
 
@@ -56,7 +55,7 @@ class Pool:
         within = within or units.full()
         self.units = units
         self.scores = {key: value.tolist() for key, value in scores.items()}
-        self.present = {(s.kind, s.path): within.kept(s.kind, s.path) for s in units}
+        self.present = {s.key: within.kept(s.kind, s.path) for s in units}
         self.layers_gone = frozenset(dropped_layers(units, within))
         to_go = []
         for site in units:
@@ -74,7 +73,7 @@ class Pool:
         ranked: dict[Key, list[int]] = {}
         for site in self.units:
             if site.kind != "layers":
-                key, fixed = (site.kind, site.path), set(site.fixed)
+                key, fixed = site.key, set(site.fixed)
                 values = self.scores[key]
                 order = sorted(self.present[key], key=lambda i: (i not in fixed, -values[i], i))
                 ranked[key] = order
@@ -127,7 +126,7 @@ class Pool:
         """
         entries = []
         for site in self.units:
-            key = site.kind, site.path
+            key = site.key
             indices: Iterable[int] = self.present[key]
             if site.kind == "layers":
                 indices = [i for i in indices if f"{site.path}.{i}" not in dropped]

@@ -9,9 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from hfslim.anatomy.inputs import Stated, stated_inputs
-from hfslim.anatomy.structure import Structure
+from hfslim.anatomy.structure import Key, Structure
 from hfslim.anatomy.units import Units
-from hfslim.pruning.gates.gates import Key
 from hfslim.pruning.latency.latency_measurement import aligned_step, latency_table
 from hfslim.pruning.search.best import best_structure
 from hfslim.pruning.search.plain_config import Stream, check_plain

@@ -8,9 +8,8 @@ from collections.abc import Mapping, Set
 
 import torch
 
-from hfslim.anatomy.structure import Kind, Structure
+from hfslim.anatomy.structure import Key, Kind, Structure
 from hfslim.anatomy.units import Site, Units
-from hfslim.pruning.gates.gates import Key
 from hfslim.pruning.search.plain_config import Stream
 from hfslim.pruning.search.pool import Pool
 from hfslim.pruning.search.price import UNPRICED, Price
@@ -127,7 +126,7 @@ def _lost(
     lost = lost_layers
     for site in pool.units:
         if site.kind != "layers" and site.layer not in dropped and not _stays_whole(site, stream):
-            key = (site.kind, site.path)
+            key = site.key
             lost += sum(pool.scores[key][i] for i in pool.ranked[key][widths[site.kind] :])
     return lost
 

@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 from hfslim.anatomy import families, mixtures
-from hfslim.anatomy.structure import Structure
+from hfslim.anatomy.structure import Key, Structure
 from hfslim.anatomy.units import Site, Units
 from hfslim.measuring.measurement import count_parameters, macs_by_module
-from hfslim.pruning.gates.gates import Key
 from hfslim.pruning.search.price import dropped_layers
 from hfslim.pruning.target import Resource
 
@@ -89,7 +88,7 @@ class Costs:
         }
         if not left:
             return self
-        share = {(site.kind, site.path): left.get(site.layer, 1.0) for site in units}
+        share = {site.key: left.get(site.layer, 1.0) for site in units}
         return replace(self, unit={key: int(n * share[key]) for key, n in self.unit.items()})
 
     def of(self, units: Units, structure: Structure) -> int:
@@ -100,7 +99,7 @@ class Costs:
                 costs = self.layer["layers", site.path]
                 left -= sum(c for i, c in enumerate(costs) if f"{site.path}.{i}" in dropped)
         gone: dict[Key, int] = {
-            (site.kind, site.path): site.size - len(structure.kept(site.kind, site.path))
+            site.key: site.size - len(structure.kept(site.kind, site.path))
             for site in units
             if site.kind != "layers" and site.layer not in dropped
         }
@@ -122,9 +121,9 @@ def count(
         return Costs(
             resource,
             count_parameters(model),
-            {(s.kind, s.path): _unit_parameters(model, s) for s in _narrow(units)},
+            {s.key: _unit_parameters(model, s) for s in _narrow(units)},
             {
-                (s.kind, s.path): tuple(
+                s.key: tuple(
                     sum(count_parameters(model.get_submodule(path)) for path in s.parts(i))
                     for i in range(s.size)
                 )
@@ -137,9 +136,9 @@ def count(
     return Costs(
         resource,
         macs[""],
-        {(s.kind, s.path): _unit_macs(model, s, macs) for s in _narrow(units)},
+        {s.key: _unit_macs(model, s, macs) for s in _narrow(units)},
         {
-            (s.kind, s.path): tuple(_layer_macs(model, s, i, macs) for i in range(s.size))
+            s.key: tuple(_layer_macs(model, s, i, macs) for i in range(s.size))
             for s in units
             if s.kind == "layers"
         },
@@ -168,7 +167,7 @@ def _products(model: nn.Module, units: Units, macs: Mapping[str, int] | None) ->
     for site in units:
         for cut in site.cuts if site in coupled else ():
             by_site = dims.setdefault((cut.module, cut.tensor), {}).setdefault(cut.dim, {})
-            key = (site.kind, site.path)
+            key = site.key
             by_site[key] = by_site.get(key, 0) + sum(cut.widths)
         if macs is not None and site.kind == "experts":
             chosen[site.gate, 0] = site.experts.chosen
@@ -190,7 +189,7 @@ def _products(model: nn.Module, units: Units, macs: Mapping[str, int] | None) ->
     for site in units if macs is not None else ():
         between = _between_heads(model, site, macs or {}) if site.kind == "heads" else 0
         if between and site in coupled:
-            heads = (site.size, (((site.kind, site.path), 1),))
+            heads = (site.size, ((site.key, 1),))
             yield Product(site.path, between, (heads,), (site.size,))
 
 

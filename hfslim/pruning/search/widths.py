@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hfslim.anatomy.structure import Structure
+from hfslim.anatomy.structure import Key, Structure
 from hfslim.anatomy.units import Site, Units
-from hfslim.pruning.gates.gates import Key
 from hfslim.pruning.latency.latency_table import LatencyTable, layers_of
 from hfslim.pruning.search.knapsack import choose, undominated
 from hfslim.pruning.search.pool import Pool
@@ -87,7 +86,7 @@ def _narrowed(pool: Pool, table: LatencyTable, path: str, sites: Sequence[Site])
     """Return the combinations of widths in a layer that no other beats in both time and loss."""
     options = [_Option(table.layer[path], 0.0, {})]
     for site in sites:
-        key = (site.kind, site.path)
+        key = site.key
         values, ranked = pool.scores[key], pool.ranked[key]
         step = table.step if site.kind == "neurons" else 1
         every_width = sorted({*range(0, len(ranked), step), len(ranked)})

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from hfslim.anatomy.structure import KINDS, Kind
+from hfslim.anatomy.structure import KINDS, Key, Kind
 from hfslim.reporting.layer_names import short_names
 from hfslim.reporting.plots.style import WIDTH, Theme, label_rows, save, stacked_axes
 from hfslim.reporting.unit_rows import COLUMNS, means_of_neighbours
@@ -75,7 +75,7 @@ def importance_map(title: str, rows: Mapping[str, Any]) -> HeatMap:
     return HeatMap(f"{title}{pattern}", shares, labels, gamma=0.5, ticks=ticks)
 
 
-def importance_maps(scores: Mapping[tuple[Kind, str], torch.Tensor]) -> list[HeatMap]:
+def importance_maps(scores: Mapping[Key, torch.Tensor]) -> list[HeatMap]:
     """Return one map for each kind from the importance by kind and path, `[units]`.
 
     Layers of more than 96 units show the means of neighbours.
@@ -90,9 +90,7 @@ def importance_maps(scores: Mapping[tuple[Kind, str], torch.Tensor]) -> list[Hea
     return maps
 
 
-def class_map(
-    kind: Kind, shares: Mapping[tuple[Kind, str], torch.Tensor], classes: Sequence[str]
-) -> HeatMap:
+def class_map(kind: Kind, shares: Mapping[Key, torch.Tensor], classes: Sequence[str]) -> HeatMap:
     """Return a map of how much more or less important each layer is for a class than for all.
 
     A single layer, such as the list of layers, is shown unit by unit.

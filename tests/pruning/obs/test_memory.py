@@ -12,7 +12,7 @@ from models import tiny
 import hfslim
 from hfslim.anatomy.discovery import find_units
 from hfslim.anatomy.inputs import example_inputs
-from hfslim.pruning.family import PruneFamily
+from hfslim.pruning.family import prune_family
 from hfslim.pruning.obs import memory_budget
 from hfslim.pruning.obs.moments import InputMoments, Moments, gather
 from hfslim.pruning.scores.collect import collect
@@ -138,10 +138,12 @@ class _Held:
 
 def _outcome(**how):
     model = tiny("bert")
-    how = {"target": {"macs": 0.5}, "progress": False, **how}
-    found = hfslim.prune(model, _batches((4, 4)), **how)
-    members = found if isinstance(found, PruneFamily) else [found]
-    scores = {} if isinstance(found, PruneFamily) else found.scores
+    if "fractions" in how:
+        members, scores = prune_family(model, _batches((4, 4)), progress=False, **how), {}
+    else:
+        how = {"target": {"macs": 0.5}, "progress": False, **how}
+        members = [hfslim.prune(model, _batches((4, 4)), **how)]
+        scores = members[0].scores
     return [m.structure for m in members], scores, [m.model.state_dict() for m in members]
 
 
@@ -151,7 +153,7 @@ def _outcome(**how):
         ({"reconstruction": "none"}, 1),
         ({"reconstruction": "scales", "units": ("heads", "neurons", "layers")}, 2),
         ({"criterion": "fisher"}, 1),
-        ({"target": None, "family": (0.75, 0.5)}, 3),
+        ({"fractions": (0.75, 0.5)}, 3),
     ],
 )
 def test_moments_in_groups_give_what_they_give_at_once(monkeypatch, caplog, how, passes):
