@@ -207,10 +207,8 @@ def gather(
             if not moments.examples:
                 raise UnusableScoresError(EMPTY)
             if not torch.isfinite(moments.outer).all() or not torch.isfinite(moments.second).all():
-                raise UnusableScoresError(
-                    f"inputs or gradients at the {kind} of {path!r} are not finite: check the "
-                    "model's weights and the calibration data for NaN and overflow"
-                )
+                subject = f"inputs or gradients at the {kind} of {path!r} are"
+                raise UnusableScoresError.not_finite(subject)
     return found
 
 

@@ -106,7 +106,7 @@ class _OfClasses:
             wanted = torch.tensor(self.classes, device=labels.device)
             rows = labels[:, wanted].any(1) if labels.ndim > 1 else torch.isin(labels, wanted)
             if rows.any():
-                yield {k: v[rows] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+                yield _rows(batch, rows)
 
 
 def _limited(data: Iterable[Mapping[str, Any]], max_examples: int) -> Iterator[Batch]:
@@ -117,7 +117,7 @@ def _limited(data: Iterable[Mapping[str, Any]], max_examples: int) -> Iterator[B
                 f"data gives {type(batch).__name__} where a batch is expected, a dict of tensors: "
                 "pass a list of batches, or a DataLoader"
             )
-        tensors = {k: v[:left] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        tensors = _rows(batch, slice(left))
         sizes = [len(v) for v in tensors.values() if isinstance(v, torch.Tensor)]
         if not sizes:
             raise ValueError(
@@ -170,8 +170,9 @@ def _split(
         for start in range(0, max(size, 1), step):
             part = slice(start, start + step)
             sizes.append(min(step, size - start))
-            yield (
-                batch
-                if step >= size
-                else {k: v[part] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-            )
+            yield batch if step >= size else _rows(batch, part)
+
+
+def _rows(batch: Mapping[str, Any], rows: slice | torch.Tensor) -> Batch:
+    """Return some examples of a batch."""
+    return {k: v[rows] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}

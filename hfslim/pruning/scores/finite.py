@@ -17,10 +17,8 @@ def check_finite(model: nn.Module, inputs: Mapping[str, Any], logits: torch.Tens
     if torch.isfinite(logits).all():
         return
     place = next((f"the input {n!r}" for n, v in inputs.items() if not _finite(v)), None)
-    raise UnusableScoresError(
-        f"{place or f'the output of {_first(model, inputs)!r}'} is not finite: check the model's "
-        "weights and the calibration data for NaN and overflow"
-    )
+    place = place or f"the output of {_first(model, inputs)!r}"
+    raise UnusableScoresError.not_finite(f"{place} is")
 
 
 def check_gradients(model: nn.Module, logits: torch.Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import nn
@@ -19,6 +20,14 @@ EMPTY = "no examples were scored: the calibration data is empty, or has none of 
 
 class UnusableScoresError(ValueError):
     """There are no scores, or they are not finite."""
+
+    @classmethod
+    def not_finite(cls, subject: str) -> Self:
+        """Return the error for a subject with its verb, such as `the scores of … are`."""
+        return cls(
+            f"{subject} not finite: check the model's weights and the calibration data for NaN and "
+            "overflow"
+        )
 
 
 @dataclass
@@ -39,10 +48,7 @@ class Scores:
             raise UnusableScoresError(EMPTY)
         for (kind, path), value in self.sums.items():
             if not torch.isfinite(value).all():
-                raise UnusableScoresError(
-                    f"the scores of the {kind} at {path!r} are not finite: check the model's "
-                    "weights and the calibration data for NaN and overflow"
-                )
+                raise UnusableScoresError.not_finite(f"the scores of the {kind} at {path!r} are")
         return {key: value / self.count for key, value in self.sums.items()}
 
     def add(self, site: Site, index: int, value: torch.Tensor) -> None:

@@ -183,8 +183,5 @@ def _means(losses: list[tuple[float, int]], names: list[str]) -> list[float]:
     means = (next(iter(reduced.sums.values())) / reduced.count).tolist()
     for name, mean in zip(names, means, strict=True):
         if not math.isfinite(mean):
-            raise UnusableScoresError(
-                f"the loss without {name} is not finite: check the model's weights and the "
-                "calibration data for NaN and overflow"
-            )
+            raise UnusableScoresError.not_finite(f"the loss without {name} is")
     return means
