@@ -32,7 +32,7 @@ _HOMES = {
     "weight_sparsity": "hfslim.sparsity",
 }
 __all__ = list(_HOMES)
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 
 hub.register()
