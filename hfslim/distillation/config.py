@@ -10,7 +10,7 @@ from typing import cast
 
 from transformers import TrainingArguments
 
-from hfslim.distillation.losses.feature_terms import FEATURE_LOSSES
+from hfslim.distillation.losses.feature_losses import FEATURE_LOSSES
 from hfslim.distillation.losses.layer_maps import parse_map
 from hfslim.distillation.losses.logit_losses import LOGIT_LOSSES
 

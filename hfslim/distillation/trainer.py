@@ -8,22 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from hfslim.distillation.cache.cached_training import CacheMixin
-from hfslim.distillation.cache.teacher_cache import KeyedCollator
+from hfslim.distillation.cache.cached_answers import CachedAnswers, cacheable
+from hfslim.distillation.cache.examples import KeyedCollator, SeededExamples
 from hfslim.distillation.config import DistillationConfig
-from hfslim.distillation.losses.feature_training import FeatureMixin
-from hfslim.distillation.losses.logit_losses import distillation_loss
-from hfslim.distillation.teacher.clock import TeacherClock
-from hfslim.distillation.teacher.teacher_quality import check_skill
+from hfslim.distillation.losses.feature_training import FeatureTraining
+from hfslim.distillation.losses.logit_losses import LOGIT_LOSSES, distillation_loss
+from hfslim.distillation.teacher.answers import TeacherAnswers
+from hfslim.distillation.teacher.teacher_quality import check_quality
 from hfslim.distillation.teacher.teachers import Source, Teachers
 from hfslim.tasks.pairing import PairedCollator, collator_of
-from hfslim.training.checkpoint import CheckpointMixin
-from hfslim.training.hub_pushes import HubMixin
-from hfslim.training.log_figures import FiguresMixin
-from hfslim.training.objective import MeanLossMixin, ProblemType, logits_of, problem_type, with_loss
+from hfslim.training.checkpoint import SlimTrainer
+from hfslim.training.objective import ProblemType, logits_of, problem_type, with_loss
 from hfslim.training.parallel import way_of
 
 __all__ = ["DistillationTrainer"]
@@ -33,32 +31,34 @@ logger = logging.get_logger(__name__)
 _EXAMPLES_TO_CHECK = 512
 
 
-class DistillationTrainer(
-    FeatureMixin, CacheMixin, CheckpointMixin, HubMixin, FiguresMixin, MeanLossMixin, Trainer
-):
+class DistillationTrainer(SlimTrainer):
     """Trains on `(1 - alpha) · labels' loss + alpha · logit loss + Σ weight · feature loss`.
 
-    All are means over the examples of an optimizer step, whatever the accumulation and number of
-    processes, and are logged beside their weighted sum: `loss_hard`, `loss_distillation` and a
-    `loss_...` for each feature loss, with `agreement`, the share of examples for which student and
-    teacher give the same class, and `teacher_time_share`.
-    Evaluation runs the student alone: `eval_loss` is the labels' loss. The teacher is placed once
-    on the student's device (under FSDP2 and ZeRO-3 in parts, one on each process), runs without
-    gradients in evaluation mode, and is in no checkpoint. It sees the student's batches, or the
-    same examples as its own processor makes them. A student without `config.problem_type` takes
-    over the teacher's.
+    Every term is a mean over the examples of an optimizer step, whatever the accumulation and
+    number of processes, and is logged beside the weighted sum: `loss_hard`, `loss_distillation` and
+    a `loss_...` for each feature loss, with `agreement`, the share of examples for which student
+    and teacher predict the same class, and `teacher_time_share`.
+    Evaluation runs the student alone: `eval_loss` is the labels' loss. The teacher is moved once to
+    the student's device (under FSDP2 and ZeRO-3 it is sharded over the processes), runs without
+    gradients in evaluation mode, and is in no checkpoint. It reads the student's batches, or the
+    same examples from its own processor. A student without `config.problem_type` gets the
+    teacher's.
 
     Args:
         model: The student.
         args: `DistillationConfig`.
         *rest: As for `transformers.Trainer`, from `data_collator` on.
-        teacher: A model, a Hub id or a folder, with the student's labels in any order; or several,
-            whose weighted mean teaches.
+        teacher: A model, a Hub id or a folder, with the student's labels in any order; or several
+            teachers, whose weighted mean is used.
         teacher_processor: Tokenizer, image processor or feature extractor of a teacher that reads
-            other inputs than the student. Each example then holds what that one makes of it, by the
-            names of `hfslim.distillation.teacher_inputs`. With several teachers, one for each, or
-            None.
+            other inputs than the student. Each example then also holds the teacher's inputs, named
+            by `hfslim.distillation.teacher_inputs`. With several teachers, one for each, or None.
         **kwargs: As for `transformers.Trainer`, except `compute_loss_func`.
+
+    Attributes:
+        teachers: The teachers.
+        answers: The teachers' answers, live or from the cache.
+        features: The feature losses.
 
     Raises:
         TypeError: If `args` is not a `DistillationConfig`.
@@ -99,19 +99,22 @@ class DistillationTrainer(
             teacher_processor = [teacher_processor] * (
                 len(given) if teacher_processor is None else 1
             )
-        # A collator tells the tokenizer where the Trainer was not given it.
-        read_by = self.processing_class or getattr(self.data_collator, "tokenizer", None)
-        self.teachers = Teachers(given, teacher_processor, student, read_by, args)
+        # Without a processing class the collator may have the tokenizer.
+        student_processor = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        self.teachers = Teachers(given, teacher_processor, student, student_processor, args)
         self.teachers.place(args.device, shard=way_of(args) in ("ZeRO-3", "FSDP"))
         self._take_over_problem()
         own = zip(self.teachers.prefixes, teacher_processor, strict=True)
         batchers = {prefix: collator_of(processor) for prefix, processor in own if prefix}
         if batchers and not isinstance(self.data_collator, PairedCollator):
             self.data_collator = PairedCollator(self.data_collator, batchers)
-        self._forget_terms()
         if args.teacher_cache:
             apart = all(self.teachers.prefixes)
             self.data_collator = KeyedCollator(self.data_collator, teacher_alone=apart)
+        self.answers = TeacherAnswers(self.teachers, self.accelerator)
+        self.features = FeatureTraining(self)
+        self.callback_handler.callbacks.insert(0, self.features)
+        self._reset_logged()
 
     @property
     def teacher(self) -> Any:
@@ -120,33 +123,55 @@ class DistillationTrainer(
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Check the teacher on labelled data, then train as `transformers.Trainer.train`."""
-        self._forget_terms()
+        self._reset_logged()
         if not self.args.allow_untrained_teacher:
-            self._check_teacher()
+            self._check_teachers()
         logger.info(f"loss = {self.args.objective}")
-        parts = self.args.gradient_accumulation_steps * self.accelerator.num_processes
-        if self.args.logit_loss == "dist" and parts > 1 and self.is_world_process_zero():
+        batches = self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        across = LOGIT_LOSSES[self.args.logit_loss].across_examples
+        if across and batches > 1 and self.is_world_process_zero():
             logger.warning(
-                f"logit_loss='dist' correlates the examples of one batch: {parts} batches a step "
-                "are not what one large batch would be."
+                f"logit_loss={self.args.logit_loss!r} compares the examples of one batch: "
+                f"{batches} batches in a step give another loss than one large batch."
             )
         return super().train(*args, **kwargs)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Train the student that `model_init` may have made anew by now."""
+        """Train; `model_init` may have made a new student since `__init__`."""
         self._take_over_problem()
-        with self.feature_training():
+        with self.features.prepared():
             if self.args.teacher_cache:
-                self._open_cache(self.args.teacher_cache)
-            self._clock = TeacherClock(self.args.device)
+                self.train_dataset = cacheable(self.train_dataset, self.args)
+                self.answers = CachedAnswers(self, self.features.terms)
+            else:
+                self.answers = TeacherAnswers(self.teachers, self.accelerator)
             return super()._inner_training_loop(*args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if isinstance(self.train_dataset, SeededExamples):
+            self.train_dataset.epoch = kwargs["epoch"]
+        super()._run_epoch(*args, **kwargs)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Build the optimizer of the student and of the projections of its hidden states."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        self.features.add_to(optimizer)
+        return optimizer
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        self.features.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self.features.load(checkpoint)
 
     def _take_over_problem(self) -> None:
         student: Any = self.model
         if student.config.problem_type is None:
             student.config.problem_type = self.teacher.config.problem_type
 
-    def _check_teacher(self) -> None:
+    def _check_teachers(self) -> None:
         data: Any = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
         if isinstance(data, Mapping) and not hasattr(data, "features"):
             data = next(iter(data.values()))
@@ -155,7 +180,7 @@ class DistillationTrainer(
         if hasattr(data, "__len__") and len(data) > _EXAMPLES_TO_CHECK:
             step = len(data) / _EXAMPLES_TO_CHECK
             data = Subset(data, [int(i * step) for i in range(_EXAMPLES_TO_CHECK)])
-        logits, labels, seen = [], [], 0
+        logits, labels, count = [], [], 0
         for batch in self.get_test_dataloader(data):
             if batch.get("labels") is None:
                 return
@@ -165,14 +190,14 @@ class DistillationTrainer(
             *answers, known = self.accelerator.gather_for_metrics([*answers, batch["labels"]])
             logits.append(answers)
             labels.append(known)
-            seen += len(known)
-            if seen >= _EXAMPLES_TO_CHECK:
+            count += len(known)
+            if count >= _EXAMPLES_TO_CHECK:
                 break
-        if seen:
+        if count:
             live: Any = self.model
             target = torch.cat(labels)
             for name, parts in zip(self.teachers.names, zip(*logits, strict=True), strict=True):
-                check_skill(torch.cat(parts), target, problem_type(live.config, target), name)
+                check_quality(torch.cat(parts), target, problem_type(live.config, target), name)
 
     def _set_signature_columns_if_needed(self) -> None:
         first = self._signature_columns is None
@@ -182,8 +207,8 @@ class DistillationTrainer(
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor | None]:
         """Fetch the batches of one optimizer step, and count the step for the logged means."""
-        self._clock.start()
-        self._term_steps += 1
+        self.answers.clock.start()
+        self._steps_logged += 1
         return super().get_batch_samples(*args, **kwargs)
 
     def prediction_step(
@@ -199,7 +224,7 @@ class DistillationTrainer(
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Compute this process's share of the step's loss; in evaluation, of the labels' alone.
+        """Compute this process's share of the step's loss; in evaluation, of the labels' loss.
 
         Args:
             model: The student as wrapped for training.
@@ -214,17 +239,26 @@ class DistillationTrainer(
         labels: Any = inputs.get("labels")
         if labels is None and model.training:
             self._check_unlabelled(inputs)
-        teaches = model.training and self._progress() < 1 and (alpha > 0 or self.features)
-        if not teaches or (labels is None and alpha < 1):
-            loss, outputs = super().compute_loss(
-                model, self.teachers.of_student(inputs), True, num_items_in_batch
-            )
+        terms = self.features.terms
+        distils = model.training and self._progress() < 1 and (alpha > 0 or terms is not None)
+        student_inputs = self.teachers.of_student(inputs)
+        if not distils or (labels is None and alpha < 1):
+            loss, outputs = super().compute_loss(model, student_inputs, True, num_items_in_batch)
             if model.training:
                 self._record("loss_hard", loss)
             return (loss, outputs) if return_outputs else loss
-        student_inputs = self.teachers.of_student(inputs)
         student_inputs.pop("labels", None)
-        outputs, taught, features = self._run_both(model, student_inputs, inputs)
+        feature_losses: dict[str, Tensor] = {}
+        if terms is None:
+            outputs = model(**student_inputs)
+            answer = self.answers.of(inputs)
+        else:
+            capture = terms.captures[0]
+            with capture.recording() as states:
+                outputs = model(**student_inputs, **capture.arguments)
+            answer = self.answers.of(inputs, terms, states)
+            assert answer.states is not None
+            feature_losses = terms.losses(states, answer.states, student_inputs)
         logits = logits_of(outputs)
         counts = num_items_in_batch
         examples = torch.tensor(len(logits)) if counts is None else counts[1]
@@ -232,13 +266,12 @@ class DistillationTrainer(
         loss = logits.new_zeros((), dtype=torch.float32)
         problem = self.problem_of(labels)
         if alpha > 0:
-            self._check_top_k(labels)
             losses = distillation_loss(
                 logits,
-                taught,
+                answer.logits,
                 problem,
                 self._scheduled("temperature"),
-                self.args.logit_loss,  # type: ignore[arg-type]
+                self.args.logit_loss,
                 labels,
                 self.args.dkd_beta,
             )
@@ -250,15 +283,15 @@ class DistillationTrainer(
             self._record("loss_hard", hard)
             loss = loss + (1 - alpha) * hard
         factor = self._scheduled("feature_weight", 1.0)
-        for name, losses in features.items():
+        for name, losses in feature_losses.items():
             part = self.share(losses, examples, local)
             self._record(f"loss_{name}", part)
-            loss = loss + factor * self.feature_weights[name] * part
+            loss = loss + factor * self.features.weights[name] * part
         if problem != "regression":
-            same = _same_answers(logits, taught, problem)
+            same = _same_classes(logits, answer.logits, problem)
             self._record("agreement", self.share(same, examples, local))
-        if self._cache is not None:
-            hit = torch.full_like(logits[:, 0], float(self._from_cache), dtype=torch.float32)
+        if answer.cached is not None:
+            hit = torch.full_like(logits[:, 0], float(answer.cached), dtype=torch.float32)
             self._record("teacher_cache_hits", self.share(hit, examples, local))
         return (loss, with_loss(outputs, loss)) if return_outputs else loss
 
@@ -273,40 +306,41 @@ class DistillationTrainer(
             )
 
     def _progress(self) -> float:
-        """Return how far distillation is, from 0 to 1 or more once it is over."""
+        """Return the completed fraction of the distillation, 1 or more after its end."""
         steps = max(self.state.max_steps, 1) * self.args.distil_until
         return self.state.global_step / steps
 
     def _scheduled(self, name: str, start: float | None = None) -> float:
-        """Return the value of a setting in this step, on the line to its `_end`."""
+        """Return a setting's value in this step, interpolated linearly to its `_end`."""
         first = getattr(self.args, name) if start is None else start
         last = getattr(self.args, f"{name}_end")
         return first if last is None else first + (last - first) * min(self._progress(), 1.0)
 
     def _record(self, name: str, value: Tensor) -> None:
+        """Add this process's share of a value in this step to what is logged next."""
         value = value.detach()
-        self._terms[name] = self._terms[name] + value if name in self._terms else value
-        self._steps_of.setdefault(name, set()).add(self._term_steps)
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._steps_of.setdefault(name, set()).add(self._steps_logged)
 
-    def _forget_terms(self) -> None:
-        self._terms: dict[str, Tensor] = {}
+    def _reset_logged(self) -> None:
+        self._sums: dict[str, Tensor] = {}
         self._steps_of: dict[str, set[int]] = {}
-        self._term_steps = 0
+        self._steps_logged = 0
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, adding each loss term's mean over its steps since the last log and all processes."""
-        if "loss" in logs and self._term_steps:
-            for name, total in sorted(self._terms.items()):
+        """Log, with each loss term's mean over all processes and its steps since the last log."""
+        if "loss" in logs and self._steps_logged:
+            for name, total in sorted(self._sums.items()):
                 mean = self.accelerator.reduce(total, reduction="mean")
                 logs[name] = mean.item() / len(self._steps_of[name])
-            share = torch.tensor(self._clock.take(), device=self.args.device)
+            share = torch.tensor(self.answers.clock.take(), device=self.args.device)
             logs["teacher_time_share"] = self.accelerator.reduce(share, reduction="mean").item()
-            self._forget_terms()
+            self._reset_logged()
         super().log(logs, *args, **kwargs)
 
 
-def _same_answers(student: Tensor, teacher: Tensor, problem: ProblemType) -> Tensor:
-    """Return 1 for each example of which both say the same class, or the same set of classes."""
+def _same_classes(student: Tensor, teacher: Tensor, problem: ProblemType) -> Tensor:
+    """Return 1 for each example with the same predicted class, or set of classes, and else 0."""
     if problem == "multi_label_classification":
         return ((student > 0) == (teacher > 0)).all(-1).float()
     return (student.argmax(-1) == teacher.argmax(-1)).float()

@@ -15,7 +15,7 @@ from models import tiny
 
 from hfslim.anatomy.inputs import example_inputs
 from hfslim.distillation import DistillationConfig, DistillationTrainer
-from hfslim.distillation.losses.feature_terms import FEATURE_LOSSES
+from hfslim.distillation.losses.feature_losses import FEATURE_LOSSES
 from hfslim.training.checkpoint import SlimTrainer
 
 HEADS = {

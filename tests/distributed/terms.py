@@ -16,7 +16,7 @@ from models import tiny
 
 from hfslim import L2SP, DistillationConfig, DistillationTrainer
 from hfslim.anatomy.inputs import example_inputs
-from hfslim.distillation.losses.feature_terms import FEATURE_LOSSES
+from hfslim.distillation.losses.feature_losses import FEATURE_LOSSES
 
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 NARROW = {"hidden_size": 16, "intermediate_size": 32}
@@ -51,7 +51,7 @@ class Keep(TrainerCallback):
     trainer: DistillationTrainer
 
     def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
-        features = self.trainer.features
+        features = self.trainer.features.terms
         parameters = [*model.parameters(), *(features.projections.parameters() if features else ())]
         self.gradient = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
         self.pairs = features.pairs() if features else []

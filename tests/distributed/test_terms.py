@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from terms import CASES, LAYOUT_MATTERS, gradient
 
 from hfslim.distillation.losses import logit_losses
-from hfslim.distillation.losses.feature_terms import FEATURE_LOSSES
+from hfslim.distillation.losses.feature_losses import FEATURE_LOSSES
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from models import tiny
 from transformers import set_seed
 
 from hfslim import DistillationTrainer
-from hfslim.distillation.cache.augmentation import SeededExamples
+from hfslim.distillation.cache.examples import SeededExamples
 
 
 def augmented(kind: str) -> Dataset:

@@ -1,4 +1,4 @@
-"""A teacher's hidden states on disk: what it computes at each position that counts."""
+"""A teacher's hidden states on disk, without padding."""
 
 from __future__ import annotations
 
@@ -16,11 +16,7 @@ _ROWS, _COUNTS = "positions.f32", "counts.npy"
 
 
 class PositionWriter:
-    """Writes examples one after another, without their padding; memory holds one batch.
-
-    Args:
-        folder: Where to.
-    """
+    """Writes the hidden states of examples into a folder, batch by batch."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -53,15 +49,15 @@ class PositionWriter:
 
 
 class PositionStore:
-    """Reads what a `PositionWriter` wrote, memory-mapped.
+    """Reads the files of a `PositionWriter`, memory-mapped.
 
     Args:
-        folder: Where it is.
+        folder: Their folder.
         width: Features of a position.
 
     Raises:
-        OSError: There is nothing.
-        ValueError: It is not whole.
+        OSError: A file is missing.
+        ValueError: The files do not fit each other.
     """
 
     def __init__(self, folder: Path, width: int) -> None:
@@ -72,14 +68,14 @@ class PositionStore:
             raise ValueError(f"{len(self.rows)} positions of {self._ends[-1]}")
 
     def read(self, examples: np.ndarray, mask: Tensor) -> Tensor | None:
-        """Return some examples as one batch, 0 where a position does not count.
+        """Return examples as one batch, 0 where a position does not count.
 
         Args:
-            examples: Their numbers in the order of writing, `[batch]`.
+            examples: Numbers in the order of writing, `[batch]`.
             mask: `[batch, positions]` bool.
 
         Returns:
-            `[batch, positions, features]`, or None where the mask counts other positions than were
+            `[batch, positions, features]`, or None if the mask counts other positions than were
             written.
         """
         if (self.counts[examples] != mask.sum(-1).cpu().numpy()).any():

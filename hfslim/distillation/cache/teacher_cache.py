@@ -1,10 +1,11 @@
-"""A teacher's answers on disk, found by what an example holds."""
+"""A teacher's logits and hidden states on disk, found by the keys of examples."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,22 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import logging
 
-from hfslim.distillation.cache.augmentation import random_state
 from hfslim.distillation.cache.position_store import PositionStore, PositionWriter
-from hfslim.distillation.cache.top_k import TopK
 from hfslim.reporting.staged_writes import whole_folder
-from hfslim.tasks.pairing import PREFIX, own_inputs
 
-__all__ = ["KEYS", "Answers", "CacheError", "KeyedCollator", "TeacherCache", "fingerprint"]
+__all__ = ["CacheError", "CachedBatch", "TeacherCache", "TopK"]
 
 logger = logging.get_logger(__name__)
 
-KEYS = "teacher_cache_keys"
-"""Name under which a batch carries its examples' keys, `[batch, 2]` int64."""
-_LABELS = ("label", "label_ids", "labels")
 _VERSION = 2
 
 
@@ -36,95 +31,62 @@ class CacheError(ValueError):
     """A teacher cache is damaged, or holds another teacher's outputs."""
 
 
-class KeyedCollator:
-    """Adds to each batch a key for every example: the hash of what the models read of it.
+@dataclass(frozen=True)
+class TopK:
+    """The logits of the k most probable classes, and one logit for all other classes.
 
-    The key is taken before padding, so that it depends neither on the batch, nor on the order, nor
-    on the number of processes; an example that augmentation changes gets another key.
+    The other classes share one logit that preserves their total probability at `temperature`. So
+    the k probabilities are the teacher's own. Probabilities that are normalised over k classes
+    alone would be too large and make the student overconfident (Anshumann et al. 2025, arXiv
+    2503.16870).
 
-    Args:
-        collator: What makes the batch.
-        teacher_alone: Whether all teachers have inputs of their own, so that only those are hashed,
-            and the student's may change from epoch to epoch.
+    Attributes:
+        k: Number of classes, from 1 to one less than all.
+        temperature: The temperature at which the probabilities are exact.
     """
 
-    def __init__(self, collator: Any, teacher_alone: bool = False) -> None:
-        self.collator = collator
-        self.teacher_alone = teacher_alone
+    k: int
+    temperature: float
 
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> Any:
-        """Collate examples."""
-        read = [own_inputs(one, PREFIX) for one in features] if self.teacher_alone else features
-        keys = torch.from_numpy(np.stack([example_key(one) for one in read]))
-        before = random_state()
-        batch = self.collator(features)
-        if not self.teacher_alone and random_state() != before:
-            raise CacheError(
-                f"the collator {type(self.collator).__name__} draws random numbers, as mixup does, "
-                "so that a batch is not what its examples are known by: let the data set change "
-                "examples when they are read, or leave teacher_cache out."
-            )
-        batch[KEYS] = keys
-        return batch
+    def keep(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Reduce logits `[batch, classes]` to the largest.
 
+        Returns:
+            `[batch, k + 1]` float32, the largest logits and then that of each other class; and the
+            classes of the largest, `[batch, k]` int32.
 
-def example_key(example: Mapping[str, Any]) -> np.ndarray:
-    """Hash an example's inputs, labels aside, to two int64.
+        Examples:
+            >>> values, classes = TopK(1, 1.0).keep(torch.tensor([[0.5, 0.2, 0.3]]).log())
+            >>> values.exp(), classes
+            (tensor([[0.5000, 0.2500]]), tensor([[0]], dtype=torch.int32))
+        """
+        logits = logits.float()
+        largest = logits.topk(self.k, dim=-1)
+        rest = logits.scatter(-1, largest.indices, -torch.inf) / self.temperature
+        share = rest.logsumexp(-1, keepdim=True) - math.log(logits.shape[-1] - self.k)
+        return torch.cat([largest.values, share * self.temperature], -1), largest.indices.int()
 
-    Examples:
-        >>> one = example_key({"input_ids": [1, 2], "label": 0})
-        >>> bool((one == example_key({"label": 1, "input_ids": np.array([1, 2])})).all())
-        True
-        >>> bool((one == example_key({"input_ids": [1, 3], "label": 0})).all())
-        False
-    """
-    state = xxhash.xxh3_128()
-    for name in sorted(set(example) - set(_LABELS)):
-        try:
-            array = np.asarray(example[name])
-        except ValueError:  # Lists of unequal length.
-            array = np.asarray(None)
-        if array.dtype.kind in "iub":
-            array = array.astype(np.int64)
-        elif array.dtype.kind == "f":
-            array = array.astype(np.float32)
-        elif array.dtype.kind == "O":
-            raise CacheError(
-                f"teacher_cache finds examples by what they hold, and {name!r} holds "
-                f"{type(example[name]).__name__} of which no bytes can be taken; drop that column, "
-                "or leave teacher_cache out."
-            )
-        state.update(f"{name}{array.shape}{array.dtype}".encode())
-        state.update(np.ascontiguousarray(array).tobytes())
-    return np.frombuffer(state.digest(), dtype=np.int64)
+    @staticmethod
+    def fill(values: Tensor, classes: Tensor, number: int) -> Tensor:
+        """Return logits for all classes, `[batch, number]`, from the results of `keep`.
 
-
-def fingerprint(teacher: nn.Module, order: Tensor | None) -> str:
-    """Hash a teacher's weights and the order of its labels.
-
-    Args:
-        teacher: The teacher.
-        order: Of `align_labels`.
-    """
-    state = xxhash.xxh3_128()
-    for name, value in sorted(teacher.state_dict().items()):
-        state.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        if type(value) not in (Tensor, nn.Parameter):
-            value = value.dequantize()
-        state.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    state.update(str(None if order is None else order.tolist()).encode())
-    return state.hexdigest()
+        Examples:
+            >>> TopK.fill(torch.tensor([[2.0, -1.0]]), torch.tensor([[1]], dtype=torch.int32), 3)
+            tensor([[-1.,  2., -1.]])
+        """
+        whole = values[:, -1:].repeat(1, number)
+        return whole.scatter_(-1, classes.long(), values[:, :-1])
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What a teacher says of a batch.
+class CachedBatch:
+    """A teacher's outputs on a batch, as a cache keeps them.
 
     Attributes:
         keys: `[batch, 2]` int64.
         logits: `[batch, classes]`.
-        positions: What it computes inside, `[batch, positions, features]`, where that is kept.
-        mask: Which positions count, `[batch, positions]`, 1 or 0.
+        positions: Hidden states `[batch, positions, features]`, if they are kept.
+        mask: `[batch, positions]`, 1 where a position counts.
     """
 
     keys: Tensor
@@ -134,15 +96,14 @@ class Answers:
 
 
 class TeacherCache:
-    """The answers of one teacher, memory-mapped: logits, all or the largest, and hidden states.
+    """One teacher's logits, all or the largest, and hidden states, memory-mapped.
 
     Args:
-        folder: Where they are.
-        teacher: What they must be of: the `fingerprint` of the teacher, and what is kept.
+        folder: Folder of the cache.
+        teacher: The identity that the cache must have: the teacher's fingerprint and the settings.
 
     Raises:
-        CacheError: The folder holds no cache, a damaged one, or one of another teacher or of other
-            settings.
+        CacheError: The folder holds no cache, a damaged one, or one of another identity.
     """
 
     def __init__(self, folder: str | Path, teacher: str) -> None:
@@ -167,8 +128,8 @@ class TeacherCache:
         if version != _VERSION or stored != teacher:
             raise CacheError(
                 f"{self.folder} holds the outputs of another teacher ({stored}, this one is "
-                f"{teacher}), or of the same one with other weights, labels or settings of what is "
-                f"kept: {advice}"
+                f"{teacher}), or of the same teacher with other weights, labels or settings of "
+                f"what is kept: {advice}"
             )
         if digest != _digest(self.folder):
             raise CacheError(f"{self.folder} has changed since it was written: {advice}")
@@ -177,11 +138,7 @@ class TeacherCache:
         return len(self._keys)
 
     def find(self, keys: Tensor) -> np.ndarray | None:
-        """Return where the examples of a batch are, `[batch]`, or None where one is missing.
-
-        Args:
-            keys: `[batch, 2]` int64.
-        """
+        """Return the numbers of a batch's examples by their keys, or None if one is missing."""
         wanted = keys.cpu().numpy()
         rows = np.searchsorted(self._keys[:, 0], wanted[:, 0])
         rows = np.minimum(rows, len(self._keys) - 1)
@@ -195,23 +152,23 @@ class TeacherCache:
         return TopK.fill(values, torch.from_numpy(self._classes[examples]), self._number)
 
     def positions(self, examples: np.ndarray, mask: Tensor) -> Tensor | None:
-        """Return what the teacher computes inside, as `PositionStore.read`."""
+        """Return hidden states as `PositionStore.read`, or None if they are not kept."""
         return None if self._positions is None else self._positions.read(examples, mask)
 
     @staticmethod
     def write(
-        folder: str | Path, teacher: str, batches: Iterable[Answers], top_k: TopK | None = None
+        folder: str | Path, teacher: str, batches: Iterable[CachedBatch], top_k: TopK | None = None
     ) -> None:
-        """Write a cache in one step: a crash leaves none.
+        """Write a whole cache or none.
 
         Args:
-            folder: Where to; its parents are made.
-            teacher: What the answers are of.
-            batches: Of the teacher, all with positions or all without.
-            top_k: What to keep of the logits, if not all.
+            folder: A new folder.
+            teacher: The identity of the cache.
+            batches: The teacher's outputs, all with positions or all without.
+            top_k: The reduction of the logits, if any.
 
         Raises:
-            CacheError: The folder holds something else.
+            CacheError: The folder exists.
         """
         folder = Path(folder)
         if folder.exists():
@@ -224,12 +181,12 @@ class TeacherCache:
         except OSError:
             if not folder.exists():
                 raise
-            logger.warning(f"another run has filled {folder} meanwhile, which is read instead")
+            logger.warning(f"another run has filled {folder} in the meantime; it is read")
             return
         logger.info(f"teacher cache of {meta['examples']:,} examples in {folder}")
 
 
-def _write(folder: Path, batches: Iterable[Answers], top_k: TopK | None) -> dict[str, Any]:
+def _write(folder: Path, batches: Iterable[CachedBatch], top_k: TopK | None) -> dict[str, Any]:
     arrays: dict[str, list[np.ndarray]] = {"keys": [], "logits": [], "classes": []}
     writer: PositionWriter | None = None
     classes = width = 0

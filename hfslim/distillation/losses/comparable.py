@@ -1,8 +1,8 @@
-"""Whether two models compute inside what feature losses can compare: tried on a small input."""
+"""Check on a small input that feature losses can compare two models."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,83 +10,64 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.utils import logging
 
-from hfslim.distillation.losses.capture import Capture, Seen
-from hfslim.distillation.losses.layer_maps import Pairs
+from hfslim.distillation.losses.capture import Capture, CapturedStates
 from hfslim.measuring.timing import evaluating
 from hfslim.pruning.surgery.proof import PROBE_EXAMPLES, probe_inputs
 
-__all__ = ["check_layers", "every_layer_runs", "probed"]
+__all__ = ["every_layer_runs", "probe"]
 
 logger = logging.get_logger(__name__)
 
 
-def probed(captures: tuple[Capture, Capture], head_by_head: bool) -> tuple[Seen, Seen]:
-    """Run student and teacher once on random inputs, and return what both computed.
+def probe(
+    captures: tuple[Capture, Capture], head_by_head: bool
+) -> tuple[CapturedStates, CapturedStates]:
+    """Run student and teacher once on random inputs and return their states.
 
     Args:
         captures: Of the student and of the teacher.
-        head_by_head: Whether the last attention's heads are compared one with one.
+        head_by_head: Whether the heads of the last attention are compared one by one.
 
     Raises:
-        ValueError: They are not one by one for the same examples and positions; or the last
-            attentions have other numbers of heads.
+        ValueError: The states differ in examples or positions, or the last attentions in their
+            number of heads.
     """
     result = []
     for capture in captures:
         inputs = probe_inputs(capture.model)
-        with capture.recording() as seen, evaluating(capture.model):
+        with capture.recording() as states, evaluating(capture.model):
             capture.model(**inputs, **capture.arguments)
-        # Without a backward pass a model in parts stays whole, and an optimizer would take that.
+        # Without a backward pass FSDP leaves the weights gathered, and an optimizer would see them.
         for module in capture.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-        result.append(seen)
-    mine, theirs = result
-    _check_positions("hidden states", *(_shapes(seen.hidden, 1) for seen in result))
-    _check_positions("attention maps", *(_shapes(seen.attentions, -1) for seen in result))
-    _check_positions("queries, keys and values", *(_shapes(seen.vectors, 1) for seen in result))
+        result.append(states)
+    _check_positions("hidden states", *(_shapes(states.hidden, 1) for states in result))
+    _check_positions("attention maps", *(_shapes(states.attentions, -1) for states in result))
+    _check_positions("queries, keys and values", *(_shapes(states.vectors, 1) for states in result))
     if head_by_head:
-        heads = [seen.attentions[-1].shape[1] for seen in result]
+        heads = [states.attentions[-1].shape[1] for states in result]
         if heads[0] != heads[1]:
             raise ValueError(
                 f"minilm compares the last attention head by head, and the student has {heads[0]} "
                 f"heads there, the teacher {heads[1]}: use minilm_v2, which compares any numbers."
             )
-    for capture, seen in zip(captures, result, strict=True):
-        if seen.hidden and seen.attentions and len(seen.hidden) != len(seen.attentions):
+    for capture, states in zip(captures, result, strict=True):
+        if states.hidden and states.attentions and len(states.hidden) != len(states.attentions):
             raise ValueError(
-                f"{capture.name} has {len(seen.hidden)} layers and {len(seen.attentions)} "
+                f"{capture.name} has {len(states.hidden)} layers and {len(states.attentions)} "
                 "attention maps, so one layer map cannot pair both: use a loss on hidden states "
                 "or on attentions alone."
             )
-    return mine, theirs
-
-
-def check_layers(pairs: Pairs, sizes: Sequence[int]) -> None:
-    """Refuse pairs of layers that are not there.
-
-    Args:
-        pairs: Of the student's and the teacher's layers.
-        sizes: How many there are of each.
-
-    Raises:
-        ValueError: A layer is not there.
-    """
-    for s, t in pairs:
-        if s >= sizes[0] or t >= sizes[1]:
-            raise ValueError(
-                f"layer_map pairs layer {s} of the student with {t} of the teacher; they have "
-                f"{sizes[0]} and {sizes[1]}, counted from 0."
-            )
+    return result[0], result[1]
 
 
 @contextmanager
 def every_layer_runs(model: nn.Module) -> Iterator[None]:
-    """Switch a model's own dropping of layers off inside the block.
+    """Disable a model's own layer dropout inside the block.
 
-    wav2vec2 and its kin skip layers at random in training (`config.layerdrop`, 0.1 as a rule). What
-    a skipped layer would have computed cannot be compared. `LayerDropCallback` goes together with
-    losses on features.
+    wav2vec2 and related models skip layers at random in training (`config.layerdrop`, usually 0.1).
+    A skipped layer has no output to compare. `LayerDropCallback` works with feature losses.
     """
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     holders: list[Any] = [*configs.values(), *model.modules()]
@@ -94,8 +75,8 @@ def every_layer_runs(model: nn.Module) -> Iterator[None]:
     if before:
         logger.warning(
             f"{type(model).__name__} skips layers at random (layerdrop={before[0][1]:g}), which "
-            "feature losses could not compare: it runs them all in this training; for skipped ones "
-            "use LayerDropCallback."
+            "feature losses cannot compare: all layers run in this training; to skip layers use "
+            "LayerDropCallback."
         )
     for one, _ in before:
         one.layerdrop = 0.0

@@ -1,26 +1,100 @@
-"""Losses between what two models compute inside, one value per example.
+"""Losses on hidden states and attention, one value per example, and the table of their names.
 
 Shapes: `B` examples, `S` positions (tokens, patches, frames), `D` features, `H` heads. A mask is
-`[B, S]`, 1 where a position counts; without one all do. Every example weighs the same, however
-many positions it has, so that no layout of batches changes the mean. All is computed in float32.
+`[B, S]`, 1 where a position counts; without a mask all positions count. Every example has the same
+weight, whatever its number of positions, so that the mean does not depend on the layout of batches.
+All losses are computed in float32.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 __all__ = [
+    "FEATURE_LOSSES",
+    "FeatureLoss",
     "attention_kl",
     "attention_mse",
     "hidden_cosine",
     "hidden_l1_cosine",
     "hidden_mse",
+    "register_feature_loss",
     "relation_kl",
 ]
 
+Kind = Literal["hidden", "attentions", "vectors"]
+_Function = TypeVar("_Function", bound=Callable[..., Tensor])
 
+
+@dataclass(frozen=True)
+class FeatureLoss:
+    """A feature loss and the tensors that it compares.
+
+    Attributes:
+        function: Takes the student's tensor, the teacher's, and the mask; for `vectors`, the number
+            of relation heads before the mask. Returns `[B]`.
+        on: `hidden` states `[B, S, D]` or `attentions` `[B, H, S, S]` of the paired layers, or the
+            last attention's `vectors` `[B, S, D]` (queries, keys, values).
+        vectors: For `vectors`, which are compared: 0 queries, 1 keys, 2 values.
+        last_attention: Whether `attention_kl` of the last layer's attention is added to the mean.
+    """
+
+    function: Callable[..., Tensor]
+    on: Kind
+    vectors: tuple[int, ...] = (0, 1, 2)
+    last_attention: bool = False
+
+    @property
+    def needs_attentions(self) -> bool:
+        """Whether attention probabilities are compared."""
+        return self.on == "attentions" or self.last_attention
+
+
+FEATURE_LOSSES: dict[str, FeatureLoss] = {}
+"""The losses on features by their names in `DistillationConfig.feature_losses`."""
+
+
+def register_feature_loss(
+    name: str,
+    on: Kind,
+    vectors: tuple[int, ...] = (0, 1, 2),
+    last_attention: bool = False,
+) -> Callable[[_Function], _Function]:
+    """Return a decorator that makes a function the feature loss of a name.
+
+    Args:
+        name: For `DistillationConfig.feature_losses` and recipes; it is logged as `loss_{name}`.
+        on: As for `FeatureLoss`.
+        vectors: As for `FeatureLoss`.
+        last_attention: As for `FeatureLoss`.
+
+    Raises:
+        ValueError: The name is taken, or is `hard` or `distillation`, whose logged names are taken.
+
+    Examples:
+        >>> @register_feature_loss("hidden_l1", on="hidden")
+        ... def hidden_l1(student, teacher, mask):
+        ...     return (student - teacher).abs().mean((1, 2))
+        >>> FEATURE_LOSSES.pop("hidden_l1").on
+        'hidden'
+    """
+
+    def register(function: _Function) -> _Function:
+        if name in FEATURE_LOSSES or name in ("hard", "distillation"):
+            raise ValueError(f"there is a loss {name!r} already; choose another name.")
+        FEATURE_LOSSES[name] = FeatureLoss(function, on, vectors, last_attention)
+        return function
+
+    return register
+
+
+@register_feature_loss("hidden_mse", on="hidden")
 def hidden_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """Compute the mean over positions and features of the squared difference of hidden states.
 
@@ -42,6 +116,7 @@ def hidden_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> 
     return _mean((student.float() - teacher.float()).square().mean(-1), mask)
 
 
+@register_feature_loss("hidden_cosine", on="hidden")
 def hidden_cosine(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """Compute the mean over positions of one less the cosine of the hidden states.
 
@@ -63,6 +138,7 @@ def hidden_cosine(student: Tensor, teacher: Tensor, mask: Tensor | None = None) 
     return _mean(1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1), mask)
 
 
+@register_feature_loss("hidden_l1_cosine", on="hidden")
 def hidden_l1_cosine(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """Compute the mean over positions of `‖s − t‖₁ / D − log σ(cos(s, t))`.
 
@@ -88,10 +164,11 @@ def hidden_l1_cosine(student: Tensor, teacher: Tensor, mask: Tensor | None = Non
     return _mean((student - teacher).abs().mean(-1) - F.logsigmoid(cosine), mask)
 
 
+@register_feature_loss("attention", on="attentions")
 def attention_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """Compute the mean over pairs of positions of the squared difference of attention maps.
 
-    Each model's map is the mean over its heads, so that their numbers may differ.
+    Each model's map is the mean over its heads, so that the numbers of heads may differ.
 
     Args:
         student: Attention probabilities `[B, H, S, S]`.
@@ -118,8 +195,8 @@ def attention_kl(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -
 
     Args:
         student: Attention probabilities `[B, H, S, S]`.
-        teacher: Likewise, with the same number of heads. A key to which the student gives exactly
-            nothing, as where dropout has left it out, is left out of both.
+        teacher: Likewise, with the same number of heads. A key whose probability in the student is
+            exactly 0, for instance by dropout, is left out of both distributions.
         mask: `[B, S]`; a query that does not count is left out.
 
     Returns:
@@ -140,11 +217,13 @@ def attention_kl(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -
     return _mean(divergence.sum(-1).mean(1), mask)
 
 
+@register_feature_loss("minilm_v2", on="vectors")
+@register_feature_loss("minilm", on="vectors", vectors=(2,), last_attention=True)
 def relation_kl(student: Tensor, teacher: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
     """Compute the KL of the relations `softmax(X Xᵀ / √d)` between positions.
 
-    The features of queries, keys or values are cut anew into `heads` relation heads, so that two
-    models of other widths and numbers of heads can be compared.
+    The features of queries, keys or values are split into `heads` relation heads, so that two
+    models of different widths and numbers of heads can be compared.
 
     Args:
         student: Queries, keys or values, all heads side by side, `[B, S, D]`.

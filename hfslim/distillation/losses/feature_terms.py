@@ -1,12 +1,11 @@
-"""The feature losses of a distillation: what they need of both models, and their sum's parts."""
+"""The terms of a distillation objective that compare hidden states and attention."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,75 +17,47 @@ from transformers.utils import logging
 from hfslim.anatomy.adapters import base_of
 from hfslim.anatomy.layer_modules import layer_modules
 from hfslim.distillation.losses import feature_losses
-from hfslim.distillation.losses.capture import Capture, Seen, position_mask
-from hfslim.distillation.losses.comparable import check_layers, probed
-from hfslim.distillation.losses.layer_maps import Pairs, dynamic_pairs, static_pairs
-from hfslim.distillation.losses.packing import Packing
+from hfslim.distillation.losses.capture import Capture, CapturedStates, Packing, position_mask
+from hfslim.distillation.losses.comparable import probe
+from hfslim.distillation.losses.feature_losses import FEATURE_LOSSES
+from hfslim.distillation.losses.layer_maps import (
+    Pairs,
+    check_layers,
+    dynamic_pairs,
+    static_pairs,
+)
 from hfslim.pruning.gates.gates import closed_layers
 from hfslim.training.batch_shares import share_of
 
-__all__ = ["FEATURE_LOSSES", "FeatureTerms"]
+__all__ = ["FeatureTerms"]
 
 logger = logging.get_logger(__name__)
 
 _STATE = "distillation.safetensors"
 
 
-@dataclass(frozen=True)
-class FeatureLoss:
-    """What a feature loss compares.
-
-    Attributes:
-        on: `hidden` states or `attentions` of the paired layers, or the last attention's `vectors`
-            (queries, keys, values).
-        function: A function of `feature_losses`; for `vectors`, the positions of those compared.
-        last_attention: Whether the last layer's attention probabilities are compared as well.
-    """
-
-    on: Literal["hidden", "attentions", "vectors"]
-    function: Callable[..., Tensor]
-    vectors: tuple[int, ...] = ()
-    last_attention: bool = False
-
-    @property
-    def needs_attentions(self) -> bool:
-        """Whether attention probabilities are compared."""
-        return self.on == "attentions" or self.last_attention
-
-
-FEATURE_LOSSES: dict[str, FeatureLoss] = {
-    "hidden_mse": FeatureLoss("hidden", feature_losses.hidden_mse),
-    "hidden_cosine": FeatureLoss("hidden", feature_losses.hidden_cosine),
-    "hidden_l1_cosine": FeatureLoss("hidden", feature_losses.hidden_l1_cosine),
-    "attention": FeatureLoss("attentions", feature_losses.attention_mse),
-    "minilm": FeatureLoss("vectors", feature_losses.relation_kl, vectors=(2,), last_attention=True),
-    "minilm_v2": FeatureLoss("vectors", feature_losses.relation_kl, vectors=(0, 1, 2)),
-}
-"""The losses on features by their names in `DistillationConfig.feature_losses`."""
-
-
 class FeatureTerms:
-    """Runs the feature losses of one training: capture, layer map, projections.
+    """Computes the feature losses of one training: capture, layer map, projections.
 
-    Both models run once on a small random input, so that what cannot be compared is refused before
-    training.
+    Both models run once on a small random input, so that models that cannot be compared are refused
+    before training.
 
     Args:
         student: The student, not wrapped.
         teacher: The teacher.
-        names: The losses, of `FEATURE_LOSSES`.
-        layer_map: A name of `layers.LAYER_MAPS`, or pairs of layers.
-        projection: Whether hidden states of other widths are projected to the teacher's.
+        names: Names of `FEATURE_LOSSES`.
+        layer_map: A name of `LAYER_MAPS`, or pairs of layers.
+        projection: Whether hidden states are projected to the teacher's width where it differs.
         relation_heads: Number of relation heads; by default the largest that fits both models and
             is at most the teacher's number of heads.
 
     Attributes:
-        packing: What of the teacher's inside the losses need.
+        packing: The teacher's states that the losses need, as one tensor.
         projections: Linear maps by `{student width}-{teacher width}`; trained with the student,
-            part of training checkpoints, and of no exported model.
+            saved in training checkpoints and in no exported model.
 
     Raises:
-        ValueError: The two models cannot be compared in this way; the message names the fix.
+        ValueError: The two models cannot be compared in this way.
     """
 
     def __init__(
@@ -108,11 +79,13 @@ class FeatureTerms:
         self.student, self.teacher = base_of(student), base_of(teacher)
         self.captures = Capture(student, **needs), Capture(teacher, **needs)
         self.layer_map = layer_map
-        self._probe = probed(self.captures, any(loss.last_attention for loss in used))
+        self._probe = probe(self.captures, any(loss.last_attention for loss in used))
         compared = {loss.on for loss in used} - {"vectors"}
         self._by = "hidden" if "hidden" in compared else "attentions"
         self._layers = layer_modules(self.student) if compared else []
-        self._sizes = tuple(len(self._by_layer(seen)) for seen in self._probe) if compared else ()
+        self._sizes = (
+            tuple(len(self._by_layer(states)) for states in self._probe) if compared else ()
+        )
         self.teacher_layers = self._chosen_teacher_layers()
         self._pairs: Pairs | None = None
         if compared and not isinstance(layer_map, str):
@@ -125,7 +98,7 @@ class FeatureTerms:
             logger.info(f"layers of student and teacher that are paired: {self.pairs()}")
 
     def pairs(self) -> Pairs:
-        """Return the layers to compare in this step, of the student's those that are not closed."""
+        """Return the pairs of layers to compare in this step, without closed student layers."""
         if not self._sizes:
             return []
         alive = self._alive()
@@ -140,12 +113,14 @@ class FeatureTerms:
         first = static_pairs("uniform", len(alive), len(chosen))
         return [(alive[s], chosen[t]) for s, t in first]
 
-    def losses(self, seen: Seen, taught: Seen, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    def losses(
+        self, student: CapturedStates, teacher: CapturedStates, inputs: dict[str, Any]
+    ) -> dict[str, Tensor]:
         """Compute each loss.
 
         Args:
-            seen: What the student computed.
-            taught: What the teacher computed on the same batch.
+            student: The student's states.
+            teacher: The teacher's states on the same batch.
             inputs: The student's batch.
 
         Returns:
@@ -153,39 +128,47 @@ class FeatureTerms:
         """
         result: dict[str, Tensor] = {}
         pairs = self.pairs()
-        first = [*seen.hidden, *seen.vectors, *seen.attentions][0]
+        first = [*student.hidden, *student.vectors, *student.attentions][0]
         mask = position_mask(self.student, inputs, first.shape[-1 if first.ndim == 4 else 1])
         projected = {
-            (s, t): self._project(seen.hidden[s], taught.hidden[t]) for s, t in pairs if seen.hidden
+            (s, t): self._project(student.hidden[s], teacher.hidden[t])
+            for s, t in pairs
+            if student.hidden
         }
         for name in self.names:
             loss = FEATURE_LOSSES[name]
             if loss.on == "hidden":
-                parts = [loss.function(projected[s, t], taught.hidden[t], mask) for s, t in pairs]
+                parts = [loss.function(projected[s, t], teacher.hidden[t], mask) for s, t in pairs]
             elif loss.on == "attentions":
                 parts = [
-                    loss.function(seen.attentions[s], taught.attentions[t], mask) for s, t in pairs
+                    loss.function(student.attentions[s], teacher.attentions[t], mask)
+                    for s, t in pairs
                 ]
             else:
                 parts = [
-                    loss.function(seen.vectors[i], taught.vectors[i], self.relation_heads, mask)
+                    loss.function(student.vectors[i], teacher.vectors[i], self.relation_heads, mask)
                     for i in loss.vectors
                 ]
                 if loss.last_attention:
-                    last = seen.attentions[-1], taught.attentions[-1]
+                    last = student.attentions[-1], teacher.attentions[-1]
                     parts.append(feature_losses.attention_kl(*last, mask))
-            # All layers of an explicit map may be closed; then there is nothing to learn.
+            # All layers of an explicit map may be closed; the loss is 0 then.
             result[name] = torch.stack(parts).mean(0) if parts else first.new_zeros(len(first))
+            if result[name].shape != (len(first),):
+                raise ValueError(
+                    f"the feature loss {name!r} returned shape {list(result[name].shape)}; "
+                    f"expected one value per example, [{len(first)}]."
+                )
         if self.layer_map == "dynamic" and self._sizes:
-            self._add_costs(seen, taught, mask)
+            self._add_costs(student, teacher, mask)
         return result
 
     def pairs_are_kept(self) -> bool:
-        """Tell whether the layers to compare in this step are among those of `packing`."""
+        """Return whether `packing` holds the teacher layers that this step compares."""
         return not self.packing.layers or {t for _, t in self.pairs()} <= set(self.packing.layers)
 
     def mask(self, positions: int, inputs: dict[str, Any]) -> Tensor:
-        """Tell which positions count, `[batch or 1, positions]` bool."""
+        """Return the mask of the positions that count, `[batch or 1, positions]` bool."""
         mask = position_mask(self.student, inputs, positions)
         if mask is not None:
             return mask.bool()
@@ -208,7 +191,7 @@ class FeatureTerms:
             self._costs = np.zeros(1)
 
     def save(self, folder: str | Path) -> None:
-        """Write what training changes beside a checkpoint's weights."""
+        """Write the projections and the dynamic layer map into a checkpoint."""
         state = {name: value.contiguous() for name, value in self.projections.state_dict().items()}
         if self._pairs is not None:
             state["pairs"] = torch.tensor(self._pairs)
@@ -246,18 +229,18 @@ class FeatureTerms:
             return []
         return self.teacher_layers or sorted({t for _, t in self.pairs()})
 
-    def _by_layer(self, seen: Seen) -> list[Tensor]:
-        """Return what layers are chosen by."""
-        return seen.hidden if self._by == "hidden" else seen.attentions
+    def _by_layer(self, states: CapturedStates) -> list[Tensor]:
+        """Return the tensors by which a dynamic map chooses layers."""
+        return states.hidden if self._by == "hidden" else states.attentions
 
     def _alive(self) -> list[int]:
         number, closed = self._sizes[0], closed_layers(self.student)
-        if len(self._layers) != number:  # attention maps of some layers alone
+        if len(self._layers) != number:  # Only some layers have attention maps.
             return list(range(number))
         return [i for i in range(number) if self._layers[i] not in closed] or [number - 1]
 
     def _fitting_heads(self, asked: int | None) -> int:
-        widths = [x.shape[-1] for seen in self._probe for x in seen.vectors]
+        widths = [x.shape[-1] for states in self._probe for x in states.vectors]
         common = math.gcd(*widths)
         if asked is not None:
             if common % asked:
@@ -272,7 +255,7 @@ class FeatureTerms:
         return heads
 
     def _make_projections(self, allowed: bool) -> nn.ModuleDict:
-        hidden = [[x.shape[-1] for x in seen.hidden] for seen in self._probe]
+        hidden = [[x.shape[-1] for x in states.hidden] for states in self._probe]
         if not any(FEATURE_LOSSES[name].on == "hidden" for name in self.names):
             return nn.ModuleDict()
         pairs = self.pairs()
@@ -299,18 +282,20 @@ class FeatureTerms:
         return self.projections[f"{widths[0]}-{widths[1]}"](student.float())
 
     @torch.no_grad()
-    def _add_costs(self, seen: Seen, taught: Seen, mask: Tensor | None) -> None:
-        theirs = self._by_layer(taught)
+    def _add_costs(
+        self, student: CapturedStates, teacher: CapturedStates, mask: Tensor | None
+    ) -> None:
+        taught = self._by_layer(teacher)
 
-        def cost(student: Tensor, teacher: Tensor) -> float:
+        def cost(s: Tensor, t: Tensor) -> float:
             if self._by == "hidden":
-                each = feature_losses.hidden_mse(self._project(student, teacher), teacher, mask)
+                each = feature_losses.hidden_mse(self._project(s, t), t, mask)
             else:
-                each = feature_losses.attention_mse(student, teacher, mask)
+                each = feature_losses.attention_mse(s, t, mask)
             return each.double().sum().item()
 
         costs = np.array(
-            [[cost(s, theirs[t]) for s in self._by_layer(seen)] for t in self.teacher_layers]
+            [[cost(s, taught[t]) for s in self._by_layer(student)] for t in self.teacher_layers]
         )
         share = share_of(self.student)
         self._costs = self._costs + costs * (share is None or share.counts)

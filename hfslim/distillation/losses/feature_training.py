@@ -1,13 +1,15 @@
-"""Feature losses inside a Trainer: their projections in its optimizer and its checkpoints."""
+"""Feature losses in a Trainer: optimizer, checkpoints and the end of each step."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-import torch
-from transformers import Trainer, TrainerCallback
+from torch import nn
+from torch.optim import Optimizer
+from transformers import TrainerCallback
 
 from hfslim.anatomy.adapters import base_of
 from hfslim.distillation.config import DistillationConfig, parse_weights
@@ -15,82 +17,117 @@ from hfslim.distillation.losses.comparable import every_layer_runs
 from hfslim.distillation.losses.feature_terms import FeatureTerms
 from hfslim.distillation.losses.layer_maps import parse_map
 
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
-
-__all__ = ["FeatureMixin"]
+__all__ = ["FeatureTraining"]
 
 
-class FeatureMixin(_Base):
-    """Keeps what feature losses need for the time of one training.
+class FeatureTraining(TrainerCallback):
+    """Holds the feature losses of a Trainer, one set of terms for each training.
 
-    Projections lie outside of the student: no pruning counts them, no wrapper sees them, no export
-    holds them. They are in the optimizer, their gradients are averaged over processes, and
-    checkpoints hold them.
+    Projections are outside of the student: pruning does not count them, exports do not hold them.
+    They are in the optimizer, their gradients are averaged over processes, and checkpoints hold
+    them. As a callback it must come first, so that gates are still there when the layer map is
+    chosen.
+
+    Args:
+        trainer: The Trainer, with `model`, `teachers` and `args`.
+
+    Attributes:
+        weights: The weight of each loss by its name; empty without feature losses.
+        terms: The terms of the current training; None outside of a training.
     """
 
-    args: DistillationConfig
-    teacher: Any
-    teachers: Any
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.feature_weights = parse_weights(self.args.feature_losses)
-        self.features: FeatureTerms | None = None
-        self._projections: list[torch.nn.Parameter] = []
-        # First, so that gates are still there when the map of layers is chosen.
-        self.callback_handler.callbacks.insert(0, _EndOfStep(self))
+    def __init__(self, trainer: Any) -> None:
+        args: DistillationConfig = trainer.args
+        self.trainer = trainer
+        self.weights = parse_weights(args.feature_losses)
+        self.terms: FeatureTerms | None = None
+        self._in_optimizer: list[nn.Parameter] = []
 
     @contextmanager
-    def feature_training(self) -> Iterator[None]:
-        """Have the feature losses ready inside the block."""
-        if not self.feature_weights:
+    def prepared(self) -> Iterator[None]:
+        """Build the terms for the training inside the block.
+
+        Raises:
+            ValueError: The models, their inputs or the launch do not allow feature losses.
+        """
+        if not self.weights:
             yield
             return
-        self._check_feature_training()
-        with every_layer_runs(base_of(self.model)):
-            self.features = FeatureTerms(
-                self.model,
-                self.teacher,
-                list(self.feature_weights),
-                parse_map(self.args.layer_map),
-                self.args.hidden_projection,
-                self.args.relation_heads,
+        self._check()
+        trainer, args = self.trainer, self.trainer.args
+        with every_layer_runs(base_of(trainer.model)):
+            self.terms = FeatureTerms(
+                trainer.model,
+                trainer.teacher,
+                list(self.weights),
+                parse_map(args.layer_map),
+                args.hidden_projection,
+                args.relation_heads,
             )
-            self._check_projections()
             try:
+                self._check_projections()
                 yield
             finally:
-                for capture in self.features.captures:
+                for capture in self.terms.captures:
                     capture.release()
-                self.features = None
+                self.terms = None
 
-    def _check_feature_training(self) -> None:
-        if len(self.teachers.models) > 1:
+    def add_to(self, optimizer: Optimizer) -> None:
+        """Put the projections into the optimizer, in place of those of an earlier training."""
+        old = {id(parameter) for parameter in self._in_optimizer}
+        groups = optimizer.param_groups
+        groups[:] = [g for g in groups if not any(id(p) in old for p in g["params"])]
+        for parameter in self._in_optimizer:
+            optimizer.state.pop(parameter, None)
+        self._in_optimizer = list(self.terms.projections.parameters()) if self.terms else []
+        if self._in_optimizer:
+            optimizer.add_param_group({"params": self._in_optimizer, "weight_decay": 0.0})
+
+    def save(self, folder: str | Path) -> None:
+        """Write the terms' state into a checkpoint."""
+        if self.terms is not None and self.trainer.args.should_save:
+            self.terms.save(folder)
+
+    def load(self, folder: str | Path | None) -> None:
+        """Read the terms' state from a checkpoint, if there is one."""
+        if self.terms is not None and folder is not None:
+            self.terms.load(folder)
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Average the projections' gradients over processes, and choose the next layer map."""
+        if self.terms is not None:
+            self.terms.end_step(self.trainer.accelerator)
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Clear the projections' gradients; the Trainer clears those of its model only."""
+        if self.terms is not None:
+            self.terms.projections.zero_grad()
+
+    def _check(self) -> None:
+        trainer, teachers = self.trainer, self.trainer.teachers
+        if len(teachers.models) > 1:
             raise ValueError(
                 f"feature_losses compare with one teacher, and there are "
-                f"{len(self.teachers.models)}; name one, or distil from logits alone."
+                f"{len(teachers.models)}; name one, or distil from logits alone."
             )
-        if self.teachers.prefixes[0] and not self.teachers.same_positions():
+        if teachers.prefixes[0] and not teachers.same_positions():
             raise ValueError(
                 "feature_losses compare position by position, and the teacher's own processor "
                 "makes other tokens or frames of an example than the student's; distil from "
                 "logits alone, or from a teacher that reads the student's inputs."
             )
-        if self.args.torch_compile:
+        if trainer.args.torch_compile:
             raise ValueError(
-                "feature_losses record what layers compute, which torch.compile hides: set "
+                "feature_losses record the outputs of layers, which torch.compile hides: set "
                 "torch_compile=False, or distil from logits alone."
             )
-        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
         if plugin is not None and plugin.fsdp_version == 1:
             raise ValueError(
-                "feature_losses record layers as they are, and FSDP's first version wraps them: "
+                "feature_losses record layers directly, and FSDP's first version wraps them: "
                 "use the second (fsdp_version: 2), DDP or ZeRO, or distil from logits alone."
             )
-        for model in (self.model, *self.teachers.models):
+        for model in (trainer.model, *teachers.models):
             if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
                 raise ValueError(
                     f"{type(model).__name__} was built in the parts of ZeRO-3, and the probe of "
@@ -99,58 +136,17 @@ class FeatureMixin(_Base):
                 )
 
     def _check_projections(self) -> None:
-        if not self.features or not len(self.features.projections):
+        trainer = self.trainer
+        if self.terms is None or not len(self.terms.projections):
             return
-        if self.lr_scheduler is not None and not self._created_lr_scheduler:
+        if trainer.lr_scheduler is not None and not trainer._created_lr_scheduler:
             raise ValueError(
-                "hidden_projection adds its maps to the optimizer, which the scheduler that was "
-                "passed with it does not know: pass optimizers=(optimizer, None)."
+                "hidden_projection adds its maps to the optimizer, and the scheduler that was "
+                "passed has no learning rate for them: pass optimizers=(optimizer, None)."
             )
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
             raise ValueError(
                 "hidden_projection trains maps outside of the student, and an optimizer under "
                 "DeepSpeed or FSDP takes the student's parameters alone: use a teacher of the "
                 "student's width, minilm_v2, or DDP."
             )
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Build the optimizer of the student and of the projections of its hidden states."""
-        optimizer = super().create_optimizer(*args, **kwargs)
-        projections = list(self.features.projections.parameters()) if self.features else []
-        # An earlier training of this Trainer had maps of its own.
-        old = {id(parameter) for parameter in self._projections}
-        groups = optimizer.param_groups
-        groups[:] = [g for g in groups if not any(id(p) in old for p in g["params"])]
-        for parameter in self._projections:
-            optimizer.state.pop(parameter, None)
-        if projections:
-            optimizer.add_param_group({"params": projections, "weight_decay": 0.0})
-        self._projections = projections
-        return optimizer
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.features is not None and self.args.should_save:
-            self.features.save(output_dir)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self.features is not None and checkpoint is not None:
-            self.features.load(checkpoint)
-
-
-class _EndOfStep(TrainerCallback):
-    """Tells a trainer's feature losses that the gradients of a step are complete."""
-
-    def __init__(self, trainer: FeatureMixin) -> None:
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """Average what lies outside of the wrapped model, and choose the next layer map."""
-        if self.trainer.features is not None:
-            self.trainer.features.end_step(self.trainer.accelerator)
-
-    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """Forget the projections' gradients; the Trainer forgets those of its own model alone."""
-        if self.trainer.features is not None:
-            self.trainer.features.projections.zero_grad()

@@ -1,4 +1,4 @@
-"""Which layer of the student learns from which layer of the teacher."""
+"""Layer maps: the pairs of student and teacher layers that feature losses compare."""
 
 from __future__ import annotations
 
@@ -9,20 +9,28 @@ from typing import Literal, get_args
 
 import numpy as np
 
-__all__ = ["LAYER_MAPS", "LayerMap", "Pairs", "dynamic_pairs", "parse_map", "static_pairs"]
+__all__ = [
+    "LAYER_MAPS",
+    "LayerMap",
+    "Pairs",
+    "check_layers",
+    "dynamic_pairs",
+    "parse_map",
+    "static_pairs",
+]
 
 LayerMap = Literal["uniform", "last", "skip", "dynamic"]
 LAYER_MAPS: tuple[LayerMap, ...] = get_args(LayerMap)
 Pairs = list[tuple[int, int]]
-"""Layers of student and teacher, counted from 0, ascending in both."""
+"""Numbers of student and teacher layers, from 0, ascending in both."""
 
 
 def static_pairs(layer_map: str, student: int, teacher: int) -> Pairs:
     """Pair the layers of two models by their numbers alone.
 
-    `uniform` spreads both evenly and ends with both last layers (TinyBERT, arXiv 1909.10351);
-    `last` takes the teacher's last ones, `skip` every n-th from the first on (patient distillation,
-    arXiv 1908.09355). Where the student is the deeper one, roles change.
+    `uniform` spaces the layers evenly and ends with both last layers (TinyBERT, arXiv 1909.10351);
+    `last` takes the teacher's last layers, `skip` every n-th layer (patient distillation, arXiv
+    1908.09355). With a deeper student the roles are exchanged.
 
     Args:
         layer_map: `uniform`, `last` or `skip`.
@@ -52,15 +60,14 @@ def static_pairs(layer_map: str, student: int, teacher: int) -> Pairs:
 
 
 def dynamic_pairs(costs: np.ndarray) -> Pairs:
-    """Give each teacher layer the student layer that costs least, keeping the order.
+    """Assign to each teacher layer the student layer of least cost, keeping the order.
 
-    The sum of the costs is the least of all maps in which a later teacher layer never gets an
-    earlier student layer. (CoFi, Xia et al. 2022, arXiv 2204.00408, who go by the least error
-    layer by layer.)
+    The sum of the costs is minimal over all maps in which a later teacher layer never gets an
+    earlier student layer. (CoFi, Xia et al. 2022, arXiv 2204.00408, minimise layer by layer.)
 
     Args:
         costs: Error of each student layer against each chosen teacher layer, `[teacher, student]`;
-            infinite where a student layer must not be chosen.
+            infinite for student layers that must not be chosen.
 
     Returns:
         One pair per teacher layer, both counted along the axes; ties go to the earlier layer.
@@ -111,3 +118,13 @@ def parse_map(layer_map: str | Sequence[Sequence[int]] | None) -> str | Pairs:
             "[[student layer, teacher layer], ...], counted from 0, in ascending order."
         )
     return pairs
+
+
+def check_layers(pairs: Pairs, sizes: Sequence[int]) -> None:
+    """Raise ValueError if a pair names a layer beyond the numbers of layers of the two models."""
+    for s, t in pairs:
+        if s >= sizes[0] or t >= sizes[1]:
+            raise ValueError(
+                f"layer_map pairs layer {s} of the student with {t} of the teacher; they have "
+                f"{sizes[0]} and {sizes[1]}, counted from 0."
+            )

@@ -1,8 +1,11 @@
-"""Logit distillation losses, one value per example; their mean over the batch is the usual loss."""
+"""Losses on logits, one value per example, and the table of those that a config can name."""
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -18,17 +21,81 @@ __all__ = [
     "decoupled_kl",
     "distillation_loss",
     "kl_divergence",
+    "register_logit_loss",
     "squared_error",
 ]
 
-LogitLoss = Literal["kl", "dkd", "dist"]
-LOGIT_LOSSES: tuple[LogitLoss, ...] = get_args(LogitLoss)
+_SINGLE_LABEL: tuple[ProblemType, ...] = ("single_label_classification",)
+_ARGUMENTS = frozenset({"temperature", "labels", "beta", "problem"})
+_Function = TypeVar("_Function", bound=Callable[..., Tensor])
+
+
+@dataclass(frozen=True)
+class LogitLoss:
+    """A logit loss and when it can be used.
+
+    Attributes:
+        function: Takes the student's and the teacher's logits `[batch, classes]`, then `arguments`
+            by name; returns `[batch]`.
+        arguments: Names of its further arguments, some of `temperature` (T > 0), `labels`,
+            `beta` (`dkd_beta`) and `problem`.
+        problems: Problem types of the models that it compares.
+        across_examples: Whether an example's value depends on the others of its batch, so that
+            several batches in a step are not what one large batch would be.
+    """
+
+    function: Callable[..., Tensor]
+    arguments: frozenset[str]
+    problems: tuple[ProblemType, ...] = _SINGLE_LABEL
+    across_examples: bool = False
+
+
+LOGIT_LOSSES: dict[str, LogitLoss] = {}
+"""The losses on logits by their names in `DistillationConfig.logit_loss`."""
+
+
+def register_logit_loss(
+    name: str, problems: Sequence[ProblemType] = _SINGLE_LABEL, across_examples: bool = False
+) -> Callable[[_Function], _Function]:
+    """Return a decorator that makes a function the logit loss of a name.
+
+    Args:
+        name: For `DistillationConfig.logit_loss` and recipes.
+        problems: As for `LogitLoss`.
+        across_examples: As for `LogitLoss`.
+
+    Raises:
+        ValueError: The name is taken, or the function has an argument that no trainer gives.
+
+    Examples:
+        >>> @register_logit_loss("logit_mse")
+        ... def logit_mse(student, teacher, temperature):
+        ...     return ((student - teacher) / temperature).square().mean(-1)
+        >>> LOGIT_LOSSES.pop("logit_mse").arguments
+        frozenset({'temperature'})
+    """
+
+    def register(function: _Function) -> _Function:
+        if name in LOGIT_LOSSES:
+            raise ValueError(f"there is a logit loss {name!r} already; choose another name.")
+        further = list(inspect.signature(function).parameters.values())[2:]
+        unknown = [p.name for p in further if p.name not in _ARGUMENTS and p.default is p.empty]
+        if unknown:
+            raise ValueError(
+                f"the logit loss {name!r} takes {unknown}; after the logits of student and teacher "
+                f"it can take {sorted(_ARGUMENTS)}."
+            )
+        arguments = _ARGUMENTS & {p.name for p in further}
+        LOGIT_LOSSES[name] = LogitLoss(function, arguments, tuple(problems), across_examples)
+        return function
+
+    return register
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """Compute `T² · KL(softmax(teacher / T) ‖ softmax(student / T))` for each example.
 
-    The factor keeps the gradient's size while the temperature changes. Computed in float32.
+    The factor T² keeps the gradient's size independent of the temperature. Computed in float32.
 
     Args:
         student: Logits `[batch, classes]`.
@@ -99,20 +166,33 @@ def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
     return (student.float() - teacher.float()).square().mean(dim=-1)
 
 
+@register_logit_loss("kl", get_args(ProblemType))
+def fitting_divergence(
+    student: Tensor, teacher: Tensor, temperature: float, problem: ProblemType
+) -> Tensor:
+    """Compute the KL divergence in the form that fits the problem; for regression, the square."""
+    if problem == "regression":
+        return squared_error(student, teacher)
+    if problem == "multi_label_classification":
+        return binary_kl_divergence(student, teacher, temperature)
+    return kl_divergence(student, teacher, temperature)
+
+
+@register_logit_loss("dkd")
 def decoupled_kl(
     student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 1.0, beta: float = 1.0
 ) -> Tensor:
-    """Compute `T² · (TCKD + β · NCKD)`: the two parts of the KL divergence, weighed apart.
+    """Compute `T² · (TCKD + β · NCKD)`: the two parts of the KL divergence, weighted separately.
 
-    TCKD compares how sure the models are of the label, NCKD how they rank the other classes. In
-    plain KL the second part fades where the teacher is sure, with weight one less its probability.
+    TCKD compares the probabilities of the label, NCKD the distributions over the other classes. In
+    plain KL the weight of NCKD is one less the teacher's probability of the label.
 
     Args:
         student: Logits `[batch, classes]`.
         teacher: Logits `[batch, classes]`, in the student's class order.
         labels: `[batch]` integers; examples labelled -100 cost nothing.
         temperature: T > 0.
-        beta: Weight of NCKD; 0.5 to 8 in the paper, more where the teacher is surer.
+        beta: Weight of NCKD; 0.5 to 8 in the paper, larger for a more confident teacher.
 
     Returns:
         `[batch]`, in nats.
@@ -131,7 +211,7 @@ def decoupled_kl(
     def parts(logits: Tensor) -> tuple[Tensor, Tensor]:
         logs = F.log_softmax(logits.float() / temperature, dim=-1)
         others = logs.masked_fill(label, -torch.inf).logsumexp(-1, keepdim=True)
-        # Where a model is sure of the label, the label's own share of the others is infinite.
+        # For a confident model the label's own logarithm relative to the others is infinite.
         shares = (logs - others).masked_fill(label, 0.0)
         return torch.cat([logs[label][:, None], others], -1), shares
 
@@ -141,14 +221,15 @@ def decoupled_kl(
     return (tckd + beta * nckd).masked_fill(~known, 0.0) * temperature**2
 
 
+@register_logit_loss("dist", across_examples=True)
 def correlation(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """Compute `T² · ((1 − ρ of its row) + (1 − mean ρ of the columns))` for each example.
 
     ρ is Pearson's correlation of the two models' probabilities: over the classes of an example
     (row), and over the examples of a class (column). The column part is the same for all examples
-    of a batch and depends on which examples share it, so it is not invariant under accumulation or
-    several processes; a batch of one example has none. Of two classes ρ of a row is 1 or −1, which
-    teaches nothing: the columns alone do.
+    of a batch and depends on its composition, so it is not invariant under accumulation or several
+    processes; a batch of one example has none. With two classes ρ of a row is 1 or −1 and has no
+    gradient; only the columns have one.
 
     Args:
         student: Logits `[batch, classes]`.
@@ -183,48 +264,51 @@ def distillation_loss(
     teacher: Tensor,
     problem: ProblemType,
     temperature: float,
-    kind: LogitLoss = "kl",
+    kind: str = "kl",
     labels: Tensor | None = None,
     beta: float = 1.0,
 ) -> Tensor:
-    """Compute the distillation loss that fits the problem.
+    """Compute a logit loss by its name.
 
     Args:
         student: Logits `[batch, classes]`.
         teacher: Logits `[batch, classes]`, in the student's class order.
-        problem: What the logits mean; the temperature is of no effect for regression.
-        temperature: T > 0.
-        kind: `kl`, `dkd` (`decoupled_kl`) or `dist` (`correlation`).
-        labels: `[batch]` integers, for `dkd`.
-        beta: Of `decoupled_kl`.
+        problem: The meaning of the logits.
+        temperature: T > 0; without effect for regression.
+        kind: A name of `LOGIT_LOSSES`.
+        labels: `[batch]` integers, for losses that take labels.
+        beta: The weight in `decoupled_kl`.
 
     Returns:
         `[batch]`.
 
     Raises:
-        ValueError: If the shapes differ, or the loss is not for the problem.
+        ValueError: If the shapes differ, or the loss is not for the problem or the labels, or it
+            returns another shape.
     """
     if student.shape != teacher.shape:
         raise ValueError(
             f"The student's logits have shape {list(student.shape)}, the teacher's "
             f"{list(teacher.shape)}; both must be [batch, classes] with the same classes."
         )
-    if kind != "kl" and problem != "single_label_classification":
+    loss = LOGIT_LOSSES[kind]
+    if problem not in loss.problems:
         raise ValueError(
-            f"logit_loss={kind!r} compares one distribution over all classes, and this is "
-            f"{problem}; use 'kl', which becomes the form that fits."
+            f"logit_loss={kind!r} is for {', '.join(loss.problems)}, and this is {problem}; use "
+            "'kl', which becomes the form that fits."
         )
-    if kind == "dkd":
+    if "labels" in loss.arguments and problem == "single_label_classification":
         if labels is None or labels.is_floating_point() or labels.numel() != len(student):
             raise ValueError(
-                "logit_loss='dkd' splits the classes at the label, so that it needs one integer "
-                "label per example (no mixup, no unlabelled data); use 'kl' or 'dist'."
+                f"logit_loss={kind!r} needs one integer label per example (no mixup, no unlabelled "
+                "data); use 'kl' or 'dist'."
             )
-        return decoupled_kl(student, teacher, labels.reshape(-1), temperature, beta)
-    if kind == "dist":
-        return correlation(student, teacher, temperature)
-    if problem == "regression":
-        return squared_error(student, teacher)
-    if problem == "multi_label_classification":
-        return binary_kl_divergence(student, teacher, temperature)
-    return kl_divergence(student, teacher, temperature)
+        labels = labels.reshape(-1)
+    given = {"temperature": temperature, "labels": labels, "beta": beta, "problem": problem}
+    values = loss.function(student, teacher, **{name: given[name] for name in loss.arguments})
+    if values.shape != student.shape[:1]:
+        raise ValueError(
+            f"logit_loss={kind!r} returned shape {list(values.shape)}; expected one value per "
+            f"example, {list(student.shape[:1])}."
+        )
+    return values

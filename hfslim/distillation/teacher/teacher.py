@@ -1,4 +1,4 @@
-"""A teacher: loaded, frozen, run."""
+"""Load a teacher, freeze it and run it."""
 
 from __future__ import annotations
 
@@ -9,26 +9,45 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import (
+    AutoModelForAudioClassification,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
 from hfslim.anatomy.adapters import base_of
 from hfslim.distillation.teacher.adapted import find_adapter, load_adapted
-from hfslim.distillation.teacher.auto import auto_class
-from hfslim.distillation.teacher.eight_bit import to_int8
 from hfslim.distillation.teacher.teacher_quality import OVERRIDE, UntrainedTeacherError
+from hfslim.distillation.teacher.weights import check_apart, to_int8
 from hfslim.training.parallel import loading_whole
 
 __all__ = [
     "accepted_inputs",
+    "auto_class",
     "load_teacher",
     "run_teacher",
     "split_revision",
-    "storage_of",
 ]
 
 logger = logging.get_logger(__name__)
+
+_TASKS: tuple[tuple[Any, dict[str, Any]], ...] = (
+    (
+        AutoModelForSequenceClassification,
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    ),
+    (
+        AutoModelForImageClassification,
+        modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    ),
+    (
+        AutoModelForAudioClassification,
+        modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
+    ),
+)
 
 
 @loading_whole()
@@ -126,34 +145,22 @@ def load_teacher(
     return model.eval().requires_grad_(False)
 
 
-def check_apart(name: str, teacher: nn.Module, student: nn.Module) -> None:
-    """Refuse a teacher that holds weights which the student trains.
+def auto_class(student: nn.Module) -> Any:
+    """Return the auto class of a classifier's task.
 
     Raises:
-        ValueError: Freezing it would freeze the student, or training would change the teacher.
+        ValueError: If it is no sequence, image or audio classifier of transformers.
     """
-    trained = {
-        storage_of(parameter): path
-        for path, parameter in student.named_parameters()
-        if parameter.requires_grad and parameter.numel() and not parameter.is_meta
-    }
-    shared = [
-        trained[place]
-        for parameter in teacher.parameters()
-        if not parameter.is_meta and (place := storage_of(parameter)) in trained
-    ]
-    if shared:
-        raise ValueError(
-            f"The teacher {name} holds {len(shared)} weights that the student trains, such as "
-            f"{shared[0]}: pass its folder, or copy.deepcopy of the model before it became the "
-            "student."
-        )
-
-
-def storage_of(tensor: Tensor) -> int:
-    """Return where a tensor, or this process's part of it, lies in memory."""
-    part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return part.untyped_storage().data_ptr()
+    base = base_of(student)
+    classes = {cls.__name__ for cls in type(base).__mro__}
+    for auto, names in _TASKS:
+        for entry in names.values():
+            if classes & set((entry,) if isinstance(entry, str) else entry):
+                return auto
+    raise ValueError(
+        f"{type(base).__name__} is no sequence, image or audio classifier of transformers, so the "
+        "class of its teacher is unknown; load the teacher yourself and pass the model."
+    )
 
 
 def split_revision(name: str) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Whether a teacher knows more than a guess."""
+"""Check that a teacher is better than chance."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from hfslim.training.objective import IGNORED_LABEL, ProblemType, hard_loss
 
-__all__ = ["OVERRIDE", "UntrainedTeacherError", "check_skill"]
+__all__ = ["OVERRIDE", "UntrainedTeacherError", "check_quality"]
 
 logger = logging.get_logger(__name__)
 
@@ -19,26 +19,25 @@ _ENOUGH_EXAMPLES = 30
 
 
 class UntrainedTeacherError(ValueError):
-    """The teacher knows no more about the task than a guess."""
+    """The teacher has new weights or is at chance level."""
 
 
-def check_skill(
+def check_quality(
     logits: Tensor, labels: Tensor, problem: ProblemType, teacher: str = "the teacher"
 ) -> float | None:
-    """Refuse a teacher whose outputs cannot be told from guesses.
+    """Refuse a teacher whose outputs are at chance level.
 
-    Single-label: the recall averaged over the classes that occur, of which a guess gets one share.
-    Otherwise: the correlation of outputs and labels, averaged over outputs. Either must be two
-    standard errors above chance.
+    Single-label: the recall averaged over the classes that occur. Otherwise: the correlation of
+    outputs and labels, averaged over outputs. Either must be two standard errors above chance.
 
     Args:
         logits: `[batch, classes]` of the teacher, in the order of the labels.
         labels: `[batch]`, or `[batch, classes]`.
-        problem: What the logits mean.
-        teacher: What it is called.
+        problem: The meaning of the logits.
+        teacher: Its name in messages.
 
     Returns:
-        The score, or None where fewer than 30 examples or constant labels allow no verdict.
+        The score, or None with fewer than 30 examples or constant labels.
 
     Raises:
         UntrainedTeacherError: If the teacher is at chance level.
@@ -51,8 +50,8 @@ def check_skill(
         logits, labels = logits[known], labels[known]
     if len(labels) < _ENOUGH_EXAMPLES:
         logger.warning(
-            f"{teacher} is not checked: {len(labels)} labelled examples are too few to tell "
-            f"skill from chance ({_ENOUGH_EXAMPLES} are needed)."
+            f"{teacher} is not checked: {len(labels)} labelled examples are too few to "
+            f"compare it with chance ({_ENOUGH_EXAMPLES} are needed)."
         )
         return None
     if problem == "single_label_classification":
@@ -71,11 +70,8 @@ def check_skill(
             return None
         x, y = (v[:, varied] - v[:, varied].mean(dim=0) for v in (logits.double(), target))
         norms = (x.norm(dim=0) * y.norm(dim=0)).clamp(min=1e-30)
-        name, score, chance = (
-            "correlation with the labels",
-            ((x * y).sum(0) / norms).mean().item(),
-            0,
-        )
+        name, chance = "correlation with the labels", 0.0
+        score = ((x * y).sum(0) / norms).mean().item()
         error = 1 / math.sqrt(len(target))
     if not score > chance + 2 * error:
         raise UntrainedTeacherError(

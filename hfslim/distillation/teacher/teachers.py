@@ -1,4 +1,4 @@
-"""The teachers of a student: what each reads of a batch, and their one answer."""
+"""The teachers of a student and the weighted mean of their logits."""
 
 from __future__ import annotations
 
@@ -14,17 +14,11 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from hfslim.distillation.cache.teacher_cache import fingerprint
 from hfslim.distillation.config import DistillationConfig
 from hfslim.distillation.teacher.labels import align_labels
-from hfslim.distillation.teacher.sharding import shard_teacher
-from hfslim.distillation.teacher.teacher import (
-    accepted_inputs,
-    load_teacher,
-    run_teacher,
-    storage_of,
-)
+from hfslim.distillation.teacher.teacher import accepted_inputs, load_teacher, run_teacher
 from hfslim.distillation.teacher.teacher_inputs import check_inputs
+from hfslim.distillation.teacher.weights import fingerprint, shard_teacher, storage_of
 from hfslim.tasks.pairing import PREFIX, own_inputs, prefixes, settings_of
 from hfslim.training.objective import ProblemType, problem_type
 
@@ -36,25 +30,25 @@ Source = PreTrainedModel | str | PathLike[str]
 
 
 class Teachers:
-    """Asks one teacher, or several and means over their answers.
+    """Runs one teacher, or several and averages their outputs.
 
     Args:
         given: Models, Hub ids or folders.
-        processors: For each, its own tokenizer, image processor or feature extractor, or None where
-            it reads the student's inputs.
+        processors: For each teacher its own tokenizer, image processor or feature extractor, or
+            None if it reads the student's inputs.
         student: The student.
-        student_processor: What made the student's inputs, if it is known.
+        student_processor: The processor of the student's inputs, if it is known.
         args: Settings of the training.
 
     Attributes:
         models: The teachers, frozen.
-        orders: Of `align_labels`, for each.
-        prefixes: Of the batch's entries that each reads; none where it reads the student's.
-        names: What each was given as.
+        orders: The results of `align_labels`.
+        prefixes: The prefixes of each teacher's inputs in a batch; "" for the student's inputs.
+        names: The Hub ids, folders or class names of the teachers.
 
     Raises:
         ValueError: A teacher's labels are not the student's, a teacher would read inputs that were
-            made for another model, or there is not one weight or processor for each.
+            made for another model, or the number of weights or processors is wrong.
         UntrainedTeacherError: A teacher has a fresh head.
     """
 
@@ -86,7 +80,7 @@ class Teachers:
         if len(kinds) > 1:
             raise ValueError(
                 f"the teachers' config.problem_type are {sorted(kinds)}; they must agree, so that "
-                "their answers have one mean."
+                "their outputs can be averaged."
             )
         self.orders = [
             align_labels(student.config, one.config, args.teacher_subset) for one in self.models
@@ -112,24 +106,19 @@ class Teachers:
 
     @property
     def columns(self) -> set[str]:
-        """Names of what the teachers read and the student does not."""
+        """Names of the inputs that only teachers read."""
         names: set[str] = set()
         for model, prefix in zip(self.models, self.prefixes, strict=True):
             names |= {f"{prefix}{name}" for name in accepted_inputs(model)}
         return names - self._student_reads
 
     def of_student(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Return what of a batch is not for the teachers alone."""
+        """Return a batch without the inputs that only teachers read."""
         columns = self.columns
         return {k: v for k, v in batch.items() if k not in columns and not k.startswith(PREFIX)}
 
     def place(self, device: torch.device, shard: bool = False) -> None:
-        """Move the teachers; one that is quantized may have to be where it was loaded.
-
-        Args:
-            device: Where they run.
-            shard: Whether each process keeps its part of the weights only, where that can be.
-        """
+        """Move the teachers that are not on the device, or shard those that can be sharded."""
         for model, name in zip(self.models, self.names, strict=True):
             why = self._why_whole(model) if shard else ""
             if why:
@@ -147,22 +136,22 @@ class Teachers:
         ]
 
     def logits(self, batch: dict[str, Any], **options: Any) -> Tensor:
-        """Return their one answer as logits, `[batch, classes]` float32, in the student's order."""
-        answers = self.each(batch, **options)
-        if len(answers) == 1:
-            return answers[0]
+        """Return their weighted mean, `[batch, classes]` float32 in the student's order."""
+        logits = self.each(batch, **options)
+        if len(logits) == 1:
+            return logits[0]
         problem = problem_type(self._student.config, batch.get("labels"))
-        return mean_logits(answers, self.weights, self.mean, problem)
+        return mean_logits(logits, self.weights, self.mean, problem)
 
     def same_positions(self) -> bool:
-        """Tell whether the one teacher's processor lets its positions be those of the student."""
+        """Return whether the first teacher's positions can be those of the student."""
         rates = [
             getattr(p, "sampling_rate", None) for p in (self._student_processor, *self.processors)
         ]
         return self.models[0].main_input_name != "input_ids" and len(set(rates)) == 1
 
     def fingerprint(self) -> str:
-        """Hash all that decides their answer, but for the examples as they come to the collator."""
+        """Hash weights, label orders, processors and weighting: all but the examples."""
         parts = [
             f"{fingerprint(model, order)}{settings_of(processor)}"
             for model, order, processor in zip(
@@ -174,9 +163,9 @@ class Teachers:
         return xxhash.xxh3_128("|".join(parts).encode()).hexdigest()
 
     def _why_whole(self, model: Any) -> str:
-        """Say why a teacher cannot be in parts, if so."""
+        """Return why a teacher cannot be sharded; empty if it can."""
         if self._args.teacher_cache:
-            return "teacher_cache asks it on one process at a time"
+            return "teacher_cache runs it on one process at a time"
         if self._args.teacher_compile:
             return "it is compiled"
         if self._args.teacher_dtype == "int8" or getattr(model, "is_quantized", False):
@@ -188,15 +177,15 @@ class Teachers:
 
 
 def mean_logits(
-    answers: Sequence[Tensor], weights: Sequence[float], mean: str, problem: ProblemType
+    logits: Sequence[Tensor], weights: Sequence[float], mean: str, problem: ProblemType
 ) -> Tensor:
     """Compute the logits of several teachers' weighted mean.
 
     Args:
-        answers: Logits of each, `[batch, classes]`, in one order of classes.
-        weights: Of each; their sum is 1.
-        mean: Of `probabilities` (at temperature 1) or of `logits`.
-        problem: What the logits mean; outputs of regression are meant as they are.
+        logits: Logits of each teacher, `[batch, classes]`, in one order of classes.
+        weights: Weights of the teachers, with the sum 1.
+        mean: `probabilities` (at temperature 1) or `logits`.
+        problem: The meaning of the logits; the outputs of regression are averaged directly.
 
     Returns:
         `[batch, classes]`.
@@ -208,13 +197,13 @@ def mean_logits(
         tensor([[0.7000, 0.3000]])
     """
     if mean == "logits" or problem == "regression":
-        return torch.stack([w * answer for w, answer in zip(weights, answers, strict=True)]).sum(0)
-    logs = torch.tensor([math.log(weight) for weight in weights]).to(answers[0].device)
+        return torch.stack([w * one for w, one in zip(weights, logits, strict=True)]).sum(0)
+    logs = torch.tensor([math.log(weight) for weight in weights]).to(logits[0].device)
 
     def log_mean(log_probabilities: list[Tensor]) -> Tensor:
         return (torch.stack(log_probabilities) + logs[:, None, None]).logsumexp(0)
 
     if problem == "multi_label_classification":
-        yes = log_mean([F.logsigmoid(answer) for answer in answers])
-        return yes - log_mean([F.logsigmoid(-answer) for answer in answers])
-    return log_mean([F.log_softmax(answer, dim=-1) for answer in answers])
+        yes = log_mean([F.logsigmoid(one) for one in logits])
+        return yes - log_mean([F.logsigmoid(-one) for one in logits])
+    return log_mean([F.log_softmax(one, dim=-1) for one in logits])

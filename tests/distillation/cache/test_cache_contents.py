@@ -11,8 +11,7 @@ from models import tiny
 from torch.nn import functional as F
 
 from hfslim import DistillationTrainer
-from hfslim.distillation.cache.teacher_cache import CacheError
-from hfslim.distillation.cache.top_k import TopK
+from hfslim.distillation.cache.teacher_cache import CacheError, TopK
 from hfslim.distillation.losses.logit_losses import kl_divergence
 
 

@@ -13,8 +13,8 @@ from models import tiny
 from transformers import set_seed
 
 from hfslim import DistillationTrainer
-from hfslim.distillation.cache.augmentation import drawing_from
-from hfslim.distillation.cache.teacher_cache import Answers, CacheError, KeyedCollator, TeacherCache
+from hfslim.distillation.cache.examples import KeyedCollator, drawing_from
+from hfslim.distillation.cache.teacher_cache import CachedBatch, CacheError, TeacherCache
 
 KINDS = ("torch", "numpy", "python")
 
@@ -119,7 +119,7 @@ def test_what_training_drops_from_an_epoch_is_cached_all_the_same(tmp_path: Path
     trainer.train()
     log = trainer.state.log_history[:-1]
     assert figures(log, "teacher_cache_hits") == [1.0] * 4
-    assert trainer.args.dataloader_drop_last and len(trainer._cache) == 10
+    assert trainer.args.dataloader_drop_last and len(trainer.answers.cache) == 10
 
 
 def test_lists_of_unequal_length_are_refused_with_the_fix() -> None:
@@ -132,9 +132,9 @@ def test_a_cache_that_another_run_has_filled_meanwhile_is_kept(tmp_path: Path) -
     keys, logits = torch.tensor([[1, 2], [3, 4]]), torch.eye(2)
 
     def answers():
-        TeacherCache.write(tmp_path / "other", "teacher", iter([Answers(keys, logits)]))
+        TeacherCache.write(tmp_path / "other", "teacher", iter([CachedBatch(keys, logits)]))
         (tmp_path / "other").rename(tmp_path / "cache")
-        yield Answers(keys, logits * 2)
+        yield CachedBatch(keys, logits * 2)
 
     TeacherCache.write(tmp_path / "cache", "teacher", answers())
     cache = TeacherCache(tmp_path / "cache", "teacher")

@@ -11,8 +11,9 @@ from distilling import config, examples
 from models import tiny
 
 from hfslim import DistillationTrainer
-from hfslim.distillation.cache.teacher_cache import CacheError, TeacherCache, fingerprint
+from hfslim.distillation.cache.teacher_cache import CacheError, TeacherCache
 from hfslim.distillation.teacher.teachers import Teachers
+from hfslim.distillation.teacher.weights import fingerprint
 
 
 @pytest.mark.parametrize("family", ["bert", "vit", "wav2vec2"])

@@ -180,7 +180,7 @@ def test_what_fsdp_leaves_no_way_for_is_refused(
     for version, message in ((1, "fsdp_version: 2"), (2, "hidden_projection trains maps outside")):
         state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=version))
         monkeypatch.setattr(trainer, "accelerator", SimpleNamespace(state=state))
-        with pytest.raises(ValueError, match=message), trainer.feature_training():
+        with pytest.raises(ValueError, match=message), trainer.features.prepared():
             pass
 
 

@@ -20,14 +20,14 @@ from hfslim import DistillationTrainer, PruningCallback
 from hfslim.anatomy.inputs import example_inputs
 from hfslim.anatomy.layer_modules import layer_modules
 from hfslim.distillation.losses.capture import Capture
-from hfslim.distillation.losses.feature_terms import FEATURE_LOSSES
+from hfslim.distillation.losses.feature_losses import FEATURE_LOSSES
 
 HIDDEN = ("hidden_mse", "hidden_cosine", "hidden_l1_cosine")
 
 
 class KeepProjections(TrainerCallback):
     def on_train_end(self, *args: object, **kwargs: object) -> None:
-        weights = self.trainer.features.projections.state_dict()
+        weights = self.trainer.features.terms.projections.state_dict()
         self.weights = {name: value.clone() for name, value in weights.items()}
 
 

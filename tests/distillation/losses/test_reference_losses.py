@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from hfslim import DistillationTrainer
 from hfslim.distillation.losses import feature_losses, logit_losses
-from hfslim.distillation.losses.feature_terms import FEATURE_LOSSES
+from hfslim.distillation.losses.feature_losses import FEATURE_LOSSES
 
 T = 2.0
 LABELS = torch.tensor([0, 3, 4, 1, 2, 0])

@@ -120,7 +120,7 @@ def test_a_teacher_answers_as_it_does_alone_on_the_raw_example(task: str, tmp_pa
         expected = torch.cat([model(**one).logits for one in accepted])
     assert (expected[0] - expected[1]).abs().max() > 1e-3
     batches = list(trainer.get_test_dataloader(parts["train_dataset"]))
-    ours = torch.cat([trainer._teacher_logits(batch) for batch in batches])
+    ours = torch.cat([trainer.answers.of(batch).logits for batch in batches])
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
     read = {k for k in trainer.teachers.of_student(batches[0]) if k != "labels"}
     assert read == set(bench.task.collator(bench.processor)([bench.train[0]])) - {"labels"}

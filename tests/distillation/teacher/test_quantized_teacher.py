@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hfslim import DistillationTrainer
-from hfslim.distillation.cache.teacher_cache import fingerprint
-from hfslim.distillation.teacher.eight_bit import to_int8
 from hfslim.distillation.teacher.teacher import load_teacher, run_teacher
+from hfslim.distillation.teacher.weights import fingerprint, to_int8
 
 
 def test_a_row_is_rounded_to_127_steps_of_its_largest_number() -> None:

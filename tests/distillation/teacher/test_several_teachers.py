@@ -52,7 +52,7 @@ def test_each_teacher_is_put_into_the_students_order(mean: str, tmp_path: Path) 
     expected = (0.75 * one + 0.25 * other).softmax(-1)
     if mean == "probabilities":
         expected = 0.75 * one.softmax(-1) + 0.25 * other.softmax(-1)
-    ours = trainer._teacher_logits(batch).softmax(-1)
+    ours = trainer.answers.of(batch).logits.softmax(-1)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
     trainer.train()
     assert 0 < trainer.state.log_history[0]["teacher_time_share"] < 1

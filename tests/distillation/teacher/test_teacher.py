@@ -15,7 +15,7 @@ from transformers import (
 from hfslim import DistillationConfig, DistillationTrainer
 from hfslim.distillation.teacher.labels import align_labels
 from hfslim.distillation.teacher.teacher import load_teacher, run_teacher
-from hfslim.distillation.teacher.teacher_quality import UntrainedTeacherError, check_skill
+from hfslim.distillation.teacher.teacher_quality import UntrainedTeacherError, check_quality
 from hfslim.distillation.teacher.teachers import Teachers
 
 
@@ -133,7 +133,7 @@ def test_skill_is_the_recall_averaged_over_classes() -> None:
     # 90 of class 0, all found; 10 of class 1, six found.
     labels = torch.tensor([0] * 90 + [1] * 10)
     guess = torch.tensor([0] * 90 + [1] * 6 + [0] * 4)
-    score = check_skill(torch.eye(2)[guess], labels, "single_label_classification")
+    score = check_quality(torch.eye(2)[guess], labels, "single_label_classification")
     assert score == pytest.approx(0.8)
 
 
@@ -141,7 +141,7 @@ def test_a_constant_answer_is_chance_level_however_often_it_is_right() -> None:
     labels = torch.tensor([0] * 90 + [1] * 10)
     constant = torch.tensor([[1.0, 0.0]]).expand(100, 2)
     with pytest.raises(UntrainedTeacherError, match=r"0\.500, which is chance level"):
-        check_skill(constant, labels, "single_label_classification")
+        check_quality(constant, labels, "single_label_classification")
 
 
 @pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
@@ -150,20 +150,20 @@ def test_outputs_must_correlate_with_the_labels(problem: str) -> None:
     labels = (torch.randn(200, 2) > 0).float()
     related = labels + torch.randn(200, 2)
     # The noise has variance 1, the labels 1/4: the correlation is sqrt(1/5).
-    assert check_skill(related, labels, problem) == pytest.approx(0.2**0.5, abs=0.08)
+    assert check_quality(related, labels, problem) == pytest.approx(0.2**0.5, abs=0.08)
     with pytest.raises(UntrainedTeacherError, match="correlation"):
-        check_skill(-related, labels, problem)
+        check_quality(-related, labels, problem)
 
 
 def test_few_examples_allow_no_verdict() -> None:
     labels = torch.tensor([0, 1] * 10)
-    assert check_skill(torch.zeros(20, 2), labels, "single_label_classification") is None
+    assert check_quality(torch.zeros(20, 2), labels, "single_label_classification") is None
 
 
 @pytest.mark.parametrize("labels", [torch.ones(40, 3).long(), torch.ones(40)])
 def test_labels_that_do_not_fit_are_told_before_skill(labels: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="needs one integer label per example"):
-        check_skill(torch.zeros(40, 3), labels, "single_label_classification")
+        check_quality(torch.zeros(40, 3), labels, "single_label_classification")
 
 
 def test_a_teacher_that_cannot_be_read_is_named_in_one_line(tmp_path: Path) -> None:
