@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import cast
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
 
 from transformers import TrainingArguments
 
@@ -30,176 +30,113 @@ class DistillationConfig(TrainingArguments):
         temperature: T > 0 that softens both models' outputs. 2 by default.
         alpha: Weight in [0, 1] of the loss on the teacher's logits; the labels' loss gets the rest.
             With 1 the training data need no labels.
-        logit_loss: `kl` (in the form that fits the problem), `dkd` or `dist`.
+        logit_loss: `kl` (in the form that fits the problem), `dkd`, `dist`, or a loss of
+            `register_loss`.
         dkd_beta: Weight of DKD's part on the classes other than the label.
         feature_losses: Weight of each loss on features by its name: `hidden_mse`, `hidden_cosine`,
-            `hidden_l1_cosine`, `attention`, `minilm`, `minilm_v2`.
-        layer_map: Which layers the losses on hidden states and attentions pair: `uniform`, `last`,
-            `skip`, `dynamic`, or pairs `[[student layer, teacher layer], ...]`, as a list or JSON.
+            `hidden_l1_cosine`, `attention`, `minilm`, `minilm_v2`, or one of `register_loss`.
+        layer_map: The pairs of layers that losses on hidden states and attentions compare:
+            `uniform`, `last`, `skip`, `dynamic`, or `[[student layer, teacher layer], ...]`, as a
+            list or JSON.
         hidden_projection: Whether to train a linear map where hidden states differ in width.
-        relation_heads: Relation heads of `minilm` and `minilm_v2`; the most that fit by default.
-        temperature_end: Temperature at the end of the distillation, reached in even steps.
-        alpha_end: Likewise, `alpha`.
+        relation_heads: Relation heads of `minilm` and `minilm_v2`; by default the most that fit.
+        temperature_end: Temperature at the end of the distillation, interpolated linearly.
+        alpha_end: `alpha` at the end, likewise.
         feature_weight_end: Factor of all feature losses at the end, from 1 at the beginning.
-        distil_until: Fraction of the training steps in which the teacher is used; the rest trains
-            on the labels alone. The schedules end there too.
+        distil_until: Fraction of the training steps that use the teacher; the rest trains on the
+            labels alone. The schedules end there too.
         teacher_dtype: Dtype of the teacher's weights: `float32`, `bfloat16`, `float16`, or `int8`
-            (linear maps in 8 bits); by default a model keeps its own and what is loaded gets the
+            (linear layers in 8 bits); by default a model keeps its own and a loaded one gets the
             student's.
-        teacher_compile: Backend of `torch.compile` for the teacher, such as `inductor`; by default
-            it runs as it is.
-        teacher_weights: Weight above 0 of each of several teachers, in their order; equal by
-            default.
-        teacher_mean: What several teachers' weighted mean is of: `probabilities` or `logits`.
-        teacher_subset: Whether the teacher may know labels that the student does not.
+        teacher_compile: Backend of `torch.compile` for the teacher, such as `inductor`.
+        teacher_weights: Weight above 0 of each of several teachers; equal by default.
+        teacher_mean: Whether several teachers' `probabilities` or `logits` are averaged.
+        teacher_subset: Whether the teacher may have labels that the student lacks.
         teacher_cache: Folder of the teacher's logits for the training data; filled before training
-            where there is none. Examples are found by what they hold, so shuffling, processes and
-            resume do not matter; what augmentation has changed is run through the teacher.
-        teacher_cache_epochs: Number of epochs whose augmentation the cache keeps. Each example is
-            then read with random numbers that `data_seed` (else `seed`), the epoch modulo this
-            number and its index tell, so that it comes out the same on any process, after resume
-            and in a later run. By default augmentation is left alone.
-        teacher_cache_top_k: Number of the likeliest classes whose logits the cache keeps; the
-            others share what is left evenly. By default all. For `kl` on one label per example, at
-            one temperature.
-        teacher_cache_features: Whether the cache keeps what `feature_losses` need as well: hidden
-            states, and queries, keys and values, of every position. What that takes on disk is
-            told before. Not for `attention` and `minilm`.
+            if it is new. Examples are found by their content, whatever the order, the processes and
+            resume; examples that augmentation changed are run through the teacher.
+        teacher_cache_epochs: Number of epochs whose augmentation the cache keeps. The random
+            numbers of each example are then seeded by `data_seed` (else `seed`), the epoch modulo
+            this number and its index: the same on any process, after resume and in a later run. By
+            default augmentation does not change.
+        teacher_cache_top_k: Number of the most probable classes whose logits the cache keeps; the
+            others share the rest evenly. By default all. For `kl` on one label per example, at one
+            temperature.
+        teacher_cache_features: Whether the cache also keeps the states that `feature_losses`
+            compare: hidden states, and queries, keys and values, of every position. The size on
+            disk is logged first. Not for `attention` and `minilm`.
         allow_untrained_teacher: Accept a teacher with a fresh head or at chance level.
 
     Raises:
         ValueError: If a value is out of its range.
     """
 
-    temperature: float = field(
-        default=2.0, metadata={"help": "Softens the outputs of teacher and student; above 0."}
-    )
-    alpha: float = field(
-        default=0.5,
-        metadata={"help": "Weight of the distillation loss, 0 to 1; the labels get the rest."},
-    )
-    logit_loss: str = field(
-        default="kl", metadata={"help": "Loss on the teacher's logits: kl, dkd or dist."}
-    )
-    dkd_beta: float = field(
-        default=1.0, metadata={"help": "DKD's weight of the classes other than the label."}
-    )
-    feature_losses: dict[str, float] | str | None = field(
-        default=None,
-        metadata={"help": 'Weights of losses on features, as JSON: {"hidden_mse": 1.0}.'},
-    )
-    layer_map: list[list[int]] | str | None = field(
-        default="uniform",
-        metadata={"help": "Which layers are paired: uniform, last, skip, dynamic, or JSON pairs."},
-    )
-    hidden_projection: bool = field(
-        default=False,
-        metadata={"help": "Train a linear map where hidden states differ in width."},
-    )
-    relation_heads: int | None = field(
-        default=None, metadata={"help": "Relation heads of minilm and minilm_v2."}
-    )
-    temperature_end: float | None = field(
-        default=None, metadata={"help": "Temperature at the end of the distillation."}
-    )
-    alpha_end: float | None = field(
-        default=None, metadata={"help": "alpha at the end of the distillation."}
-    )
-    feature_weight_end: float | None = field(
-        default=None, metadata={"help": "Factor of all feature losses at the end; 1 before."}
-    )
-    distil_until: float = field(
-        default=1.0, metadata={"help": "Fraction of the steps in which the teacher is used."}
-    )
-    teacher_dtype: str | None = field(
-        default=None,
-        metadata={"help": f"Dtype of the teacher's weights: {', '.join(TEACHER_DTYPES)}."},
-    )
-    teacher_compile: str | None = field(
-        default=None,
-        metadata={"help": "Backend of torch.compile for the teacher, such as inductor."},
-    )
-    teacher_weights: list[float] | None = field(
-        default=None, metadata={"help": "Weight of each of several teachers."}
-    )
-    teacher_mean: str = field(
-        default="probabilities",
-        metadata={"help": "What several teachers' mean is of: probabilities or logits."},
-    )
-    teacher_subset: bool = field(
-        default=False, metadata={"help": "Accept a teacher that knows more labels."}
-    )
-    teacher_cache: str | None = field(
-        default=None, metadata={"help": "Folder for the teacher's logits; filled if it is new."}
-    )
-    teacher_cache_epochs: int | None = field(
-        default=None, metadata={"help": "Epochs whose augmentation the cache keeps; then again."}
-    )
-    teacher_cache_top_k: int | None = field(
-        default=None, metadata={"help": "Likeliest classes whose logits are cached; all if unset."}
-    )
-    teacher_cache_features: bool = field(
-        default=False, metadata={"help": "Cache what feature losses need of the teacher as well."}
-    )
-    allow_untrained_teacher: bool = field(
-        default=False,
-        metadata={"help": "Accept a teacher with a fresh head or at chance level."},
-    )
+    temperature: float = 2.0
+    alpha: float = 0.5
+    logit_loss: str = "kl"
+    dkd_beta: float = 1.0
+    feature_losses: dict[str, float] | str | None = None
+    layer_map: list[list[int]] | str | None = "uniform"
+    hidden_projection: bool = False
+    relation_heads: int | None = None
+    temperature_end: float | None = None
+    alpha_end: float | None = None
+    feature_weight_end: float | None = None
+    distil_until: float = 1.0
+    teacher_dtype: str | None = None
+    teacher_compile: str | None = None
+    teacher_weights: list[float] | None = None
+    teacher_mean: str = "probabilities"
+    teacher_subset: bool = False
+    teacher_cache: str | None = None
+    teacher_cache_epochs: int | None = None
+    teacher_cache_top_k: int | None = None
+    teacher_cache_features: bool = False
+    allow_untrained_teacher: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "temperature_end"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} is {value}; expected a number above 0, usually 1 to 10.")
-        for name in ("alpha", "alpha_end"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(
-                    f"{name} is {value}; expected 0 (labels only) to 1 (teacher only)."
-                )
-        if not 0 < self.distil_until <= 1:
-            raise ValueError(
-                f"distil_until is {self.distil_until}; expected a fraction of the steps, above 0 "
-                "and up to 1."
-            )
-        if self.logit_loss not in LOGIT_LOSSES:
-            raise ValueError(
-                f"logit_loss is {self.logit_loss!r}; expected one of {list(LOGIT_LOSSES)}."
-            )
-        for name in ("dkd_beta", "feature_weight_end"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} is {value}; expected a number from 0 on.")
-        for weight in self.teacher_weights or ():
-            if not (math.isfinite(weight) and weight > 0):
-                raise ValueError(f"teacher_weights holds {weight}; expected numbers above 0.")
-        if self.teacher_mean not in ("probabilities", "logits"):
-            raise ValueError(
-                f"teacher_mean is {self.teacher_mean!r}; expected 'probabilities' or 'logits'."
-            )
-        if self.teacher_dtype is not None and self.teacher_dtype not in TEACHER_DTYPES:
-            raise ValueError(
-                f"teacher_dtype is {self.teacher_dtype!r}; expected one of {list(TEACHER_DTYPES)}."
-            )
+        def number(lowest: float) -> Callable[[float], bool]:
+            return lambda value: math.isfinite(value) and value >= lowest
+
+        def positive(value: float) -> bool:
+            return math.isfinite(value) and value > 0
+
+        self._check(positive, "a number above 0, usually 1 to 10", "temperature", "temperature_end")
+        weight = "0 (labels only) to 1 (teacher only)"
+        self._check(lambda value: 0 <= value <= 1, weight, "alpha", "alpha_end")
+        until = "a fraction of the steps, above 0 and up to 1"
+        self._check(lambda value: 0 < value <= 1, until, "distil_until")
+        self._check(LOGIT_LOSSES.__contains__, f"one of {list(LOGIT_LOSSES)}", "logit_loss")
+        self._check(number(0), "a number from 0 on", "dkd_beta", "feature_weight_end")
+        self._check(number(1), "1 or more", "relation_heads", "teacher_cache_epochs")
+        self._check(number(1), "1 or more classes", "teacher_cache_top_k")
+        means, dtypes = ("probabilities", "logits"), TEACHER_DTYPES
+        self._check(means.__contains__, "'probabilities' or 'logits'", "teacher_mean")
+        self._check(dtypes.__contains__, f"one of {list(dtypes)}", "teacher_dtype")
+        for weight_of in self.teacher_weights or ():
+            if not positive(weight_of):
+                raise ValueError(f"teacher_weights holds {weight_of}; expected numbers above 0.")
         if self.teacher_compile and parse_weights(self.feature_losses):
             raise ValueError(
-                "feature_losses record what layers compute, which torch.compile hides: leave "
+                "feature_losses record the outputs of layers, which torch.compile hides: leave "
                 "teacher_compile out, or distil from logits alone."
             )
-        if self.relation_heads is not None and self.relation_heads < 1:
-            raise ValueError(f"relation_heads is {self.relation_heads}; expected 1 or more.")
         parse_map(self.layer_map)
         self._check_cache()
         super().__post_init__()
+
+    def _check(self, fits: Callable[[Any], bool], expected: str, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not fits(value):
+                raise ValueError(f"{name} is {value!r}; expected {expected}.")
 
     def _check_cache(self) -> None:
         features = parse_weights(self.feature_losses)
         if self.teacher_cache is None:
             for name in _OF_CACHES:
                 if getattr(self, name) not in (None, False):
-                    raise ValueError(
-                        f"{name} says what a cache keeps: set teacher_cache, its folder."
-                    )
+                    raise ValueError(f"{name} needs a cache: set teacher_cache, its folder.")
             return
         if features and not self.teacher_cache_features:
             raise ValueError(
@@ -214,23 +151,13 @@ class DistillationConfig(TrainingArguments):
                 f"{wide[0]} compares attention maps, which teacher_cache_features does not keep; "
                 "use minilm_v2 or a loss on hidden states, or leave teacher_cache out."
             )
-        if self.teacher_cache_epochs is not None:
-            if self.teacher_cache_epochs < 1:
-                raise ValueError(
-                    f"teacher_cache_epochs is {self.teacher_cache_epochs}; expected 1 or more."
-                )
-            if self.dataloader_persistent_workers:
-                raise ValueError(
-                    "teacher_cache_epochs tells each epoch's augmentation to the data loader, and "
-                    "persistent workers do not hear of it: set dataloader_persistent_workers=False."
-                )
-        if self.teacher_cache_top_k is None:
-            return
-        if self.teacher_cache_top_k < 1:
+        if self.teacher_cache_epochs is not None and self.dataloader_persistent_workers:
             raise ValueError(
-                f"teacher_cache_top_k is {self.teacher_cache_top_k}; expected 1 or more classes."
+                "teacher_cache_epochs changes the data set at each epoch, and persistent workers "
+                "keep the old one: set dataloader_persistent_workers=False."
             )
-        if self.logit_loss != "kl" or self.temperature_end is not None:
+        whole = self.logit_loss != "kl" or self.temperature_end is not None
+        if self.teacher_cache_top_k is not None and whole:
             what = "a temperature_end" if self.logit_loss == "kl" else self.logit_loss
             raise ValueError(
                 f"teacher_cache_top_k keeps the largest logits, and {what} needs all of them: "
@@ -239,7 +166,7 @@ class DistillationConfig(TrainingArguments):
 
     @property
     def objective(self) -> str:
-        """The loss that is minimised, its terms by the names under which they are logged."""
+        """The loss that is minimised, with its terms by their logged names."""
 
         def value(name: str) -> str:
             end = getattr(self, f"{name}_end")
@@ -255,13 +182,13 @@ class DistillationConfig(TrainingArguments):
 
 
 def parse_weights(given: Mapping[str, float] | str | None) -> dict[str, float]:
-    """Return the weights of losses on features, those of 0 left out.
+    """Return the weights of feature losses without those of 0.
 
     Args:
-        given: A mapping, or one as JSON, or nothing.
+        given: A mapping, its JSON, or None.
 
     Raises:
-        ValueError: A name is unknown, or a weight is no number from 0 on.
+        ValueError: A name is unknown, or a weight is not a number from 0 on.
     """
     if isinstance(given, str):
         try:

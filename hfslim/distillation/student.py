@@ -1,4 +1,4 @@
-"""Make a student of a teacher's own layers, heads, neurons and dimensions."""
+"""Make a student from a teacher's own layers, heads, neurons and dimensions."""
 
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ def init_from_teacher(
     max_examples: int = 512,
     progress: bool = True,
 ) -> PreTrainedModel:
-    """Make a smaller student of a teacher's weights, to be distilled from the teacher.
+    """Make a smaller student from a teacher's weights, to be distilled from the teacher.
 
-    Every layer keeps as many heads and neurons, its own most important ones, and the residual
-    stream one set of dimensions. Where the family's config can say the result, which is so for
-    layers, neurons and most widths, the student loads with nothing of hfslim's.
+    Every layer keeps the same number of heads and of neurons, its most important ones, and the
+    residual stream one set of dimensions. If the family's config can express the result (layers,
+    neurons and most widths), the student loads without hfslim.
 
     Args:
-        teacher: The trained classifier; it stays as it is.
-        layers: How many layers to take, evenly spaced over the depth (DistilBERT, Sanh et al. 2019,
-            arXiv 1910.01108, takes every other), or which ones, counted from 0. All if not given.
-        heads: Attention heads of each layer. All if not given, but for what `dimensions` asks.
-        neurons: Neurons of each feed-forward layer. All if not given.
-        dimensions: Hidden size. In families whose size of a head is the hidden size by the number
-            of heads, a multiple of that size: as many heads stay as have so many dimensions.
+        teacher: The trained classifier, which does not change.
+        layers: The number of layers, evenly spaced over the depth (DistilBERT, Sanh et al. 2019,
+            arXiv 1910.01108, takes every other one), or their numbers from 0. By default all.
+        heads: Attention heads of each layer. By default all that `dimensions` allows.
+        neurons: Neurons of each feed-forward layer. By default all.
+        dimensions: Hidden size. In families whose head size is the hidden size by the number of
+            heads, a multiple of the head size, which determines the number of heads.
         data: Batches of model inputs, with or without `labels`, on which units are scored by
-            `fisher`. Without them the largest weights stay, which is a worse start.
-        max_examples: Examples to score on at most, on each process.
+            `fisher`. By default the largest weights stay, which is a worse start.
+        max_examples: Maximum number of examples to score on, on each process.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -85,7 +85,7 @@ def student_structure(
     max_examples: int = 512,
     progress: bool = True,
 ) -> Structure:
-    """Choose what a student takes of its teacher; the arguments are those of `init_from_teacher`.
+    """Choose the units of `init_from_teacher`, with its arguments.
 
     Raises:
         ValueError: A number is out of range, or does not fit the others.
@@ -94,7 +94,7 @@ def student_structure(
     asked: dict[Kind, int | None] = {"heads": heads, "neurons": neurons, "dimensions": dimensions}
     numbers = {kind: number for kind, number in asked.items() if number is not None}
     if layers is None and not numbers:
-        raise ValueError("give layers, heads, neurons or dimensions: what the student is to have")
+        raise ValueError("give the student's layers, heads, neurons or dimensions")
     units = find_units(teacher, dimensions is not None)
     entries = () if layers is None else _layers(teacher, units, layers).entries
     if not numbers:
@@ -120,7 +120,7 @@ def _layers(teacher: PreTrainedModel, units: Units, layers: int | Sequence[int])
     lists = units.of(["layers"]).sites
     if len(lists) > 1:
         raise ValueError(
-            f"layers={list(layers)}: the layers of {type(teacher).__name__} lie in "
+            f"layers={list(layers)}: the layers of {type(teacher).__name__} are in the lists "
             f"{[site.path for site in lists]}, so give their number"
         )
     [site] = lists
@@ -130,7 +130,7 @@ def _layers(teacher: PreTrainedModel, units: Units, layers: int | Sequence[int])
 
 
 def _stream(teacher: PreTrainedModel, units: Units, numbers: dict[Kind, int]) -> Stream | None:
-    """Check a hidden size, and let heads go along where they have to."""
+    """Check a hidden size, and set the number of heads if it follows from it."""
     wide = main_stream(units.of(["dimensions"]))
     entries, asked = sum(wide[0].cuts[0].widths), numbers["dimensions"]
     if asked % entries or not 0 < asked <= wide[0].size * entries:
@@ -152,7 +152,7 @@ def _stream(teacher: PreTrainedModel, units: Units, numbers: dict[Kind, int]) ->
 
 
 def _units(kind: Kind, number: int, units: Units, stream: Stream | None) -> int:
-    """Return a number of features as one of units, or refuse it."""
+    """Convert a number of dimensions, neurons or heads to a number of units, or refuse it."""
     if kind == "dimensions":
         assert stream is not None
         return number // stream.entries

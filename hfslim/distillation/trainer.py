@@ -92,19 +92,16 @@ class DistillationTrainer(SlimTrainer):
                 f"args is {type(args).__name__}; DistillationTrainer needs a DistillationConfig."
             )
         super().__init__(model, args, *rest, **kwargs)
-        student: Any = self.model
-        several = isinstance(teacher, list | tuple)
-        given: Any = list(teacher) if several else [teacher]  # type: ignore[arg-type]
-        if not isinstance(teacher_processor, list | tuple):
-            teacher_processor = [teacher_processor] * (
-                len(given) if teacher_processor is None else 1
-            )
+        given: Any = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
+        processors = teacher_processor
+        if not isinstance(processors, list | tuple):
+            processors = [processors] * (len(given) if processors is None else 1)
         # Without a processing class the collator may have the tokenizer.
         student_processor = self.processing_class or getattr(self.data_collator, "tokenizer", None)
-        self.teachers = Teachers(given, teacher_processor, student, student_processor, args)
+        self.teachers = Teachers(given, processors, self.model, student_processor, args)
         self.teachers.place(args.device, shard=way_of(args) in ("ZeRO-3", "FSDP"))
         self._take_over_problem()
-        own = zip(self.teachers.prefixes, teacher_processor, strict=True)
+        own = zip(self.teachers.prefixes, processors, strict=True)
         batchers = {prefix: collator_of(processor) for prefix, processor in own if prefix}
         if batchers and not isinstance(self.data_collator, PairedCollator):
             self.data_collator = PairedCollator(self.data_collator, batchers)
@@ -226,14 +223,7 @@ class DistillationTrainer(SlimTrainer):
     ) -> Any:
         """Compute this process's share of the step's loss; in evaluation, of the labels' loss.
 
-        Args:
-            model: The student as wrapped for training.
-            inputs: A batch.
-            return_outputs: Whether to return the student's outputs too.
-            num_items_in_batch: Counts of `get_batch_samples`; None for the mean of this batch.
-
-        Returns:
-            The loss, or the loss and the outputs.
+        The arguments are those of `SlimTrainer.compute_loss`.
         """
         alpha = self._scheduled("alpha")
         labels: Any = inputs.get("labels")
@@ -260,11 +250,10 @@ class DistillationTrainer(SlimTrainer):
             assert answer.states is not None
             feature_losses = terms.losses(states, answer.states, student_inputs)
         logits = logits_of(outputs)
-        counts = num_items_in_batch
-        examples = torch.tensor(len(logits)) if counts is None else counts[1]
-        local = counts is None
-        loss = logits.new_zeros((), dtype=torch.float32)
+        counts, local = num_items_in_batch, num_items_in_batch is None
+        examples = torch.tensor(len(logits)) if local else counts[1]
         problem = self.problem_of(labels)
+        parts: dict[str, tuple[float, Tensor]] = {}
         if alpha > 0:
             losses = distillation_loss(
                 logits,
@@ -275,18 +264,17 @@ class DistillationTrainer(SlimTrainer):
                 labels,
                 self.args.dkd_beta,
             )
-            distilled = self.share(losses, examples, local)
-            self._record("loss_distillation", distilled)
-            loss = loss + alpha * distilled
+            parts["loss_distillation"] = alpha, self.share(losses, examples, local)
         if alpha < 1:
-            hard = self.hard_loss_share(logits, labels, counts)
-            self._record("loss_hard", hard)
-            loss = loss + (1 - alpha) * hard
+            parts["loss_hard"] = 1 - alpha, self.hard_loss_share(logits, labels, counts)
         factor = self._scheduled("feature_weight", 1.0)
         for name, losses in feature_losses.items():
-            part = self.share(losses, examples, local)
-            self._record(f"loss_{name}", part)
-            loss = loss + factor * self.features.weights[name] * part
+            weight = factor * self.features.weights[name]
+            parts[f"loss_{name}"] = weight, self.share(losses, examples, local)
+        loss = logits.new_zeros((), dtype=torch.float32)
+        for name, (weight, part) in parts.items():
+            self._record(name, part)
+            loss = loss + weight * part
         if problem != "regression":
             same = _same_classes(logits, answer.logits, problem)
             self._record("agreement", self.share(same, examples, local))

@@ -62,7 +62,9 @@ def test_two_processes_equal_one(
 
 def test_every_term_is_among_the_cases() -> None:
     assert set(logit_losses.LOGIT_LOSSES) | set(FEATURE_LOSSES) <= set(CASES)
-    assert {name for name in logit_losses.LOGIT_LOSSES if name in LAYOUT_MATTERS} == {"dist"}
+    assert {
+        n for n, loss in logit_losses.LOGIT_LOSSES.items() if loss.across_examples
+    } == LAYOUT_MATTERS
     assert "not invariant" in logit_losses.correlation.__doc__
 
 

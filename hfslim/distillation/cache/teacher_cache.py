@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ import xxhash
 from torch import Tensor
 from transformers.utils import logging
 
-from hfslim.distillation.cache.position_store import PositionStore, PositionWriter
 from hfslim.reporting.staged_writes import whole_folder
 
 __all__ = ["CacheError", "CachedBatch", "TeacherCache", "TopK"]
@@ -25,6 +22,8 @@ __all__ = ["CacheError", "CachedBatch", "TeacherCache", "TopK"]
 logger = logging.get_logger(__name__)
 
 _VERSION = 2
+_ROWS = "positions.f32"
+"""Hidden states at the positions that count, `[all positions, width]`."""
 
 
 class CacheError(ValueError):
@@ -109,7 +108,7 @@ class TeacherCache:
     def __init__(self, folder: str | Path, teacher: str) -> None:
         self.folder = Path(folder)
         advice = f"delete {self.folder} to fill it anew, or set another teacher_cache"
-        self._classes = self._positions = None
+        self._classes = self._rows = None
         try:
             meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
             stored, version, digest = meta["teacher"], meta["version"], meta["digest"]
@@ -120,7 +119,11 @@ class TeacherCache:
             if meta["top_k"]:
                 self._classes = np.load(self.folder / "classes.npy", mmap_mode="r")
             if width:
-                self._positions = PositionStore(self.folder, width)
+                self._counts = np.load(self.folder / "counts.npy", mmap_mode="r")
+                self._rows = np.memmap(self.folder / _ROWS, np.float32, "r").reshape(-1, width)
+                self._ends = np.cumsum(self._counts)
+                if self._ends[-1] != len(self._rows):
+                    raise ValueError(f"{len(self._rows)} positions of {self._ends[-1]}")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CacheError(
                 f"{self.folder} is no whole teacher cache ({error}): {advice}"
@@ -152,8 +155,22 @@ class TeacherCache:
         return TopK.fill(values, torch.from_numpy(self._classes[examples]), self._number)
 
     def positions(self, examples: np.ndarray, mask: Tensor) -> Tensor | None:
-        """Return hidden states as `PositionStore.read`, or None if they are not kept."""
-        return None if self._positions is None else self._positions.read(examples, mask)
+        """Return the hidden states of examples that were found, 0 where a position does not count.
+
+        Args:
+            examples: The result of `find`.
+            mask: `[batch, positions]` bool.
+
+        Returns:
+            `[batch, positions, features]`; None if no hidden states are kept, or those of other
+            positions than the mask counts.
+        """
+        if self._rows is None or (self._counts[examples] != mask.sum(-1).cpu().numpy()).any():
+            return None
+        parts = [self._rows[self._ends[i] - self._counts[i] : self._ends[i]] for i in examples]
+        whole = torch.zeros(*mask.shape, self._rows.shape[-1], device=mask.device)
+        whole[mask] = torch.from_numpy(np.concatenate(parts)).to(mask.device)
+        return whole
 
     @staticmethod
     def write(
@@ -187,33 +204,26 @@ class TeacherCache:
 
 
 def _write(folder: Path, batches: Iterable[CachedBatch], top_k: TopK | None) -> dict[str, Any]:
-    arrays: dict[str, list[np.ndarray]] = {"keys": [], "logits": [], "classes": []}
-    writer: PositionWriter | None = None
+    """Write the arrays of a cache, hidden states batch by batch, and return their description."""
+    arrays: dict[str, list[Tensor]] = {}
     classes = width = 0
-    stream = iter(batches)
-    first = next(stream)
-    if first.positions is not None:
-        writer, width = PositionWriter(folder), first.positions.shape[-1]
-    with writer or nullcontext():
-        for batch in itertools.chain([first], stream):
-            logits, classes = batch.logits.float(), batch.logits.shape[-1]
-            if top_k is not None:
-                logits, largest = top_k.keep(logits)
-                arrays["classes"].append(largest.cpu().numpy())
-            arrays["keys"].append(batch.keys.cpu().numpy())
-            arrays["logits"].append(logits.cpu().numpy())
-            if writer is not None and batch.positions is not None and batch.mask is not None:
-                writer.add(batch.positions, batch.mask.bool())
-    whole = {name: np.concatenate(parts) for name, parts in arrays.items() if parts}
+    for batch in batches:
+        values, classes = {"keys": batch.keys, "logits": batch.logits.float()}, len(batch.logits[0])
+        if top_k is not None:
+            values["logits"], values["classes"] = top_k.keep(batch.logits)
+        if batch.positions is not None and batch.mask is not None:
+            mask, width = batch.mask.bool(), batch.positions.shape[-1]
+            values["counts"] = mask.sum(-1)
+            with (folder / _ROWS).open("ab") as file:
+                file.write(batch.positions.float()[mask].cpu().numpy().tobytes())
+        for name, value in values.items():
+            arrays.setdefault(name, []).append(value.cpu())
+    whole = {name: torch.cat(parts).numpy() for name, parts in arrays.items()}
     whole["keys"], whole["order"] = np.unique(whole["keys"], axis=0, return_index=True)
     for name, array in whole.items():
         np.save(folder / f"{name}.npy", array)
-    return {
-        "examples": len(whole["keys"]),
-        "classes": classes,
-        "top_k": top_k and asdict(top_k),
-        "width": width,
-    }
+    kept = top_k and asdict(top_k)
+    return {"examples": len(whole["keys"]), "classes": classes, "top_k": kept, "width": width}
 
 
 def _digest(folder: Path) -> str:

@@ -1,16 +1,17 @@
 """Losses on hidden states and attention, one value per example, and the table of their names.
 
-Shapes: `B` examples, `S` positions (tokens, patches, frames), `D` features, `H` heads. A mask is
-`[B, S]`, 1 where a position counts; without a mask all positions count. Every example has the same
-weight, whatever its number of positions, so that the mean does not depend on the layout of batches.
-All losses are computed in float32.
+Shapes: `B` examples, `S` positions (tokens, patches, frames), `D` features, `H` heads. Hidden
+states are `[B, S, D]`, attention probabilities `[B, H, S, S]`, results `[B]`. A mask is `[B, S]`, 1
+where a position counts; without a mask all positions count. Every example has the same weight,
+whatever its number of positions, so that the mean does not depend on the layout of batches. All
+losses are computed in float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,12 +25,8 @@ __all__ = [
     "hidden_cosine",
     "hidden_l1_cosine",
     "hidden_mse",
-    "register_feature_loss",
     "relation_kl",
 ]
-
-Kind = Literal["hidden", "attentions", "vectors"]
-_Function = TypeVar("_Function", bound=Callable[..., Tensor])
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class FeatureLoss:
     """
 
     function: Callable[..., Tensor]
-    on: Kind
+    on: Literal["hidden", "attentions", "vectors"]
     vectors: tuple[int, ...] = (0, 1, 2)
     last_attention: bool = False
 
@@ -56,55 +53,8 @@ class FeatureLoss:
         return self.on == "attentions" or self.last_attention
 
 
-FEATURE_LOSSES: dict[str, FeatureLoss] = {}
-"""The losses on features by their names in `DistillationConfig.feature_losses`."""
-
-
-def register_feature_loss(
-    name: str,
-    on: Kind,
-    vectors: tuple[int, ...] = (0, 1, 2),
-    last_attention: bool = False,
-) -> Callable[[_Function], _Function]:
-    """Return a decorator that makes a function the feature loss of a name.
-
-    Args:
-        name: For `DistillationConfig.feature_losses` and recipes; it is logged as `loss_{name}`.
-        on: As for `FeatureLoss`.
-        vectors: As for `FeatureLoss`.
-        last_attention: As for `FeatureLoss`.
-
-    Raises:
-        ValueError: The name is taken, or is `hard` or `distillation`, whose logged names are taken.
-
-    Examples:
-        >>> @register_feature_loss("hidden_l1", on="hidden")
-        ... def hidden_l1(student, teacher, mask):
-        ...     return (student - teacher).abs().mean((1, 2))
-        >>> FEATURE_LOSSES.pop("hidden_l1").on
-        'hidden'
-    """
-
-    def register(function: _Function) -> _Function:
-        if name in FEATURE_LOSSES or name in ("hard", "distillation"):
-            raise ValueError(f"there is a loss {name!r} already; choose another name.")
-        FEATURE_LOSSES[name] = FeatureLoss(function, on, vectors, last_attention)
-        return function
-
-    return register
-
-
-@register_feature_loss("hidden_mse", on="hidden")
 def hidden_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """Compute the mean over positions and features of the squared difference of hidden states.
-
-    Args:
-        student: `[B, S, D]`.
-        teacher: `[B, S, D]`.
-        mask: `[B, S]`.
-
-    Returns:
-        `[B]`.
 
     Examples:
         >>> hidden_mse(torch.zeros(1, 2, 2), torch.ones(1, 2, 2), torch.tensor([[1, 0]]))
@@ -116,17 +66,8 @@ def hidden_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> 
     return _mean((student.float() - teacher.float()).square().mean(-1), mask)
 
 
-@register_feature_loss("hidden_cosine", on="hidden")
 def hidden_cosine(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """Compute the mean over positions of one less the cosine of the hidden states.
-
-    Args:
-        student: `[B, S, D]`.
-        teacher: `[B, S, D]`.
-        mask: `[B, S]`.
-
-    Returns:
-        `[B]`, between 0 and 2.
 
     Examples:
         >>> hidden_cosine(torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 2.0]]]))
@@ -138,19 +79,10 @@ def hidden_cosine(student: Tensor, teacher: Tensor, mask: Tensor | None = None) 
     return _mean(1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1), mask)
 
 
-@register_feature_loss("hidden_l1_cosine", on="hidden")
 def hidden_l1_cosine(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """Compute the mean over positions of `‖s − t‖₁ / D − log σ(cos(s, t))`.
 
     It is `log(1 + 1/e)`, not 0, at equality.
-
-    Args:
-        student: `[B, S, D]`.
-        teacher: `[B, S, D]`.
-        mask: `[B, S]`.
-
-    Returns:
-        `[B]`.
 
     Examples:
         >>> hidden_l1_cosine(torch.ones(1, 1, 4), torch.ones(1, 1, 4))
@@ -164,19 +96,11 @@ def hidden_l1_cosine(student: Tensor, teacher: Tensor, mask: Tensor | None = Non
     return _mean((student - teacher).abs().mean(-1) - F.logsigmoid(cosine), mask)
 
 
-@register_feature_loss("attention", on="attentions")
 def attention_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """Compute the mean over pairs of positions of the squared difference of attention maps.
 
-    Each model's map is the mean over its heads, so that the numbers of heads may differ.
-
-    Args:
-        student: Attention probabilities `[B, H, S, S]`.
-        teacher: Likewise, with its own number of heads.
-        mask: `[B, S]`; counts for queries and for keys.
-
-    Returns:
-        `[B]`.
+    Each model's map is the mean over its heads, so that the numbers of heads may differ. The mask
+    is applied to queries and keys.
 
     Examples:
         >>> student = torch.tensor([[[[1.0, 0.0], [0.0, 1.0]]]])
@@ -193,14 +117,9 @@ def attention_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) 
 def attention_kl(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """Compute the mean over heads and queries of the KL of the attention distributions.
 
-    Args:
-        student: Attention probabilities `[B, H, S, S]`.
-        teacher: Likewise, with the same number of heads. A key whose probability in the student is
-            exactly 0, for instance by dropout, is left out of both distributions.
-        mask: `[B, S]`; a query that does not count is left out.
-
-    Returns:
-        `[B]`, in nats.
+    In nats, for models with the same number of heads. A key whose probability in the student is
+    exactly 0, for instance by dropout, is left out of both distributions. The mask is applied to
+    queries.
 
     Examples:
         >>> teacher = torch.tensor([[[[0.75, 0.25]]]])
@@ -217,8 +136,6 @@ def attention_kl(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -
     return _mean(divergence.sum(-1).mean(1), mask)
 
 
-@register_feature_loss("minilm_v2", on="vectors")
-@register_feature_loss("minilm", on="vectors", vectors=(2,), last_attention=True)
 def relation_kl(student: Tensor, teacher: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
     """Compute the KL of the relations `softmax(X Xᵀ / √d)` between positions.
 
@@ -226,13 +143,13 @@ def relation_kl(student: Tensor, teacher: Tensor, heads: int, mask: Tensor | Non
     models of different widths and numbers of heads can be compared.
 
     Args:
-        student: Queries, keys or values, all heads side by side, `[B, S, D]`.
+        student: Queries, keys or values of all heads, `[B, S, D]`.
         teacher: Likewise, of any width.
-        heads: Relation heads; must divide both widths.
-        mask: `[B, S]`; counts for both positions of a pair.
+        heads: Number of relation heads; must divide both widths.
+        mask: Applied to both positions of a pair.
 
     Returns:
-        `[B]`, the mean over relation heads and positions, in nats.
+        The mean over relation heads and positions, in nats.
 
     Raises:
         ValueError: If `heads` does not divide both widths.
@@ -274,3 +191,14 @@ def _mean(values: Tensor, mask: Tensor | None, pairs: bool = False) -> Tensor:
     weight = mask.to(values.device, values.dtype)
     weight = weight[:, None] if pairs else weight
     return (values * weight).sum(-1) / weight.sum(-1).clamp_min(1)
+
+
+FEATURE_LOSSES: dict[str, FeatureLoss] = {
+    "hidden_mse": FeatureLoss(hidden_mse, on="hidden"),
+    "hidden_cosine": FeatureLoss(hidden_cosine, on="hidden"),
+    "hidden_l1_cosine": FeatureLoss(hidden_l1_cosine, on="hidden"),
+    "attention": FeatureLoss(attention_mse, on="attentions"),
+    "minilm": FeatureLoss(relation_kl, on="vectors", vectors=(2,), last_attention=True),
+    "minilm_v2": FeatureLoss(relation_kl, on="vectors"),
+}
+"""The losses on features by their names in `DistillationConfig.feature_losses`."""

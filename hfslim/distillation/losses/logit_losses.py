@@ -1,11 +1,15 @@
-"""Losses on logits, one value per example, and the table of those that a config can name."""
+"""Losses on logits, and the table of their names.
+
+The functions take the logits of student and teacher, `[batch, classes]` in one order of classes,
+and a temperature T > 0. They compute in float32 and return one value per example, `[batch]`.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -21,13 +25,10 @@ __all__ = [
     "decoupled_kl",
     "distillation_loss",
     "kl_divergence",
-    "register_logit_loss",
     "squared_error",
 ]
 
-_SINGLE_LABEL: tuple[ProblemType, ...] = ("single_label_classification",)
 _ARGUMENTS = frozenset({"temperature", "labels", "beta", "problem"})
-_Function = TypeVar("_Function", bound=Callable[..., Tensor])
 
 
 @dataclass(frozen=True)
@@ -35,78 +36,47 @@ class LogitLoss:
     """A logit loss and when it can be used.
 
     Attributes:
-        function: Takes the student's and the teacher's logits `[batch, classes]`, then `arguments`
-            by name; returns `[batch]`.
-        arguments: Names of its further arguments, some of `temperature` (T > 0), `labels`,
-            `beta` (`dkd_beta`) and `problem`.
-        problems: Problem types of the models that it compares.
-        across_examples: Whether an example's value depends on the others of its batch, so that
-            several batches in a step are not what one large batch would be.
+        function: Takes the logits of student and teacher, `[batch, classes]`, and any of
+            `temperature` (T > 0), `labels`, `beta` (`dkd_beta`) and `problem`; returns `[batch]`.
+        problems: The problem types for which it is defined.
+        across_examples: Whether an example's loss depends on the others of its batch, so that
+            several batches in a step give another loss than one large batch.
+
+    Raises:
+        ValueError: The function requires another argument.
     """
 
     function: Callable[..., Tensor]
-    arguments: frozenset[str]
-    problems: tuple[ProblemType, ...] = _SINGLE_LABEL
+    problems: tuple[ProblemType, ...] = ("single_label_classification",)
     across_examples: bool = False
 
-
-LOGIT_LOSSES: dict[str, LogitLoss] = {}
-"""The losses on logits by their names in `DistillationConfig.logit_loss`."""
-
-
-def register_logit_loss(
-    name: str, problems: Sequence[ProblemType] = _SINGLE_LABEL, across_examples: bool = False
-) -> Callable[[_Function], _Function]:
-    """Return a decorator that makes a function the logit loss of a name.
-
-    Args:
-        name: For `DistillationConfig.logit_loss` and recipes.
-        problems: As for `LogitLoss`.
-        across_examples: As for `LogitLoss`.
-
-    Raises:
-        ValueError: The name is taken, or the function has an argument that no trainer gives.
-
-    Examples:
-        >>> @register_logit_loss("logit_mse")
-        ... def logit_mse(student, teacher, temperature):
-        ...     return ((student - teacher) / temperature).square().mean(-1)
-        >>> LOGIT_LOSSES.pop("logit_mse").arguments
-        frozenset({'temperature'})
-    """
-
-    def register(function: _Function) -> _Function:
-        if name in LOGIT_LOSSES:
-            raise ValueError(f"there is a logit loss {name!r} already; choose another name.")
-        further = list(inspect.signature(function).parameters.values())[2:]
-        unknown = [p.name for p in further if p.name not in _ARGUMENTS and p.default is p.empty]
+    def __post_init__(self) -> None:
+        unknown = [
+            p.name for p in self._further if p.name not in _ARGUMENTS and p.default is p.empty
+        ]
         if unknown:
             raise ValueError(
-                f"the logit loss {name!r} takes {unknown}; after the logits of student and teacher "
-                f"it can take {sorted(_ARGUMENTS)}."
+                f"a logit loss takes {unknown}; after the logits of student and teacher it can "
+                f"take {sorted(_ARGUMENTS)}."
             )
-        arguments = _ARGUMENTS & {p.name for p in further}
-        LOGIT_LOSSES[name] = LogitLoss(function, arguments, tuple(problems), across_examples)
-        return function
 
-    return register
+    @property
+    def arguments(self) -> frozenset[str]:
+        """The names of the arguments that the function takes after the logits."""
+        return _ARGUMENTS & {p.name for p in self._further}
+
+    @property
+    def _further(self) -> list[inspect.Parameter]:
+        return list(inspect.signature(self.function).parameters.values())[2:]
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """Compute `T² · KL(softmax(teacher / T) ‖ softmax(student / T))` for each example.
 
-    The factor T² keeps the gradient's size independent of the temperature. Computed in float32.
-
-    Args:
-        student: Logits `[batch, classes]`.
-        teacher: Logits `[batch, classes]`, in the student's class order.
-        temperature: T > 0; higher shows more of the teacher's ranking of the wrong classes.
-
-    Returns:
-        `[batch]`, in nats; the mean is `batchmean` of `torch.nn.KLDivLoss`.
+    In nats; the mean is `batchmean` of `torch.nn.KLDivLoss`. The factor T² keeps the gradient's
+    size independent of the temperature; a higher one weighs the ranking of wrong classes more.
 
     Examples:
-        >>> import torch
         >>> kl_divergence(torch.zeros(1, 2), torch.tensor([[1.0986123, 0.0]]))
         tensor([0.1308])
 
@@ -121,18 +91,9 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) ->
 def binary_kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """Compute T² times the mean over classes of the KL of each class's yes-or-no distribution.
 
-    For multi-label models, where a softmax would make independent classes compete.
-
-    Args:
-        student: Logits `[batch, classes]`.
-        teacher: Logits `[batch, classes]`, in the student's class order.
-        temperature: T > 0, dividing both models' logits.
-
-    Returns:
-        `[batch]`, in nats.
+    In nats, for multi-label models: a softmax would make independent classes compete.
 
     Examples:
-        >>> import torch
         >>> binary_kl_divergence(torch.zeros(1, 2), torch.tensor([[1.0986123, 0.0]]))
         tensor([0.0654])
 
@@ -148,15 +109,7 @@ def binary_kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 
 def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
     """Compute the mean over outputs of the squared difference, for regression.
 
-    Args:
-        student: Outputs `[batch, outputs]`.
-        teacher: Outputs `[batch, outputs]`.
-
-    Returns:
-        `[batch]`, in the square of the outputs' unit.
-
     Examples:
-        >>> import torch
         >>> squared_error(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 2.0]]))
         tensor([2.])
 
@@ -166,19 +119,6 @@ def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
     return (student.float() - teacher.float()).square().mean(dim=-1)
 
 
-@register_logit_loss("kl", get_args(ProblemType))
-def fitting_divergence(
-    student: Tensor, teacher: Tensor, temperature: float, problem: ProblemType
-) -> Tensor:
-    """Compute the KL divergence in the form that fits the problem; for regression, the square."""
-    if problem == "regression":
-        return squared_error(student, teacher)
-    if problem == "multi_label_classification":
-        return binary_kl_divergence(student, teacher, temperature)
-    return kl_divergence(student, teacher, temperature)
-
-
-@register_logit_loss("dkd")
 def decoupled_kl(
     student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 1.0, beta: float = 1.0
 ) -> Tensor:
@@ -188,14 +128,11 @@ def decoupled_kl(
     plain KL the weight of NCKD is one less the teacher's probability of the label.
 
     Args:
-        student: Logits `[batch, classes]`.
-        teacher: Logits `[batch, classes]`, in the student's class order.
-        labels: `[batch]` integers; examples labelled -100 cost nothing.
-        temperature: T > 0.
+        student: Logits.
+        teacher: Logits.
+        labels: `[batch]` integers; the loss of examples labelled -100 is 0.
+        temperature: T.
         beta: Weight of NCKD; 0.5 to 8 in the paper, larger for a more confident teacher.
-
-    Returns:
-        `[batch]`, in nats.
 
     Examples:
         >>> student, teacher = torch.zeros(1, 3), torch.tensor([[0.0, 1.0986123, 0.0]])
@@ -221,23 +158,14 @@ def decoupled_kl(
     return (tckd + beta * nckd).masked_fill(~known, 0.0) * temperature**2
 
 
-@register_logit_loss("dist", across_examples=True)
 def correlation(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """Compute `T² · ((1 − ρ of its row) + (1 − mean ρ of the columns))` for each example.
 
-    ρ is Pearson's correlation of the two models' probabilities: over the classes of an example
-    (row), and over the examples of a class (column). The column part is the same for all examples
-    of a batch and depends on its composition, so it is not invariant under accumulation or several
-    processes; a batch of one example has none. With two classes ρ of a row is 1 or −1 and has no
-    gradient; only the columns have one.
-
-    Args:
-        student: Logits `[batch, classes]`.
-        teacher: Logits `[batch, classes]`, in the student's class order.
-        temperature: T > 0.
-
-    Returns:
-        `[batch]`; the mean is the paper's loss with β = γ = 1.
+    Its mean is the paper's loss with β = γ = 1. ρ is Pearson's correlation of the probabilities
+    over the classes of an example (row) or the examples of a class (column). The column part is the
+    same for all examples of a batch and depends on its composition, so it is not invariant under
+    accumulation or several processes; a batch of one example has none. With two classes ρ of a row
+    is 1 or −1, so that only the columns have a gradient.
 
     Examples:
         >>> correlation(torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[0.0, 2.0, 1.0]]))
@@ -259,6 +187,25 @@ def _pearson(one: Tensor, other: Tensor) -> Tensor:
     return F.cosine_similarity(one, other, dim=-1, eps=1e-8)
 
 
+def fitting_divergence(
+    student: Tensor, teacher: Tensor, temperature: float, problem: ProblemType
+) -> Tensor:
+    """Compute the KL divergence in the form that fits the problem; for regression, the square."""
+    if problem == "regression":
+        return squared_error(student, teacher)
+    if problem == "multi_label_classification":
+        return binary_kl_divergence(student, teacher, temperature)
+    return kl_divergence(student, teacher, temperature)
+
+
+LOGIT_LOSSES: dict[str, LogitLoss] = {
+    "kl": LogitLoss(fitting_divergence, get_args(ProblemType)),
+    "dkd": LogitLoss(decoupled_kl),
+    "dist": LogitLoss(correlation, across_examples=True),
+}
+"""The losses on logits by their names in `DistillationConfig.logit_loss`."""
+
+
 def distillation_loss(
     student: Tensor,
     teacher: Tensor,
@@ -271,20 +218,17 @@ def distillation_loss(
     """Compute a logit loss by its name.
 
     Args:
-        student: Logits `[batch, classes]`.
-        teacher: Logits `[batch, classes]`, in the student's class order.
+        student: Logits.
+        teacher: Logits.
         problem: The meaning of the logits.
-        temperature: T > 0; without effect for regression.
+        temperature: T; without effect for regression.
         kind: A name of `LOGIT_LOSSES`.
         labels: `[batch]` integers, for losses that take labels.
         beta: The weight in `decoupled_kl`.
 
-    Returns:
-        `[batch]`.
-
     Raises:
-        ValueError: If the shapes differ, or the loss is not for the problem or the labels, or it
-            returns another shape.
+        ValueError: The shapes differ, the loss is not for the problem or the labels, or it returns
+            another shape.
     """
     if student.shape != teacher.shape:
         raise ValueError(
@@ -292,12 +236,13 @@ def distillation_loss(
             f"{list(teacher.shape)}; both must be [batch, classes] with the same classes."
         )
     loss = LOGIT_LOSSES[kind]
+    arguments = loss.arguments
     if problem not in loss.problems:
         raise ValueError(
             f"logit_loss={kind!r} is for {', '.join(loss.problems)}, and this is {problem}; use "
             "'kl', which becomes the form that fits."
         )
-    if "labels" in loss.arguments and problem == "single_label_classification":
+    if "labels" in arguments and problem == "single_label_classification":
         if labels is None or labels.is_floating_point() or labels.numel() != len(student):
             raise ValueError(
                 f"logit_loss={kind!r} needs one integer label per example (no mixup, no unlabelled "
@@ -305,7 +250,7 @@ def distillation_loss(
             )
         labels = labels.reshape(-1)
     given = {"temperature": temperature, "labels": labels, "beta": beta, "problem": problem}
-    values = loss.function(student, teacher, **{name: given[name] for name in loss.arguments})
+    values = loss.function(student, teacher, **{name: given[name] for name in arguments})
     if values.shape != student.shape[:1]:
         raise ValueError(
             f"logit_loss={kind!r} returned shape {list(values.shape)}; expected one value per "

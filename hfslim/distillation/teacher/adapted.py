@@ -1,4 +1,4 @@
-"""Teachers that are saved as a PEFT adapter: on their own base, or on the student's frozen one."""
+"""Load a teacher that is a PEFT adapter, on its own base or on the student's frozen base."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.get_logger(__name__)
 
 
 def find_adapter(source: str, revision: str = "main") -> Any | None:
-    """Return the PEFT config of a folder or Hub id, or None where it holds no adapter."""
+    """Return the PEFT config of a folder or Hub id, or None if it holds no adapter."""
     try:
         path = find_adapter_config_file(source, revision=revision)
     except OSError:
@@ -29,7 +29,7 @@ def find_adapter(source: str, revision: str = "main") -> Any | None:
 
 
 def base_source(source: str, revision: str = "main") -> tuple[str, str]:
-    """Return where a model's own config is: an adapter's base, or the source itself."""
+    """Return the source and revision of an adapter's base, or those of a whole model."""
     adapter = find_adapter(source, revision)
     if adapter is None:
         return source, revision
@@ -41,30 +41,24 @@ def saved_config(
 ) -> PreTrainedConfig:
     """Read the config of a model or of an adapter's model.
 
-    An adapter's folder holds no names of labels unless a config lies beside it; then they are the
-    base's, or `labels` where the base has none either.
-
-    Args:
-        source: Hub id or folder.
-        revision: Of a Hub id.
-        labels: Of the student.
+    An adapter without a config of its own gets the label names of its base, or of the config
+    `labels` (the student's) if the base has none.
 
     Raises:
         OSError: There is no model.
     """
-    adapter = find_adapter(source, revision)
-    if adapter is None:
-        return AutoConfig.from_pretrained(source, revision=revision)
     try:
         return AutoConfig.from_pretrained(source, revision=revision)
     except (OSError, ValueError):
-        base, of_base = base_source(source, revision)
-        config = AutoConfig.from_pretrained(base, revision=of_base)
+        if find_adapter(source, revision) is None:
+            raise
+        base, base_revision = base_source(source, revision)
+        config = AutoConfig.from_pretrained(base, revision=base_revision)
     generic = list(config.id2label.values()) == [f"LABEL_{i}" for i in range(config.num_labels)]
     if generic and labels is not None:
         logger.warning(
-            f"The adapter {source} does not tell the names of its labels; they are taken to be the "
-            f"student's, in this order: {list((labels.id2label or {}).values())}. Save a config "
+            f"The adapter {source} has no label names; they are assumed to be the student's, in "
+            f"this order: {list((labels.id2label or {}).values())}. Save a config "
             "beside the adapter to be sure."
         )
         config.id2label, config.label2id = labels.id2label, labels.label2id
@@ -74,21 +68,21 @@ def saved_config(
 def load_adapted(
     source: str, revision: str, adapter: Any, student: nn.Module, auto: Any, dtype: torch.dtype
 ) -> tuple[Any, list[str]]:
-    """Load an adapter on the student's frozen base if it is the same, else on a base of its own.
+    """Load an adapter on the student's frozen base if it is the same, else on its own base.
 
-    On the student's base the weights are there once: the teacher's parameters lie in the student's
-    memory. A base of its own takes the adapter up into its weights.
+    On the student's base the teacher's parameters share the student's memory. Into its own base the
+    adapter is merged.
 
     Args:
         source: Hub id or folder of the adapter.
-        revision: Of a Hub id.
-        adapter: Of `find_adapter`.
-        student: The student, where it is going to be trained.
+        revision: Revision of a Hub id.
+        adapter: The result of `find_adapter`.
+        student: The student on its device.
         auto: Auto class of the task.
-        dtype: Of the teacher's weights.
+        dtype: Dtype of the teacher's weights.
 
     Returns:
-        The model, and the weights that neither base nor adapter has.
+        The model, and the names of the weights that neither base nor adapter has.
 
     Raises:
         ValueError: The adapter does not fit its base.
@@ -102,7 +96,7 @@ def load_adapted(
         if not why:
             model, missing = _adapt(plain, missing, source, revision, config)
             if not missing:
-                logger.info(f"the adapter {source} lies on the student's frozen weights of {base}")
+                logger.info(f"the adapter {source} shares the student's frozen weights of {base}")
                 return model, []
             why = f"the student's base has no {missing[0]}"
     logger.info(f"the adapter {source} gets its own copy of {base}: {why}")
@@ -122,7 +116,7 @@ def load_adapted(
 def _adapt(
     plain: Any, missing: list[str], source: str, revision: str, config: PreTrainedConfig
 ) -> tuple[Any, list[str]]:
-    """Put the adapter on a model, and return which of the missing weights it does not bring."""
+    """Put the adapter on a model, and return the missing weights that it does not have either."""
     try:
         model: Any = PeftModel.from_pretrained(plain, source, revision=revision)
     except RuntimeError as error:
@@ -141,15 +135,14 @@ def _adapt(
 def _frozen_base(
     student: Any, base: str, revision: str, dtype: torch.dtype
 ) -> tuple[dict[str, torch.Tensor] | None, str]:
-    """Return the tensors of a student's frozen base by their names there, or why it is another."""
+    """Return the tensors of the student's frozen base by name, or why they cannot be shared."""
     configs = getattr(student, "peft_config", None)
     if not isinstance(student, PeftModel) or not configs:
         return None, "the student has no adapter on a frozen base"
     own = configs[student.active_adapter]
-    theirs = base, revision
-    ours = own.base_model_name_or_path, own.revision or "main"
-    if _place(ours[0]) != _place(theirs[0]) or ours[1] != theirs[1]:
-        return None, f"the student's base is {ours[0]} ({ours[1]})"
+    name, own_revision = own.base_model_name_or_path, own.revision or "main"
+    if _place(name) != _place(base) or own_revision != revision:
+        return None, f"the student's base is {name} ({own_revision})"
     plain = base_of(student)
     if getattr(plain.config, "hfslim", None):
         return None, "the student's base is pruned"
@@ -166,7 +159,7 @@ def _frozen_base(
 def _on_shared(
     tensors: dict[str, torch.Tensor], config: PreTrainedConfig, auto: Any
 ) -> tuple[Any, list[str], str]:
-    """Build a model whose tensors are those given; those that are not are new, and are named."""
+    """Build a model on given tensors; return it, the names of new tensors, and why it failed."""
     with torch.device("meta"):
         model = auto.from_config(config)
     new = []
@@ -184,7 +177,7 @@ def _on_shared(
             else:
                 module._buffers[name] = shared
         if any(torch.is_tensor(v) and v.is_meta for v in vars(module).values()):
-            return None, [], f"{type(module).__name__} keeps tensors that are no part of its state"
+            return None, [], f"{type(module).__name__} has tensors outside of its state"
     return model, new, ""
 
 

@@ -1,4 +1,4 @@
-"""The order of a teacher's labels in its student's."""
+"""Align the labels of a teacher with those of its student."""
 
 from __future__ import annotations
 
@@ -18,23 +18,22 @@ logger = logging.get_logger(__name__)
 def align_labels(
     student: PreTrainedConfig, teacher: PreTrainedConfig, allow_subset: bool = False
 ) -> Tensor | None:
-    """Find where the teacher keeps each of the student's labels.
+    """Return the teacher's index of each of the student's labels.
 
-    Names are compared without regard to case and surrounding blanks. Models with one output are
-    regression models and have nothing to align.
+    Names are compared without case and surrounding blanks. Models with one output are regression
+    models, without labels to align.
 
     Args:
-        student: With `id2label`.
-        teacher: With `id2label`.
-        allow_subset: Whether the teacher may know labels that the student does not; its logits of
-            those are left out, so that its probabilities are those given one of the student's.
+        student: Config with `id2label`.
+        teacher: Config with `id2label`.
+        allow_subset: Whether the teacher may have labels that the student lacks. Their logits are
+            left out, so that probabilities are conditional on the student's labels.
 
     Returns:
-        `[classes]` int64, the teacher's index of each student label, or None if the order is the
-        same.
+        `[classes]` int64, or None if the order is the same.
 
     Raises:
-        ValueError: If the problem types or the sets of names differ, or a name occurs twice.
+        ValueError: The problem types or the sets of names differ, or a name occurs twice.
 
     Examples:
         >>> from transformers import BertConfig
@@ -64,7 +63,7 @@ def align_labels(
     more = set(names["teacher"]) - set(names["student"])
     if lacking or (more and not allow_subset):
         fix = (
-            "Set teacher_subset=True to leave out what the student does not know."
+            "Set teacher_subset=True to leave out the labels that the student lacks."
             if more and not lacking
             else "Give both the same names in config.id2label, in the order in which each was "
             "trained."

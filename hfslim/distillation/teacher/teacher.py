@@ -34,20 +34,11 @@ __all__ = [
 
 logger = logging.get_logger(__name__)
 
-_TASKS: tuple[tuple[Any, dict[str, Any]], ...] = (
-    (
-        AutoModelForSequenceClassification,
-        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    ),
-    (
-        AutoModelForImageClassification,
-        modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-    ),
-    (
-        AutoModelForAudioClassification,
-        modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
-    ),
-)
+_AUTO_CLASSES = {
+    "SEQUENCE": AutoModelForSequenceClassification,
+    "IMAGE": AutoModelForImageClassification,
+    "AUDIO": AutoModelForAudioClassification,
+}
 
 
 @loading_whole()
@@ -59,50 +50,30 @@ def load_teacher(
 ) -> PreTrainedModel:
     """Load a teacher for the student's task, freeze it and put it in evaluation mode.
 
-    Each process loads all of it, where FSDP would leave new weights to the first one of a machine,
-    and a Trainer that is set up for ZeRO-3 would keep a part.
+    Each process loads all weights, also under FSDP and ZeRO-3.
 
     Args:
-        teacher: A model, which is frozen in place; or a Hub id, with its revision as `id@revision`
-            where that matters; or a folder. Either may hold a PEFT adapter.
-        student: Its class tells the task. An adapter of the same frozen base is put on it.
+        teacher: A model, which is frozen in place; or a Hub id, optionally `id@revision`; or a
+            folder. Id and folder may hold a PEFT adapter.
+        student: The student, whose class determines the task. An adapter of the same frozen base
+            is put on that base.
         allow_untrained: Whether a fresh head is accepted.
-        dtype: Of the teacher's weights; by default a model keeps its own, and what is loaded gets
-            the student's. `torch.int8`: linear maps in 8 bits, the rest as by default.
-
-    Returns:
-        The teacher.
+        dtype: Dtype of the teacher's weights; by default a model keeps its own, and a loaded one
+            gets the student's. `torch.int8`: linear layers in 8 bits, the rest as by default.
 
     Raises:
-        ValueError: If the teacher is the student itself, or was passed without its weights, or the
-            task of the student is not known; or a dtype is asked for and the teacher is quantized
-            by its own config.
-        TypeError: If the teacher is something else.
-        FileNotFoundError: If there is no such folder or Hub id.
-        UntrainedTeacherError: If weights of the teacher are new, or all biases of its head are 0.
+        ValueError: The teacher is the student itself or shares its trained weights, has no weights,
+            or is quantized by its own config and `dtype` is given; or the student's task is
+            unknown.
+        TypeError: The teacher is something else.
+        FileNotFoundError: There is no such folder or Hub id.
+        UntrainedTeacherError: Weights of the teacher are new, or all biases of its head are 0.
     """
     missing: list[str] = []
-    if isinstance(teacher, (str, PathLike)):
+    if isinstance(teacher, str | PathLike):
         name = str(teacher)
-        source, revision = split_revision(name)
-        auto = auto_class(student)
-        loaded = computing_dtype(student)
-        if dtype is not None and dtype.is_floating_point:
-            loaded = dtype
-        try:
-            adapter = find_adapter(source, revision)
-            if adapter is not None:
-                model, missing = load_adapted(source, revision, adapter, student, auto, loaded)
-            else:
-                model, info = auto.from_pretrained(
-                    source, revision=revision, dtype=loaded, output_loading_info=True
-                )
-                missing = sorted(info["missing_keys"])
-        except OSError as error:
-            raise FileNotFoundError(
-                f"The teacher {name!r} is no folder of a model, nor a Hub id that can be read: "
-                + " ".join(str(error).split())
-            ) from error
+        floating = dtype if dtype is not None and dtype.is_floating_point else None
+        model, missing = _load(name, student, floating or computing_dtype(student))
     elif isinstance(teacher, nn.Module) and hasattr(teacher, "config"):
         name, model = type(teacher).__name__, teacher
         if teacher is student:
@@ -130,7 +101,7 @@ def load_teacher(
         if head:
             raise UntrainedTeacherError(
                 f"All biases of the head {head!r} of the teacher {name} are 0, as in a model that "
-                "was never trained. " + OVERRIDE
+                f"was never trained. {OVERRIDE}"
             )
     if getattr(model, "is_quantized", False):
         if dtype is not None:
@@ -145,17 +116,37 @@ def load_teacher(
     return model.eval().requires_grad_(False)
 
 
+def _load(name: str, student: nn.Module, dtype: torch.dtype) -> tuple[Any, list[str]]:
+    """Load a model or an adapter, and return it with the names of the weights that are new."""
+    source, revision = split_revision(name)
+    auto = auto_class(student)
+    try:
+        adapter = find_adapter(source, revision)
+        if adapter is not None:
+            return load_adapted(source, revision, adapter, student, auto, dtype)
+        model, info = auto.from_pretrained(
+            source, revision=revision, dtype=dtype, output_loading_info=True
+        )
+    except OSError as error:
+        raise FileNotFoundError(
+            f"The teacher {name!r} is no folder of a model, nor a Hub id that can be read: "
+            + " ".join(str(error).split())
+        ) from error
+    return model, sorted(info["missing_keys"])
+
+
 def auto_class(student: nn.Module) -> Any:
     """Return the auto class of a classifier's task.
 
     Raises:
-        ValueError: If it is no sequence, image or audio classifier of transformers.
+        ValueError: It is no sequence, image or audio classifier of transformers.
     """
     base = base_of(student)
-    classes = {cls.__name__ for cls in type(base).__mro__}
-    for auto, names in _TASKS:
-        for entry in names.values():
-            if classes & set((entry,) if isinstance(entry, str) else entry):
+    names = {cls.__name__ for cls in type(base).__mro__}
+    for task, auto in _AUTO_CLASSES.items():
+        table = getattr(modeling_auto, f"MODEL_FOR_{task}_CLASSIFICATION_MAPPING_NAMES")
+        for known in table.values():
+            if names & set((known,) if isinstance(known, str) else known):
                 return auto
     raise ValueError(
         f"{type(base).__name__} is no sequence, image or audio classifier of transformers, so the "
@@ -181,7 +172,7 @@ def split_revision(name: str) -> tuple[str, str]:
 
 
 def _fresh_head(model: Any) -> str | None:
-    """Name of the last linear layer with one output per label, if all of its biases are 0."""
+    """Return the name of the last linear layer with one output per label if its biases are 0."""
     labels = model.config.num_labels
     name, head = "", None
     for path, module in model.named_modules():
@@ -199,15 +190,15 @@ def run_teacher(
 
     Args:
         teacher: In evaluation mode.
-        inputs: A batch; what the teacher's forward does not name is left out.
-        order: Of `align_labels`.
+        inputs: A batch; entries that the teacher's forward does not accept are left out.
+        order: The result of `align_labels`.
         **options: Further arguments of the teacher's forward.
 
     Returns:
         `[batch, classes]` float32, in the student's class order.
 
     Raises:
-        ValueError: If the batch lacks the teacher's main input.
+        ValueError: The batch lacks the teacher's main input.
     """
     main = getattr(teacher, "main_input_name", None)
     if main is not None and main not in inputs:
@@ -229,10 +220,10 @@ def run_teacher(
 
 
 def computing_dtype(model: nn.Module) -> torch.dtype:
-    """Return the dtype of a model's first weight in floating point, which it takes inputs in."""
+    """Return the dtype of a model's first floating-point weight, which its inputs must have."""
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
 def accepted_inputs(model: nn.Module) -> set[str]:
-    """Names of the arguments that a model's forward spells out, adapters aside."""
+    """Return the names of the arguments of a model's forward, without an adapter around it."""
     return set(inspect.signature(base_of(model).forward).parameters)

@@ -1,4 +1,4 @@
-"""Whether a teacher can read what was made for another model, as far as files tell."""
+"""Check that a teacher can read inputs that were made for another model."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ __all__ = ["check_inputs", "check_processor", "check_vocabulary"]
 logger = logging.get_logger(__name__)
 
 
-def check_inputs(source: Any, teacher: Any, own: Any, student: Any, students: Any) -> None:
+def check_inputs(source: Any, teacher: Any, own: Any, student: Any, student_processor: Any) -> None:
     """Refuse inputs that were made for another model.
 
-    What is not told is asked of where a model was loaded from: a teacher that was passed as a model
-    and a student whose tokenizer nobody named are known by their folder or Hub id.
+    Processors that were not passed are looked up in the folders or Hub ids from which the models
+    were loaded.
 
     Args:
-        source: What the teacher was given as.
+        source: The model, Hub id or folder that was given as teacher.
         teacher: The teacher.
         own: Its own processor, if it was passed.
         student: The student.
-        students: What made the student's inputs, if it is known.
+        student_processor: The processor of the student's inputs, if it is known.
 
     Raises:
-        ValueError: The teacher would read its inputs as something else; the message names the fix.
+        ValueError: The teacher would read its inputs as something else.
     """
     reads = getattr(teacher, "main_input_name", None)
     named = isinstance(source, str | PathLike)
@@ -44,7 +44,7 @@ def check_inputs(source: Any, teacher: Any, own: Any, student: Any, students: An
                 f"teacher_processor {type(own).__name__} makes {', '.join(given)}, the teacher "
                 f"{type(teacher).__name__} reads {reads!r}; pass the processor of that teacher."
             )
-    processor = students if own is None else own
+    processor = student_processor if own is None else own
     if processor is None and reads == "input_ids" and place and _loaded_from(student):
         named, processor = False, saved_processor(_loaded_from(student), AutoTokenizer)
     sizes = [getattr(one.config, "vocab_size", None) for one in (student, teacher)]
@@ -64,24 +64,24 @@ def check_inputs(source: Any, teacher: Any, own: Any, student: Any, students: An
 
 
 def _loaded_from(model: Any) -> str:
-    """Return the Hub id or folder that a model says it was loaded from; empty if it was not."""
+    """Return the Hub id or folder from which a model was loaded, or an empty string."""
     return getattr(base_of(model).config, "_name_or_path", None) or ""
 
 
 def check_vocabulary(
     teacher: str, tokenizer: Any, whose: str = "student", size: int | None = None
 ) -> None:
-    """Refuse a teacher that would read token ids as other tokens.
+    """Refuse a tokenizer that gives tokens other ids than the one that is saved with the teacher.
 
     Args:
-        teacher: Hub id or folder; without a tokenizer there, nothing is known and nothing refused.
-        tokenizer: What makes the ids.
+        teacher: Hub id or folder; without a tokenizer there, nothing is refused.
+        tokenizer: The tokenizer of the teacher's inputs.
         whose: `student`, or `processor` for the one that was passed for the teacher.
-        size: Of the vocabulary of a teacher that was passed as a model. It may have been given more
-            tokens than were saved; where it has fewer, the saved tokenizer is not its own.
+        size: Vocabulary size of a teacher that was passed as a model. It may have more tokens than
+            were saved; if it has fewer, the saved tokenizer is not its own.
 
     Raises:
-        ValueError: The two tokenizers give ids to other tokens.
+        ValueError: The two tokenizers have other ids for the same tokens.
     """
     other = saved_processor(teacher, AutoTokenizer)
     if other is None:
@@ -106,36 +106,23 @@ def check_vocabulary(
         f"The teacher {teacher} has another vocabulary than the {whose}: {len(differing)} of "
         f"{len(ours)} tokens have other ids there, such as "
         f"{differing[:3] or sorted(set(theirs) - set(ours))[:3]}. It would read the ids as other "
-        f"words; {fix}"
+        f"tokens; {fix}"
     )
 
 
 def check_processor(teacher: str, processor: Any) -> None:
-    """Warn where a teacher was saved with other image or sound processing than it is going to get.
-
-    Args:
-        teacher: Hub id or folder; without a processor there, nothing is known.
-        processor: Image processor or feature extractor of what the teacher is going to read.
-    """
+    """Warn if a processor of images or sounds differs from the one saved with the teacher."""
     saved = saved_processor(teacher, type(processor))
     if saved is not None and not same_processing(saved, processor):
         logger.warning(
             f"The teacher {teacher} was saved with other processing ({settings_of(saved)}) than "
-            f"it is going to read ({settings_of(processor)}); if that is not meant, process each "
+            f"that of its inputs ({settings_of(processor)}); if this is not intended, process each "
             "example for the teacher too and pass teacher_processor."
         )
 
 
 def saved_processor(teacher: str, kind: Any) -> Any | None:
-    """Load the processor that is saved with a teacher, or with the base of an adapter.
-
-    Args:
-        teacher: Hub id or folder.
-        kind: Its class, or an auto class.
-
-    Returns:
-        The processor, or None where there is none.
-    """
+    """Load the processor, by its class or an auto class, of a teacher or of its adapter's base."""
     own = split_revision(teacher)
     for source, revision in dict.fromkeys([own, base_source(*own)]):
         try:
@@ -148,9 +135,9 @@ def saved_processor(teacher: str, kind: Any) -> Any | None:
 
 
 def _check_size(tokenizer: Any, own: Any, teacher: Any, sizes: list[Any]) -> None:
-    """Refuse a tokenizer with ids that a teacher has no embedding of."""
+    """Refuse a tokenizer with ids beyond the teacher's embedding."""
     largest = max(tokenizer.get_vocab().values(), default=0)
-    # Ids that the student has no embedding of either occur in no text.
+    # Ids beyond the student's embedding, too, occur in no text.
     used = own is not None or (sizes[0] or 0) > largest
     if sizes[1] is not None and used and largest >= sizes[1]:
         what, fix = (
@@ -159,6 +146,6 @@ def _check_size(tokenizer: Any, own: Any, teacher: Any, sizes: list[Any]) -> Non
             else ("teacher_processor", "pass the tokenizer of that teacher")
         )
         raise ValueError(
-            f"{what} knows ids up to {largest}, the teacher {type(teacher).__name__} has a "
+            f"{what} has ids up to {largest}, the teacher {type(teacher).__name__} has a "
             f"vocabulary of {sizes[1]}; {fix}."
         )

@@ -167,9 +167,13 @@ def test_no_loss_is_without_a_reference() -> None:
 
 
 def test_every_loss_names_its_paper_and_shows_a_value() -> None:
-    names = set(logit_losses.__all__) - {"LOGIT_LOSSES", "LogitLoss", "distillation_loss"}
-    functions = [getattr(logit_losses, name) for name in names]
-    functions += [getattr(feature_losses, name) for name in feature_losses.__all__]
+    tables = {"LOGIT_LOSSES", "LogitLoss", "distillation_loss"}
+    tables |= {"FEATURE_LOSSES", "FeatureLoss"}
+    functions = [
+        getattr(module, name)
+        for module in (logit_losses, feature_losses)
+        for name in set(module.__all__) - tables
+    ]
     assert len(functions) == 11
     for function in functions:
         assert "arXiv:" in function.__doc__ and ">>>" in function.__doc__, function.__name__
