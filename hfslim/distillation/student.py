@@ -94,7 +94,7 @@ def student_structure(
     asked: dict[Kind, int | None] = {"heads": heads, "neurons": neurons, "dimensions": dimensions}
     numbers = {kind: number for kind, number in asked.items() if number is not None}
     if layers is None and not numbers:
-        raise ValueError("give the student's layers, heads, neurons or dimensions")
+        raise ValueError("give layers, heads, neurons or dimensions of the student")
     units = find_units(teacher, dimensions is not None)
     entries = () if layers is None else _layers(teacher, units, layers).entries
     if not numbers:
