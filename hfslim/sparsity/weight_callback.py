@@ -128,9 +128,9 @@ class WeightPruningCallback(GradualCallback):
     ) -> None:
         """Hold the zeros that the model has, and restore the saved state where training resumes."""
         check_whole_parameters(args, type(self).__name__, otherwise=CUT_AFTER)
-        self._begin(args, state, model)
         if self._scores_gradients:
             check_unscaled(args, ", or use method='magnitude'")
+        self._begin(args, state, model)
         self._held = HeldZeros(model, self.find(model))
         self._initial, self._steps_scored = self._held.fraction, 0
         self._movement: dict[str, torch.Tensor] = {}
