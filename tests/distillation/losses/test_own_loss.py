@@ -37,7 +37,8 @@ def test_a_recipe_trains_on_own_losses_and_logs_them(tmp_path: Path) -> None:
     recipe = image_recipe(tmp_path)
     recipe["training"] = {**recipe["training"], "logging_steps": 1}
     losses = {"logit_loss": "logit_mse", "feature_losses": {"hidden_l1": 2.0}}
-    recipe["stages"][2:] = [{"recover": {"allow_untrained_teacher": True, **losses}}]
+    recover = {"recover": {"allow_untrained_teacher": True, **losses}}
+    recipe["stages"] = [*recipe["stages"][:2], recover]
     run(parse_recipe(recipe))
     report = Report.load(tmp_path / "out")
     first = {name: one["value"][0] for name, one in report.history[-1]["series"].items()}
