@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import Any, cast
 
 from transformers import TrainingArguments
@@ -20,6 +23,16 @@ _OF_CACHES = ("teacher_cache_epochs", "teacher_cache_top_k", "teacher_cache_feat
 TEACHER_DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
+def _with_help(cls: type) -> type:
+    """Give each field its text in the docstring as the help that `HfArgumentParser` shows."""
+    texts = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", inspect.getdoc(cls) or "", re.M))
+    for one in fields(cls):
+        if one.name in texts:
+            one.metadata = MappingProxyType({"help": " ".join(texts[one.name].split())})
+    return cls
+
+
+@_with_help
 @dataclass
 class DistillationConfig(TrainingArguments):
     """`TrainingArguments` plus what distillation needs.

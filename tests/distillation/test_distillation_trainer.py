@@ -289,3 +289,10 @@ def test_label_smoothing_is_for_training_on_one_label(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="single-label classification only"):
         trainer.train()
+
+
+def test_the_argument_parser_explains_every_argument() -> None:
+    own = set(DistillationConfig.__annotations__)
+    helps = {action.dest: action.help for action in HfArgumentParser(DistillationConfig)._actions}
+    assert {name for name in own if not helps[name]} == set()
+    assert helps["alpha"].startswith("Weight in [0, 1] of the loss on the teacher's logits")
