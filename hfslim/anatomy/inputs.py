@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from hfslim.anatomy.adapters import base_of
 
 TEXT_LENGTH = 128
 IMAGE_SIZE = 224
 AUDIO_SAMPLES = 16_000
 CHARACTERS = 256
 """Number of code points for models that read characters."""
+_POSITIONS = re.compile(
+    r"(?!.*(?:vision|visual|image|audio))"
+    r"(.*(?:position_embeddings?|position_ids|embed_positions|positions_embed|wpe))(\.weight)?"
+)
+"""Names of tables of a text's positions, without and with `.weight`."""
 _FLOATING = ("pixel_values", "input_values", "input_features", "inputs_embeds")
 
 Stated = Mapping[str, torch.Tensor | Sequence[int]]
@@ -54,14 +66,20 @@ def example_inputs(
         The arguments of the model's forward, on the model's device.
 
     Raises:
-        ValueError: The model's main input is of an unknown kind.
+        ValueError: The model's main input is of an unknown kind, the model has fewer positions than
+            `length`, or takes one example at a time for want of a padding token.
     """
     config, name = model.config, model.main_input_name
     generator = torch.Generator().manual_seed(seed)
     kind = _perceived(model) if name == "inputs" else name
     if kind == "input_ids":
+        if batch_size > 1 and needs_padding(model):
+            raise ValueError(
+                f"{type(model).__name__} has no padding token, so it takes one text at a time, not "
+                f"{batch_size}: set pad_token_id in its config, or save a tokenizer beside it"
+            )
         text = config.get_text_config()
-        ids = _text(text, batch_size, length, generator)
+        ids = _text(model, text, batch_size, length, generator)
         if config.is_encoder_decoder:
             # BART and T5 classify from the position of the only end token.
             ids[:, -1] = text.eos_token_id
@@ -86,12 +104,52 @@ def example_inputs(
     }
 
 
+def needs_padding(model: nn.Module) -> bool:
+    """Return whether a model finds the end of a text by its padding token and has none."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        return False
+    if getattr(config.get_text_config(), "pad_token_id", None) is not None:
+        return False
+    forwards = (vars(cls).get("forward") for cls in type(base_of(model)).__mro__)
+    codes = (getattr(inspect.unwrap(one), "__code__", None) for one in forwards if one)
+    return any("pad_token_id" in code.co_names for code in codes if code)
+
+
+def text_positions(model: nn.Module) -> int | None:
+    """Return the number of tokens that a model has a table of positions for; None for any."""
+    tables, ids = [], []
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if (match := _POSITIONS.fullmatch(name)) is None:
+            continue
+        if name.endswith("position_ids"):
+            ids.append(tensor.shape[-1])
+            continue
+        table: Any = model.get_submodule(match[1]) if match[2] else None
+        # BART-like tables begin at an offset, RoBERTa-like ones behind the padding index.
+        padding = getattr(table, "padding_idx", None)
+        skipped = getattr(table, "offset", 0 if padding is None else padding + 1)
+        tables.append(len(tensor) - skipped)
+    return min(tables + ids) if tables else None
+
+
 def _text(
-    config: PreTrainedConfig, batch_size: int, length: int | None, generator: torch.Generator
+    model: PreTrainedModel,
+    config: PreTrainedConfig,
+    batch_size: int,
+    length: int | None,
+    generator: torch.Generator,
 ) -> torch.Tensor:
-    longest = getattr(config, "max_position_embeddings", None) or TEXT_LENGTH + 2
-    # RoBERTa-like models count positions from the padding index on.
-    shape = (batch_size, min(length or TEXT_LENGTH, max(longest - 2, 1)))
+    if length is None:
+        longest = getattr(config, "max_position_embeddings", None) or TEXT_LENGTH + 2
+        # RoBERTa-like models count positions from the padding index on.
+        length = min(TEXT_LENGTH, max(longest - 2, 1))
+    elif (most := text_positions(model)) is not None and length > most:
+        raise ValueError(
+            f"length {length} is more than the {most} positions of {type(model).__name__}: set it "
+            f"to {most} or less"
+        )
+    shape = (batch_size, length)
     size = getattr(config, "vocab_size", CHARACTERS)
     special = set()
     for name in ("pad_token_id", "eos_token_id"):

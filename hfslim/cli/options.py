@@ -81,7 +81,7 @@ def pairs(given: Sequence[str], option: str) -> dict[str, Any]:
     Raises:
         BadParameter: An argument has another form.
     """
-    import yaml
+    from hfslim.pipeline.schema import read_yaml
 
     values: dict[str, Any] = {}
     for one in given:
@@ -92,7 +92,7 @@ def pairs(given: Sequence[str], option: str) -> dict[str, Any]:
         *above, last = path.split(".")
         for part in above:
             node = node.setdefault(part, {})
-        node[last] = yaml.safe_load(text)
+        node[last] = read_yaml(text, f"{option} {one[:80]}")
     return values
 
 
@@ -119,7 +119,7 @@ def data_section(given: Sequence[str]) -> dict[str, Any]:
     Raises:
         RecipeError: A recipe does not exist, or the kind of a folder is unclear.
     """
-    from hfslim.pipeline.schema import RecipeError, mapping_at
+    from hfslim.pipeline.schema import RecipeError, mapping_at, read_yaml
 
     values: dict[str, Any] = {}
     for one in given:
@@ -127,11 +127,9 @@ def data_section(given: Sequence[str]) -> dict[str, Any]:
         if "=" in one and one.partition("=")[0].isidentifier():
             values |= pairs([one], "--data")
         elif path.suffix in (".yaml", ".yml"):
-            import yaml
-
             if not path.is_file():
                 raise RecipeError(f"--data: no recipe {one!r} in {Path.cwd()}")
-            recipe = mapping_at(yaml.safe_load(path.read_text(encoding="utf-8")), one)
+            recipe = mapping_at(read_yaml(path, one), one)
             values |= mapping_at(recipe.get("data"), f"{one} data")
         elif path.is_dir() and not (path / "README.md").exists():
             raise RecipeError(

@@ -123,6 +123,12 @@ def _layers(teacher: PreTrainedModel, units: Units, layers: int | Sequence[int])
             f"layers={list(layers)}: the layers of {type(teacher).__name__} are in the lists "
             f"{[site.path for site in lists]}, so give their number"
         )
+    numbers = list(layers)
+    if numbers != sorted(set(numbers)):
+        raise ValueError(
+            f"layers={numbers}: give each layer once and in ascending order, such as "
+            f"{sorted(set(numbers))}, as the student's layers keep the teacher's order"
+        )
     [site] = lists
     return units.of(["layers"]).complete(
         Structure.of({"layers": {site.path: (set(layers), site.size)}})

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import Subset
+from torch.utils.data import IterableDataset, Subset
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -20,6 +21,7 @@ from hfslim.distillation.teacher.answers import TeacherAnswers
 from hfslim.distillation.teacher.teacher_quality import check_quality
 from hfslim.distillation.teacher.teachers import Source, Teachers
 from hfslim.tasks.pairing import PairedCollator, collator_of
+from hfslim.training.batch_shares import real_examples
 from hfslim.training.checkpoint import SlimTrainer
 from hfslim.training.objective import ProblemType, logits_of, problem_type, with_loss
 from hfslim.training.parallel import way_of
@@ -72,6 +74,7 @@ class DistillationTrainer(SlimTrainer):
 
     args: DistillationConfig
     _signature_columns: Any
+    _unchecked: list[list[Tensor]] | None = None
 
     def __init__(
         self,
@@ -120,7 +123,6 @@ class DistillationTrainer(SlimTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Check the teacher on labelled data, then train as `transformers.Trainer.train`."""
-        self._reset_logged()
         if not self.args.allow_untrained_teacher:
             self._check_teachers()
         logger.info(f"loss = {self.args.objective}")
@@ -134,7 +136,11 @@ class DistillationTrainer(SlimTrainer):
         return super().train(*args, **kwargs)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; `model_init` may have made a new student since `__init__`."""
+        """Train; `model_init` may have made a new student since `__init__`.
+
+        With `auto_find_batch_size` this begins again if a batch does not fit into memory.
+        """
+        self._reset_logged()
         self._take_over_problem()
         with self.features.prepared():
             if self.args.teacher_cache:
@@ -169,32 +175,52 @@ class DistillationTrainer(SlimTrainer):
             student.config.problem_type = self.teacher.config.problem_type
 
     def _check_teachers(self) -> None:
-        data: Any = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
-        if isinstance(data, Mapping) and not hasattr(data, "features"):
-            data = next(iter(data.values()))
+        """Check the teachers on the evaluation data, else on the training data.
+
+        Nothing is taken from a stream, which may run only once: `get_batch_samples` checks the
+        teachers on the first batches that the student is trained on.
+        """
+        self._unchecked = None
+        found: list[Any] = []
+        for data in (self.eval_dataset, self.train_dataset):
+            if isinstance(data, Mapping) and not hasattr(data, "features"):
+                data = next(iter(data.values()))
+            found += [data] if data is not None else []
+        data = next((one for one in found if not isinstance(one, IterableDataset)), None)
         if data is None:
+            self._unchecked = []
             return
         if hasattr(data, "__len__") and len(data) > _EXAMPLES_TO_CHECK:
             step = len(data) / _EXAMPLES_TO_CHECK
             data = Subset(data, [int(i * step) for i in range(_EXAMPLES_TO_CHECK)])
-        logits, labels, count = [], [], 0
+        answers: list[list[Tensor]] = []
         for batch in self.get_test_dataloader(data):
-            if batch.get("labels") is None:
-                return
-            batch = self._prepare_inputs(batch)
-            with self.accelerator.autocast():
-                answers = self.teachers.each(batch)
-            *answers, known = self.accelerator.gather_for_metrics([*answers, batch["labels"]])
-            logits.append(answers)
-            labels.append(known)
-            count += len(known)
-            if count >= _EXAMPLES_TO_CHECK:
+            labels = batch.get("labels")
+            if labels is None or not self._ask(
+                batch, answers, real_examples(self.accelerator, len(labels))
+            ):
                 break
-        if count:
+        self._check_answers(answers)
+
+    def _ask(
+        self, batch: dict[str, Any], answers: list[list[Tensor]], first: int | None = None
+    ) -> bool:
+        """Add each teacher's logits and the labels; return whether more examples are needed."""
+        if batch.get("labels") is None:
+            return False
+        batch = self._prepare_inputs(batch)
+        with self.accelerator.autocast():
+            own = [*self.teachers.each(batch), batch["labels"]]
+        # Batches may differ in size between processes.
+        answers.extend(gather_object([[one[:first].cpu() for one in own]]))
+        return sum(len(labels) for *_, labels in answers) < _EXAMPLES_TO_CHECK
+
+    def _check_answers(self, answers: list[list[Tensor]]) -> None:
+        if answers:
             live: Any = self.model
-            target = torch.cat(labels)
-            for name, parts in zip(self.teachers.names, zip(*logits, strict=True), strict=True):
-                check_quality(torch.cat(parts), target, problem_type(live.config, target), name)
+            *logits, target = (torch.cat(parts) for parts in zip(*answers, strict=True))
+            for name, own in zip(self.teachers.names, logits, strict=True):
+                check_quality(own, target, problem_type(live.config, target), name)
 
     def _set_signature_columns_if_needed(self) -> None:
         first = self._signature_columns is None
@@ -206,7 +232,14 @@ class DistillationTrainer(SlimTrainer):
         """Fetch the batches of one optimizer step, and count the step for the logged means."""
         self.answers.clock.start()
         self._steps_logged += 1
-        return super().get_batch_samples(*args, **kwargs)
+        batches, counts = super().get_batch_samples(*args, **kwargs)
+        if self._unchecked is not None:
+            more = [self._ask(batch, self._unchecked) for batch in batches]
+            last = self.state.global_step + 1 >= self.state.max_steps
+            if last or self.accelerator.gradient_state.end_of_dataloader or not all(more):
+                self._check_answers(self._unchecked)
+                self._unchecked = None
+        return batches, counts
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any

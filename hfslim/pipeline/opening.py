@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import AutoConfig, PreTrainedModel
 
 from hfslim.pipeline.schema import RecipeError
-from hfslim.tasks import Task, find_task
+from hfslim.tasks import Task, find_task, padded_config
 
 __all__ = ["check_source", "explained", "open_classifier", "sources_of", "task_of"]
 
@@ -19,10 +19,14 @@ def explained(place: str) -> Iterator[None]:
     """Name the argument that cannot be read.
 
     Raises:
-        RecipeError: An `OSError` was raised inside.
+        RecipeError: An `OSError` or `ValueError` was raised inside.
     """
     try:
         yield
+    except RecipeError:
+        raise
+    except ValueError as error:
+        raise RecipeError(" ".join(str(error).split())) from error
     except OSError as error:
         raise RecipeError(f"{place} cannot be read: {' '.join(str(error).split())}") from error
 
@@ -56,13 +60,12 @@ def open_classifier(source: str) -> tuple[Task, PreTrainedModel]:
         The task and the model.
 
     Raises:
-        RecipeError: There is no such model.
-        ValueError: It is no classifier.
+        RecipeError: There is no such model, or it is no classifier.
     """
     check_source(source, "model")
     with explained(f"model {source!r}"):
-        config = AutoConfig.from_pretrained(source)
-        task = find_task(config)
+        task = find_task(AutoConfig.from_pretrained(source))
+        config = padded_config(task, source)
         return task, task.auto_model.from_pretrained(source, config=config)
 
 

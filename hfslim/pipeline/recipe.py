@@ -19,6 +19,8 @@ from hfslim.pipeline.schema import (
     join,
     mapping_at,
     nearest,
+    read_yaml,
+    shown,
     types_of,
 )
 from hfslim.pipeline.stages import STAGES, Stage
@@ -82,6 +84,8 @@ class Recipe:
                 make_config(self.model_config)
             except ValueError as error:
                 raise RecipeError(str(error)) from error
+        if not 0 <= self.seed < 2**32:
+            raise RecipeError(f"seed: expected 0 to {2**32 - 1}, got {shown(self.seed)}")
         for key in ("model", "processor", "teacher"):
             for source in sources_of(getattr(self, key)):
                 check_source(source, key)
@@ -143,14 +147,16 @@ def load_recipe(path: str | Path, arguments: Sequence[str] = ()) -> Recipe:
     file = Path(path)
     if not file.is_file():
         raise RecipeError(f"no recipe {str(path)!r} in {Path.cwd()}")
+    raw = mapping_at(read_yaml(file, str(path)), str(path))
     try:
-        raw = mapping_at(yaml.safe_load(file.read_text(encoding="utf-8")), "")
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(raw.get("stages", []), list):
-        raise RecipeError("stages: expected a list, such as `- transfer: {num_train_epochs: 3}`")
-    override(raw, arguments)
-    return parse_recipe(raw)
+        if not isinstance(raw.get("stages", []), list):
+            raise RecipeError(
+                "stages: expected a list, such as `- transfer: {num_train_epochs: 3}`"
+            )
+        override(raw, arguments)
+        return parse_recipe(raw)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from error
 
 
 def override(raw: dict[str, Any], arguments: Sequence[str]) -> None:
@@ -234,10 +240,7 @@ def _pairs(arguments: Sequence[str]) -> list[tuple[str, Any]]:
             if not rest:
                 raise RecipeError(f"command line: --{key} needs a value")
             text = rest.pop(0)
-        try:
-            pairs.append((key, yaml.safe_load(text)))
-        except yaml.YAMLError as error:
-            raise RecipeError(f"command line: --{key} {text}: not valid YAML") from error
+        pairs.append((key, read_yaml(text, f"command line: --{key} {shown(text)}")))
     return pairs
 
 

@@ -82,6 +82,7 @@ class RunState(TaskExamples):
                     with explained(f"teacher {teacher!r}"):
                         config = saved_config(source, revision, labels=own)
                         align_labels(own, config, subset)
+                        state.task.check_model(config, recipe.data)
         return state
 
     def folder_of(self, record: StageRecord) -> Path:
@@ -100,7 +101,8 @@ class RunState(TaskExamples):
             new_head: Whether a classification head for other labels is replaced by a new one.
         """
         if self.source is None:
-            return build_model(self.task, self.recipe.model_config or {}, self.examples.labels)
+            settings = self.recipe.model_config or {}
+            return build_model(self.task, settings, self.examples.labels, self.processor)
         return self.load_model(self.source, new_head)
 
     def train_and_save(self, trainer: Trainer, record: StageRecord) -> None:

@@ -3,15 +3,57 @@
 from __future__ import annotations
 
 import difflib
+import math
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from enum import Enum
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
 
 
 class RecipeError(ValueError):
     """A recipe has a wrong key or value; the message names its place and the nearest fix."""
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Reads YAML whose mappings have each key once."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
+                continue
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                raise yaml.YAMLError(f"the key {key.value!r} is there twice, again in line {line}")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(source: str | Path, place: str) -> Any:
+    """Read YAML from a file or a text.
+
+    Args:
+        source: A `Path`, or the text itself.
+        place: The name of the file or option in messages.
+
+    Raises:
+        RecipeError: It is not UTF-8 or not YAML, has a key twice, is nested too deep, or holds a
+            number that is too long.
+    """
+    try:
+        text = source if isinstance(source, str) else source.read_text(encoding="utf-8")
+        return yaml.load(text, _UniqueKeys)
+    except UnicodeDecodeError as error:
+        reason = f"not UTF-8: {error.reason} at byte {error.start}"
+    except RecursionError:
+        reason = "not a recipe: nested too deep"
+    except (yaml.YAMLError, ValueError, OSError, TypeError) as error:
+        reason = f"not valid YAML: {' '.join(str(error).split())}"
+    raise RecipeError(f"{place}: {reason}")
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -43,7 +85,7 @@ def mapping_at(value: Any, place: str) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise RecipeError(f"{place or 'recipe'}: expected keys with values, got {value!r}")
+        raise RecipeError(f"{place or 'recipe'}: expected keys with values, got {shown(value)}")
     return {str(key): one for key, one in value.items()}
 
 
@@ -99,7 +141,7 @@ def convert(value: Any, hint: Any, place: str) -> Any:
     if names and isinstance(value, str):
         raise RecipeError(f"{place}: unknown {value!r}{nearest(value, names)}")
     wanted = " or ".join(_name(option) for option in options)
-    raise RecipeError(f"{place}: expected {wanted}, got {value!r}")
+    raise RecipeError(f"{place}: expected {wanted}, got {shown(value)}")
 
 
 def _match(value: Any, hint: Any, place: str) -> tuple[bool, Any]:
@@ -128,9 +170,19 @@ def _float(value: Any) -> tuple[bool, Any]:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return False, value
     try:
-        return True, float(value)
-    except ValueError:
+        number = float(value)
+    except (ValueError, OverflowError):
         return False, value
+    return math.isfinite(number), number
+
+
+def shown(value: Any) -> str:
+    """Return a value in a message, on one line and not too long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} that is too long"
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def _choices(hint: Any) -> list[Any]:
@@ -145,6 +197,6 @@ def _name(hint: Any) -> str:
     if choices := _choices(hint):
         return f"one of {choices}"
     origin = get_origin(hint) or hint
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
     words |= {type(None): "nothing", list: "a list", tuple: "a list", dict: "keys with values"}
     return words.get(origin, "keys with values")

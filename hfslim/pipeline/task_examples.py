@@ -148,6 +148,7 @@ class TaskExamples:
         source = processor or model
         with explained(f"processor {source!r}"):
             loaded = kind.load_processor(source, config)
+            kind.check_model(config, data)
         train, held = (
             kind.prepare(part, examples, data, loaded)
             for part in (examples.train, examples.evaluation)
@@ -156,11 +157,7 @@ class TaskExamples:
 
     def load_model(self, source: str, new_head: bool = False) -> PreTrainedModel:
         """Load a model for the labels of the data."""
-        model = load_model(self.task, source, self.examples.labels, new_head)
-        padding = getattr(self.processor, "pad_token_id", None)
-        if padding is not None and getattr(model.config, "pad_token_id", None) is None:
-            model.config.pad_token_id = padding
-        return model
+        return load_model(self.task, source, self.examples.labels, new_head, self.processor)
 
     @property
     def stated_length(self) -> int | None:
@@ -305,7 +302,8 @@ class TaskExamples:
         process = PartialState()
         chosen = self.train.shuffle(seed=self.seed)
         chosen = chosen.select(range(min(size, len(chosen))))
-        accepted = accepted_inputs(model)
+        # Not every forward takes labels, and the scores need them.
+        accepted = accepted_inputs(model) | {"labels"}
         share = chosen.shard(process.num_processes, process.process_index)
         for batch in self.batches(share, self.evaluation.per_device_train_batch_size):
             yield {key: value for key, value in batch.items() if key in accepted}

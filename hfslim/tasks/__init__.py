@@ -4,7 +4,7 @@ from hfslim.tasks.base import Examples, Task
 from hfslim.tasks.data import DataConfig
 from hfslim.tasks.labels import Labels
 from hfslim.tasks.metrics import METRICS, compute_metrics
-from hfslim.tasks.models import build_model, load_model, make_config
+from hfslim.tasks.models import build_model, load_model, make_config, padded_config
 from hfslim.tasks.registry import TASKS, find_task
 
 __all__ = [
@@ -19,4 +19,5 @@ __all__ = [
     "find_task",
     "load_model",
     "make_config",
+    "padded_config",
 ]

@@ -13,9 +13,15 @@ import soundfile
 from scipy.signal import resample_poly
 from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, PreTrainedConfig
 from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING
+from transformers.utils import logging
 
 from hfslim.tasks.base import Collator, Reader, Task, targets
-from hfslim.tasks.data import DataConfig, find_column
+from hfslim.tasks.data import DataConfig, find_column, open_paths
+
+logger = logging.get_logger(__name__)
+
+MIN_SECONDS = 0.05
+"""Least length of a recording; the first layers of speech models see up to 45 ms at once."""
 
 
 def read_audio(source: dict[str, Any], rate: int, max_seconds: float) -> np.ndarray:
@@ -23,7 +29,8 @@ def read_audio(source: dict[str, Any], rate: int, max_seconds: float) -> np.ndar
 
     Args:
         source: `bytes` of a sound file or its `path`, as of `datasets.Audio(decode=False)`.
-        rate: Samples per second of the result, float32 `[samples]`.
+        rate: Samples per second of the result, float32 `[samples]`; silence is added to a recording
+            below `MIN_SECONDS`.
         max_seconds: Seconds after which the recording is cut.
 
     Raises:
@@ -39,10 +46,17 @@ def read_audio(source: dict[str, Any], rate: int, max_seconds: float) -> np.ndar
     if len(wave) == 0:
         raise ValueError(f"{name}: the recording is empty")
     mono = wave.mean(axis=1)
-    if own_rate == rate:
+    if own_rate != rate:
+        shared = gcd(rate, own_rate)
+        mono = resample_poly(mono, rate // shared, own_rate // shared).astype(np.float32)
+    short = round(MIN_SECONDS * rate) - len(mono)
+    if short <= 0:
         return mono
-    shared = gcd(rate, own_rate)
-    return resample_poly(mono, rate // shared, own_rate // shared).astype(np.float32)
+    logger.warning_once(
+        f"{name}: {len(mono) / rate * 1000:.0f} ms are less than the window of a model; recordings "
+        f"below {MIN_SECONDS * 1000:.0f} ms get silence at their end"
+    )
+    return np.pad(mono, (0, short))
 
 
 class AudioClassification(Task):
@@ -73,12 +87,13 @@ class AudioClassification(Task):
 
     def input_columns(self, dataset: datasets.Dataset, data: DataConfig) -> tuple[str, ...]:
         """Find the column of the recording."""
-        key, holds = "audio_column_name", (datasets.Audio, "recordings")
-        return (find_column(dataset, data.audio_column_name, ("audio",), key, holds),)
+        return (find_column(dataset, data.audio_column_name, ("audio",), "audio_column_name"),)
 
-    def raw(self, dataset: datasets.Dataset, columns: tuple[str, ...]) -> datasets.Dataset:
-        """Leave the recordings undecoded."""
-        return dataset.cast_column(columns[0], datasets.Audio(decode=False))
+    def opened(
+        self, dataset: datasets.Dataset, columns: tuple[str, ...], file: str | None
+    ) -> datasets.Dataset:
+        """Leave the recordings undecoded; a data file may hold their paths."""
+        return open_paths(dataset, columns[0], datasets.Audio(decode=False), file)
 
     def reader(self, columns: tuple[str, ...], data: DataConfig, processor: Any) -> Reader:
         """Read and resample each recording when its example is read."""

@@ -84,8 +84,10 @@ class Task(ABC):
     def reader(self, columns: tuple[str, ...], data: DataConfig, processor: Any) -> Reader:
         """Return the function that makes a model's inputs of the input columns."""
 
-    def raw(self, dataset: datasets.Dataset, columns: tuple[str, ...]) -> datasets.Dataset:
-        """Return the raw examples in the form that the reader takes."""
+    def opened(
+        self, dataset: datasets.Dataset, columns: tuple[str, ...], file: str | None
+    ) -> datasets.Dataset:
+        """Return the raw examples of a data file in the form that the reader takes."""
         return dataset
 
     def prepare(
@@ -120,10 +122,11 @@ class Task(ABC):
                 encoded |= teacher_inputs(reader(batch), prefix)
             return encoded
 
-        raw = self.raw(dataset, tuple(columns))
         if self.lazy:
-            return raw.with_transform(encode, columns=[*columns, label])
-        return raw.map(encode, batched=True, remove_columns=dataset.column_names, desc="Processing")
+            return dataset.with_transform(encode, columns=[*columns, label])
+        return dataset.map(
+            encode, batched=True, remove_columns=dataset.column_names, desc="Processing"
+        )
 
     @abstractmethod
     def stated_length(self, data: DataConfig, processor: Any) -> int | None:
@@ -132,6 +135,10 @@ class Task(ABC):
     @abstractmethod
     def batcher(self, processor: Any) -> Collator:
         """Return the function that makes a batch of one model's inputs, with labels if any."""
+
+    def check_model(self, config: PreTrainedConfig, data: DataConfig) -> None:
+        """Raise ValueError for a model that cannot read the data; by default all can."""
+        return
 
     def collator(self, processor: Any, teachers: Sequence[Any] = ()) -> Collator:
         """Return the function that makes a batch of prepared examples; arguments as `prepare`."""
@@ -157,6 +164,8 @@ class Task(ABC):
             )
         train = sample(train, data.max_train_samples, seed)
         evaluation = sample(evaluation, data.max_eval_samples, seed)
+        train = self.opened(train, inputs, data.train_file)
+        evaluation = self.opened(evaluation, inputs, data.validation_file or data.train_file)
         for name, part in (("training", train), ("evaluation", evaluation)):
             try:
                 labels.encode(part[label])

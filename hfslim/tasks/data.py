@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import soundfile
+from datasets.exceptions import DatasetGenerationError
 from PIL import Image
 from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
 BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 DIGITS = "digits"
+_UNREADABLE = (DatasetGenerationError, pa.ArrowException, UnicodeError, ValueError)
+HELD_OUT = 0.2
+"""Share of the examples to evaluate on where the data are one file or folder."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +36,9 @@ class DataConfig:
         dataset_name: Hub id, local data set folder, or `digits` (scikit-learn's, no download).
         dataset_config_name: Configuration of the Hub data set.
         train_file: A csv, json, jsonl or parquet file or its address (`hf://…`, `https://…`);
-            likewise `validation_file`, `test_file`.
-        train_dir: Folder of images or recordings, one subfolder per class.
+            likewise `validation_file`, `test_file`. Its images or recordings may be paths, relative
+            to the file. Without a file or share to evaluate on, 20 % are drawn by the seed.
+        train_dir: Folder of images or recordings, one subfolder per class; is split likewise.
         validation_dir: As `train_dir`.
         text_column_name: Column of the text; by default `text` or `sentence`.
         text_pair_column_name: Column of the second text of a pair.
@@ -128,7 +137,33 @@ def load_splits(
             stratify_by_column=label if stratify else None,
         )
         return parts["train"], parts["test"]
+    source = data.train_file or data.train_dir
+    if source and len(loaded) == 1 and data.eval_split_name == DataConfig.eval_split_name:
+        return _hold_out(train, data.label_column_name, source, seed)
     return train, _split(loaded, data.eval_split_name, "eval_split_name")
+
+
+def _hold_out(
+    whole: datasets.Dataset, label: str | None, source: str, seed: int
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Split the examples of one file, with the same share of each class where that can be."""
+    if len(whole) < 2:
+        raise ValueError(f"{source} has one example: it takes two, to train and to evaluate on")
+    named = next((n for n in (label, "label", "labels") if n in whole.column_names), None)
+    values = [] if named is None else list(whole[named])
+    classes = Counter(values) if values and isinstance(values[0], str | int) else Counter()
+    held = round(len(whole) * HELD_OUT) or 1
+    even = len(classes) > 1 and min(classes.values()) > 1 and held >= len(classes)
+    parts = train_test_split(
+        range(len(whole)), test_size=held, random_state=seed, stratify=values if even else None
+    )
+    train, evaluation = (whole.select(sorted(part)) for part in parts)
+    logger.info(
+        "%s is all there is: of its %d examples, %d are to train and %d to evaluate on, drawn by "
+        "seed %d%s; set validation_file or train_val_split for others",
+        *(source, len(whole), len(train), len(evaluation), seed, " class by class" if even else ""),
+    )
+    return train, evaluation
 
 
 def _load(data: DataConfig, folder_builder: str | None) -> datasets.DatasetDict:
@@ -140,7 +175,7 @@ def _load(data: DataConfig, folder_builder: str | None) -> datasets.DatasetDict:
         named = {s: getattr(data, f"{s}_file") for s in ("train", "validation", "test")}
         files = {split: path for split, path in named.items() if path}
         builder = BUILDERS[Path(data.train_file).suffix.lower()]
-        return datasets.load_dataset(builder, data_files=files)
+        return _read_files(builder, files)
     if folder_builder is None:
         raise ValueError("train_dir holds images or recordings; texts come by train_file")
     folders = {"train": data.train_dir, "validation": data.validation_dir}
@@ -149,6 +184,59 @@ def _load(data: DataConfig, folder_builder: str | None) -> datasets.DatasetDict:
         return audio_folders(given)
     patterns = {split: str(path / "**") for split, path in given.items()}
     return datasets.load_dataset(folder_builder, data_files=patterns)
+
+
+def _read_files(builder: str, files: dict[str, str]) -> datasets.DatasetDict:
+    """Read data files; an error names the file and its cause."""
+    for path in files.values():
+        if "://" not in path:
+            _check_text(Path(path), builder)
+    try:
+        return datasets.load_dataset(builder, data_files=files)
+    except _UNREADABLE as error:
+        for path in files.values():
+            try:
+                datasets.load_dataset(builder, data_files=path)
+            except _UNREADABLE as own:
+                cause: BaseException = own
+                while cause.__cause__ is not None:
+                    cause = cause.__cause__
+                reason = " ".join(str(cause).split()) or type(cause).__name__
+                raise ValueError(f"{path} cannot be read as {builder}: {reason}") from error
+        raise ValueError(f"{[*files.values()]} do not have the same columns: {error}") from error
+
+
+def _check_text(path: Path, builder: str) -> None:
+    """Refuse a file without rows, one that is not UTF-8, and a csv of other separators.
+
+    Raises:
+        ValueError: The message names the file and the cause.
+    """
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty")
+    if builder == "parquet":
+        return
+    lines: list[str] = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{path} is not UTF-8: byte 0x{line[error.start]:02x} in line {number}; save "
+                    "it as UTF-8, such as by `iconv -f latin1 -t utf-8`"
+                ) from error
+            lines += [text] if text.strip() and len(lines) < 2 else []
+    if not lines:
+        raise ValueError(f"{path} is empty")
+    if builder != "csv":
+        return
+    if "," not in lines[0] and (other := next((c for c in ";\t|" if c in lines[0]), None)):
+        raise ValueError(
+            f"{path} separates its columns by {other!r} ({lines[0].strip()!r}): save it with commas"
+        )
+    if len(lines) < 2:
+        raise ValueError(f"{path} has a header ({lines[0].strip()!r}) and no rows")
 
 
 def audio_folders(folders: dict[str, Path]) -> datasets.DatasetDict:
@@ -207,23 +295,15 @@ def sample(dataset: datasets.Dataset, size: int | None, seed: int) -> datasets.D
 
 
 def find_column(
-    dataset: datasets.Dataset,
-    given: str | None,
-    defaults: tuple[str, ...],
-    key: str,
-    holds: tuple[type, str] = (object, ""),
+    dataset: datasets.Dataset, given: str | None, defaults: tuple[str, ...], key: str
 ) -> str:
     """Return the column that the recipe's `key` gives, or the first default that exists.
 
     Raises:
-        ValueError: There is no such column, or its feature is not of the type that it `holds`.
+        ValueError: There is no such column.
     """
-    feature, called = holds
     for name in (given,) if given else defaults:
         if name in dataset.column_names:
-            found = dataset.features[name]
-            if not isinstance(found, feature):
-                raise ValueError(f"column {name!r} holds {found}, not {called}: set {key}")
             return name
     hint = did_you_mean(given or defaults[0], dataset.column_names)
     raise ValueError(
@@ -232,13 +312,63 @@ def find_column(
     )
 
 
-def check_complete(dataset: datasets.Dataset, column: str) -> None:
-    """Raise ValueError for a text column with missing values."""
-    missing = [i for i, value in enumerate(dataset[column]) if value is None]
+def open_paths(
+    dataset: datasets.Dataset, column: str, feature: Any, file: str | None
+) -> datasets.Dataset:
+    """Return examples whose images or recordings are read undecoded; a file may hold their paths.
+
+    Args:
+        dataset: Raw examples.
+        column: The column of the images or recordings.
+        feature: `datasets.Image(decode=False)` or `datasets.Audio(decode=False)`.
+        file: The data file that the examples come from, which paths are relative to.
+
+    Raises:
+        ValueError: The column holds something else, or files that do not exist.
+    """
+    found = dataset.features[column]
+    if isinstance(found, type(feature)):
+        return dataset.cast_column(column, feature)
+    called = type(feature).__name__.lower()
+    if file is None or getattr(found, "dtype", None) not in ("string", "large_string"):
+        raise ValueError(
+            f"column {column!r} holds {found}, not {called} files: set {called}_column_name"
+        )
+    folder = Path() if "://" in file else Path(file).resolve().parent
+    paths = [str(folder / (path or "")) for path in dataset[column]]
+    missing = [number for number, path in enumerate(paths) if not Path(path).is_file()]
+    if missing:
+        raise ValueError(
+            f"{file}: {len(missing)} of {len(paths)} rows name no file in column {column!r}, the "
+            f"first is row {missing[0]}, {dataset[column][missing[0]]!r}: give paths relative to "
+            f"{folder}, or set {called}_column_name"
+        )
+    features = datasets.Features({**dataset.features, column: datasets.Value("string")})
+    table = dataset.to_dict() | {column: paths}
+    return datasets.Dataset.from_dict(table, features=features).cast_column(column, feature)
+
+
+def check_texts(dataset: datasets.Dataset, column: str) -> None:
+    """Refuse a column that does not hold a text in every row; tell how many are blank.
+
+    Raises:
+        ValueError: A text is missing, or is something else.
+    """
+    values = list(dataset[column])
+    missing = [i for i, value in enumerate(values) if value is None]
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(dataset)} rows are empty in column {column!r} "
             f"(the first is row {missing[0]}): remove them or fill them in"
+        )
+    other = next((i for i, value in enumerate(values) if not isinstance(value, str)), None)
+    if other is not None:
+        raise ValueError(f"column {column!r} holds {values[other]!r} in row {other}, not a text")
+    blank = [i for i, value in enumerate(values) if not value.strip()]
+    if blank:
+        logger.warning(
+            "%d of %d texts in column %r are blank (the first is row %d): they are kept",
+            *(len(blank), len(values), column, blank[0]),
         )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import datasets
+import numpy as np
 import torch
 from PIL import Image
 from transformers import (
@@ -16,8 +17,36 @@ from transformers import (
 )
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
-from hfslim.tasks.base import Collator, Reader, Task, targets
-from hfslim.tasks.data import DataConfig, find_column
+from hfslim.tasks.base import Batch, Collator, Reader, Task, targets
+from hfslim.tasks.data import DataConfig, find_column, open_paths
+
+SIXTEEN_BITS = 65_535
+"""Largest value of 16 bits."""
+
+
+def read_image(source: dict[str, Any]) -> Image.Image:
+    """Read an image, in 8 bits a channel.
+
+    Args:
+        source: `bytes` of an image file or its `path`, as of `datasets.Image(decode=False)`.
+
+    Raises:
+        ValueError: The file is not a readable image, or has values that no scale is known for.
+    """
+    name = source["path"] or "image"
+    try:
+        image = datasets.Image().decode_example(source)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{name}: not an image that can be read ({error})") from error
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)
+    if not (image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")):
+        raise ValueError(
+            f"{name}: its values go from {values.min():g} to {values.max():g}, and those of an "
+            f"image from 0 to 255, or to {SIXTEEN_BITS} in 16 bits: save it as such"
+        )
+    return Image.fromarray((values / (SIXTEEN_BITS / 255)).round().astype(np.uint8))
 
 
 class ImageClassification(Task):
@@ -61,12 +90,23 @@ class ImageClassification(Task):
 
     def input_columns(self, dataset: datasets.Dataset, data: DataConfig) -> tuple[str, ...]:
         """Find the column of the image."""
-        names, key, holds = ("image", "img"), "image_column_name", (datasets.Image, "images")
-        return (find_column(dataset, data.image_column_name, names, key, holds),)
+        key = "image_column_name"
+        return (find_column(dataset, data.image_column_name, ("image", "img"), key),)
+
+    def opened(
+        self, dataset: datasets.Dataset, columns: tuple[str, ...], file: str | None
+    ) -> datasets.Dataset:
+        """Leave the images undecoded; a data file may hold their paths."""
+        return open_paths(dataset, columns[0], datasets.Image(decode=False), file)
 
     def reader(self, columns: tuple[str, ...], data: DataConfig, processor: Any) -> Reader:
         """Process each image when it is read, converted to the processor's channels."""
-        return lambda batch: {"pixel_values": list(_pixels(batch[columns[0]], processor))}
+
+        def read(batch: Batch) -> dict[str, Any]:
+            images = [read_image(one) for one in batch[columns[0]]]
+            return {"pixel_values": list(_pixels(images, processor))}
+
+        return read
 
     def stated_length(self, data: DataConfig, processor: Any) -> int | None:
         """Return the side of the processor's images; None if they are not square."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -12,6 +13,7 @@ from transformers.utils import logging
 from hfslim.tasks.base import Task
 from hfslim.tasks.data import did_you_mean
 from hfslim.tasks.labels import Labels
+from hfslim.tasks.padding import set_padding
 
 logger = logging.get_logger(__name__)
 
@@ -36,15 +38,30 @@ def make_config(settings: Mapping[str, Any]) -> PreTrainedConfig:
     return CONFIG_MAPPING[model_type](**given)
 
 
-def build_model(task: Task, settings: Mapping[str, Any], labels: Labels) -> PreTrainedModel:
-    """Build an untrained model from `model_config`."""
+def build_model(
+    task: Task, settings: Mapping[str, Any], labels: Labels, processor: Any = None
+) -> PreTrainedModel:
+    """Build an untrained model from `model_config`, with the padding token of a processor."""
     config = make_config({**settings, **labels.config})
+    set_padding(config, processor)
     model_class = task.auto_model._model_mapping[type(config)]
     config.architectures = [model_class.__name__]
     return task.auto_model.from_config(config)
 
 
-def load_model(task: Task, source: str, labels: Labels, new_head: bool) -> PreTrainedModel:
+def padded_config(task: Task, source: str) -> PreTrainedConfig:
+    """Load a model's config, with the padding token of the processor that is saved with it."""
+    config, processor = AutoConfig.from_pretrained(source), None
+    if getattr(config.get_text_config(), "pad_token_id", None) is None:
+        with suppress(OSError, ValueError):
+            processor = task.load_processor(source, config)
+    set_padding(config, processor)
+    return config
+
+
+def load_model(
+    task: Task, source: str, labels: Labels, new_head: bool, processor: Any = None
+) -> PreTrainedModel:
     """Load a model for the labels of the data.
 
     A head that was trained on the same labels is kept. Where the number of labels differs, or
@@ -55,9 +72,11 @@ def load_model(task: Task, source: str, labels: Labels, new_head: bool) -> PreTr
         source: Hub id or local folder.
         labels: Labels of the data, in the model's order where the names match.
         new_head: Whether a new head is allowed, because the model is trained next.
+        processor: Its padding token is taken into a config that has none.
 
     Raises:
-        ValueError: The labels or the head do not match and `new_head` is false.
+        ValueError: The labels or the head do not match and `new_head` is false, or the padding
+            token is outside of the vocabulary.
     """
     config = AutoConfig.from_pretrained(source)
     names = tuple(config.id2label.values())
@@ -70,11 +89,13 @@ def load_model(task: Task, source: str, labels: Labels, new_head: bool) -> PreTr
         )
     if not same:
         logger.warning("%s: labels %s become %s", source, list(names), list(labels.names))
+    config = AutoConfig.from_pretrained(source, **labels.config)
+    set_padding(config, processor)
     model, info = task.auto_model.from_pretrained(
         source,
+        config=config,
         ignore_mismatched_sizes=len(names) != len(labels.names),
         output_loading_info=True,
-        **labels.config,
     )
     _check_loaded(source, info, len(names), len(labels.names), new_head)
     return model

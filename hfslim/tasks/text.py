@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import datasets
+import torch
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -13,8 +14,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from hfslim.anatomy.inputs import text_positions
 from hfslim.tasks.base import Batch, Collator, Reader, Task
-from hfslim.tasks.data import DataConfig, check_complete, find_column
+from hfslim.tasks.data import DataConfig, check_texts, find_column
 from hfslim.tasks.pairing import has_words
 
 logger = logging.get_logger(__name__)
@@ -33,7 +35,8 @@ class TextClassification(Task):
 
         Raises:
             OSError: There is no tokenizer.
-            ValueError: No source is given: a tokenizer cannot be made from a config.
+            ValueError: No source is given: a tokenizer cannot be made from a config. Or there is
+                no token to pad with.
         """
         if source is None:
             raise ValueError(
@@ -44,6 +47,11 @@ class TextClassification(Task):
         if not has_words(tokenizer):
             raise OSError(f"{source} has no tokenizer: set `processor` to a Hub id or folder")
         if tokenizer.pad_token is None:
+            if tokenizer.eos_token is None:
+                raise ValueError(
+                    f"the tokenizer of {source} has neither a padding nor an end-of-text token, so "
+                    "texts cannot be batched: save it with a pad_token, or set `processor`"
+                )
             logger.warning("%s has no padding token: padding with its end of text", source)
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
@@ -57,9 +65,9 @@ class TextClassification(Task):
         return (text, find_column(dataset, data.text_pair_column_name, (), key))
 
     def check_inputs(self, dataset: datasets.Dataset, columns: tuple[str, ...]) -> None:
-        """Raise ValueError for missing texts."""
+        """Raise ValueError for missing texts; warn of blank ones."""
         for column in columns:
-            check_complete(dataset, column)
+            check_texts(dataset, column)
 
     def reader(self, columns: tuple[str, ...], data: DataConfig, processor: Any) -> Reader:
         """Tokenise every text, cut to `max_seq_length` tokens."""
@@ -74,6 +82,20 @@ class TextClassification(Task):
             return dict(processor(*texts, truncation=True, max_length=data.max_seq_length))
 
         return tokenize
+
+    def check_model(self, config: PreTrainedConfig, data: DataConfig) -> None:
+        """Raise ValueError for texts that may be longer than the model's table of positions."""
+        text = config.get_text_config()
+        skipped = (getattr(text, "pad_token_id", None) or 0) + 1
+        if (getattr(text, "max_position_embeddings", 0) or 0) - skipped >= data.max_seq_length:
+            return
+        with torch.device("meta"):
+            most = text_positions(self.auto_model.from_config(config))
+        if most is not None and data.max_seq_length > most:
+            raise ValueError(
+                f"max_seq_length {data.max_seq_length} is more than the {most} positions of this "
+                f"{config.model_type}: set data.max_seq_length to {most} or less"
+            )
 
     def stated_length(self, data: DataConfig, processor: Any) -> int | None:
         """Return `max_seq_length` tokens."""

@@ -15,14 +15,15 @@ from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import Accelerator
-from accelerate.data_loader import SkipBatchSampler
+from accelerate.data_loader import IterableDatasetShard, SkipBatchSampler
 from accelerate.state import GradientState
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers.trainer_pt_utils import find_batch_size
 
 from hfslim.anatomy.adapters import base_of
 
-__all__ = ["Share", "keep_first", "real_examples", "running", "share_of"]
+__all__ = ["Share", "count_stream", "keep_first", "real_examples", "running", "share_of"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,52 @@ def running(model: nn.Module, share: Share) -> Iterator[None]:
         yield
     finally:
         del _RUNNING[base]
+
+
+class _CountedStream(IterableDataset[Any]):
+    """A stream that each process reads whole and takes its share of.
+
+    accelerate does not know how many examples of its last batches are repeated, until this sets it.
+    """
+
+    def __init__(self, stream: Any, together: int) -> None:
+        self.stream, self.together = stream, together
+
+    def __iter__(self) -> Iterator[Any]:
+        count = 0
+        for count, example in enumerate(self.stream, 1):  # noqa: B007
+            yield example
+        loader: Any = GradientState().active_dataloader
+        if loader is not None:
+            loader.remainder = count % self.together
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "stream":
+            raise AttributeError(name)
+        return getattr(self.stream, name)
+
+
+def count_stream(loader: Any) -> Any:
+    """Let a loader of a stream without `dispatch_batches` know which examples it repeats.
+
+    Raises:
+        ValueError: The stream is read by several workers, whose last batches all repeat examples.
+    """
+    shard = getattr(loader, "dataset", None)
+    if not isinstance(shard, IterableDatasetShard) or shard.num_processes == 1:
+        return loader
+    if loader.num_workers > 0:
+        raise ValueError(
+            f"dispatch_batches=False with dataloader_num_workers={loader.num_workers}: each worker "
+            "would repeat examples of its stream to fill its last batch; set "
+            "dataloader_num_workers=0 or dispatch_batches=True"
+        )
+    parts = 1 if shard.split_batches else shard.num_processes
+    shard.dataset = _CountedStream(shard.dataset, shard.batch_size * parts)
+    return loader
 
 
 def real_examples(accelerator: Accelerator, size: int) -> int:

@@ -11,14 +11,18 @@ import errno
 import json
 import re
 import shutil
+import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 from transformers.trainer_utils import sort_checkpoints
+from transformers.utils import logging
 
-from hfslim.reporting.staged_writes import flush, put_in_place
+from hfslim.reporting.staged_writes import flush, put_in_place, write_whole
+
+logger = logging.get_logger(__name__)
 
 __all__ = [
     "STAGING",
@@ -35,6 +39,8 @@ __all__ = [
 STAGING = ".saving"
 """Folder beside the checkpoints for those that are being written or deleted."""
 _FILES = "checkpoint_files.json"
+_SINGLE = "model.safetensors"
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _NAME = re.compile(r"checkpoint-(\d+)")
 _INCOMPLETE = "checkpoint-is-incomplete.txt"
 """File in the stock Trainer's checkpoint on SIGTERM while it is written."""
@@ -53,13 +59,16 @@ def save_whole(staged: Path, target: Path) -> None:
 
     Both are on one file system; an older checkpoint in the place is replaced.
     """
-    files = sorted(path for path in staged.rglob("*") if path.is_file())
-    sizes = {path.relative_to(staged).as_posix(): path.stat().st_size for path in files}
-    listed = staged / _FILES
-    listed.write_text(json.dumps(sizes, indent=1), encoding="utf-8")
+    (staged / _FILES).write_text(_list_of(staged), encoding="utf-8")
     flush(staged)
     discard(target)
     put_in_place(staged, target)
+
+
+def _list_of(folder: Path) -> str:
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != _FILES)
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    return json.dumps(sizes, indent=1)
 
 
 def discard(folder: Path) -> None:
@@ -77,7 +86,8 @@ def problem_of(folder: Path) -> str | None:
     """Return why a checkpoint is not whole, or None if it is.
 
     A checkpoint of the stock Trainer has no list of its files and counts as whole with the file
-    that is written last, `trainer_state.json`.
+    that is written last, `trainer_state.json`. Where the weights have been sharded anew since, and
+    all are there, the list is written anew.
     """
     if not folder.is_dir():
         return "there is no such folder"
@@ -85,18 +95,73 @@ def problem_of(folder: Path) -> str | None:
         return "it was being written when the process ended"
     try:
         sizes = json.loads((folder / _FILES).read_text(encoding="utf-8"))
-        for name, size in sizes.items():
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != size:
-                return f"{name} has {path.stat().st_size:,} bytes of {size:,}"
+        problems = {
+            name: problem
+            for name, size in sizes.items()
+            if (problem := _problem_of_file(folder / name, name, size)) is not None
+        }
     except FileNotFoundError:
-        if not (folder / "trainer_state.json").is_file():
-            return "trainer_state.json is missing"
+        return (
+            None if (folder / "trainer_state.json").is_file() else "trainer_state.json is missing"
+        )
     except ValueError:
         return f"{_FILES} is damaged"
+    others = [problem for name, problem in problems.items() if not _WEIGHTS.fullmatch(name)]
+    if others or not problems:
+        return others[0] if others else None
+    problem = _problem_of_weights(folder, {n: s for n, s in sizes.items() if _WEIGHTS.fullmatch(n)})
+    if problem is not None:
+        return (
+            f"{next(iter(problems.values()))}; {problem}. If you changed its weights on purpose, "
+            f"delete {_FILES} in it"
+        )
+    logger.info(f"{folder}: its weights have been sharded anew and are all there")
+    with suppress(OSError):
+        write_whole(folder / _FILES, _list_of(folder))
     return None
+
+
+def _problem_of_file(path: Path, name: str, size: int) -> str | None:
+    if not path.is_file():
+        return f"{name} is missing"
+    found = path.stat().st_size
+    return None if found == size else f"{name} has {found:,} bytes of {size:,}"
+
+
+def _problem_of_weights(folder: Path, listed: dict[str, int]) -> str | None:
+    """Return why the weights of a folder are not those that its list has, in other shards."""
+    index, single = folder / f"{_SINGLE}.index.json", folder / _SINGLE
+    if not index.is_file() and not single.is_file():
+        return f"there is neither {_SINGLE} nor {index.name}"
+    try:
+        where = {} if single.is_file() else json.loads(index.read_text("utf-8"))["weight_map"]
+        tensors = {name: _tensors(folder / name) for name in {*where.values()} or {_SINGLE}}
+    except (OSError, ValueError, KeyError, struct.error) as error:
+        return f"its weights are damaged: {error}"
+    absent = [key for key, name in where.items() if key not in tensors[name]]
+    if absent:
+        return f"{len(absent)} tensors are missing, such as {absent[0]}"
+    was = sum(size for name, size in listed.items() if not name.endswith(".json"))
+    now = sum(size for own in tensors.values() for size in own.values())
+    # The list has the size of the headers too, some 100 bytes for each tensor.
+    count = sum(map(len, tensors.values()))
+    if not 0 <= was - now <= 4096 + 512 * count:
+        return f"the tensors have {now:,} bytes of about {was:,}"
+    return None
+
+
+def _tensors(path: Path) -> dict[str, int]:
+    """Return the bytes of each tensor of a whole safetensors file."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length)) if length < path.stat().st_size else None
+    if header is None:
+        raise ValueError(f"{path.name} is not whole")
+    header.pop("__metadata__", None)
+    ends = [one["data_offsets"] for one in header.values()]
+    if 8 + length + max((end for _, end in ends), default=0) != path.stat().st_size:
+        raise ValueError(f"{path.name} is not whole")
+    return {name: one["data_offsets"][1] - one["data_offsets"][0] for name, one in header.items()}
 
 
 def last_whole(run: Path) -> tuple[Path | None, list[str]]:

@@ -7,6 +7,7 @@ steps, processes or classes. `MeanLossMixin` weighs every example the same.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
@@ -16,7 +17,16 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig, Trainer
 from transformers.trainer_pt_utils import find_batch_size
 
-from hfslim.training.batch_shares import Share, keep_first, real_examples, running, share_of
+from hfslim.anatomy.adapters import base_of
+from hfslim.tasks.padding import check_padding
+from hfslim.training.batch_shares import (
+    Share,
+    count_stream,
+    keep_first,
+    real_examples,
+    running,
+    share_of,
+)
 
 __all__ = ["IGNORED_LABEL", "MeanLossMixin", "ProblemType", "hard_loss", "problem_type"]
 
@@ -137,7 +147,9 @@ class MeanLossMixin(Trainer):
     not used. Label smoothing applies to single-label classification.
 
     Raises:
-        ValueError: `compute_loss_func` is given, or a training batch has no labels.
+        TypeError: The model has no config.
+        ValueError: `compute_loss_func` is given, a training batch has no labels, the model has no
+            padding token and needs one, or repeated examples of a stream cannot be told apart.
     """
 
     loss_is_scaled_for_ga = True
@@ -152,8 +164,23 @@ class MeanLossMixin(Trainer):
                 "use transformers.Trainer with hfslim.training.checkpoint.CheckpointMixin for a "
                 "custom loss."
             )
+        if not hasattr(base_of(self.model), "config"):
+            raise TypeError(
+                f"{type(self).__name__} got {type(self.model).__name__}, which has no config: "
+                "expected a transformers classifier, as AutoModelForSequenceClassification loads"
+            )
         # `get_batch_samples` counts over processes itself: examples, not tokens.
+        self.args = copy.copy(self.args)
         self.args.average_tokens_across_devices = False
+        if self.args.label_names is None:
+            # The model itself gets no labels, so its forward need not take any.
+            self.label_names = ["labels"]
+        sizes = (self.args.per_device_train_batch_size, self.args.per_device_eval_batch_size)
+        reads = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        check_padding(self.model, reads, max(sizes), "the model")
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        return count_stream(super()._get_dataloader(*args, **kwargs))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

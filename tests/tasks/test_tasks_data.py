@@ -129,7 +129,7 @@ def test_an_evaluation_label_that_training_lacks_is_refused(tmp_path: Path) -> N
 
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     train = write_csv(tmp_path / "a.csv", [])
-    with pytest.raises(ValueError, match="the data are empty"):
+    with pytest.raises(ValueError, match=r"a\.csv has a header \('text,label'\) and no rows"):
         TASKS["text-classification"].load_examples(
             DataConfig(train_file=train, train_val_split=0.5), seed=0
         )
@@ -146,10 +146,10 @@ def test_empty_texts_are_refused_with_their_place(tmp_path: Path) -> None:
 
 def test_a_missing_split_suggests_what_to_set(tmp_path: Path) -> None:
     train = write_csv(tmp_path / "a.csv", [("x", "p"), ("y", "q")])
-    with pytest.raises(
-        ValueError, match=r"no split 'validation', only \['train'\].*train_val_split"
-    ):
-        TASKS["text-classification"].load_examples(DataConfig(train_file=train), seed=0)
+    with pytest.raises(ValueError, match=r"no split 'test', only \['train'\].*train_val_split"):
+        TASKS["text-classification"].load_examples(
+            DataConfig(train_file=train, eval_split_name="test"), seed=0
+        )
 
 
 def test_an_image_folder_gives_one_class_per_subfolder(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from hfslim.distillation.teacher.labels import align_labels
 from hfslim.distillation.teacher.teacher import accepted_inputs, load_teacher, run_teacher
 from hfslim.distillation.teacher.teacher_inputs import check_inputs
 from hfslim.distillation.teacher.weights import fingerprint, shard_teacher, storage_of
+from hfslim.tasks.padding import check_padding
 from hfslim.tasks.pairing import PREFIX, own_inputs, prefixes, settings_of
 from hfslim.training.objective import ProblemType, problem_type
 
@@ -76,6 +77,10 @@ class Teachers:
         self.models: list[Any] = [
             load_teacher(one, student, args.allow_untrained_teacher, dtype) for one in given
         ]
+        sizes = (args.per_device_train_batch_size, args.per_device_eval_batch_size)
+        for name, model, own in zip(self.names, self.models, processors, strict=True):
+            reads = own or student_processor or student.config.get_text_config()
+            check_padding(model, reads, max(sizes), f"the teacher {name},")
         kinds = {one.config.problem_type for one in self.models} - {None}
         if len(kinds) > 1:
             raise ValueError(

@@ -40,6 +40,11 @@ class Measure(Stage):
         if not (teacher or any(stage.cuts or stage.named_teachers for stage in before)):
             raise ValueError(f"nothing to compare with; put {CUTS} before it, or set `teacher`")
 
+    def check_model(self, state: RunState) -> None:
+        """Refuse a length that the model has no positions for."""
+        if self.length is not None:
+            state.inputs(state.load(new_head=True), 1, self.length)
+
     def run(self, state: RunState, record: StageRecord, args: Any) -> None:
         """Evaluate both models, measure their costs on the first process and write the report."""
         pair = evaluate_pair(state)
