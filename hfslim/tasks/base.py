@@ -155,6 +155,7 @@ class Task(ABC):
         """
         train, evaluation = load_splits(data, self.folder_builder, seed)
         inputs = self.input_columns(train, data)
+        train = self.opened(train, inputs, data.train_file)
         label = find_column(train, data.label_column_name, ("label", "labels"), "label_column_name")
         labels = find_labels(train, label)
         missing = [column for column in (*inputs, label) if column not in evaluation.column_names]
@@ -162,10 +163,9 @@ class Task(ABC):
             raise ValueError(
                 f"the evaluation split has no column {missing[0]!r}, only {evaluation.column_names}"
             )
+        evaluation = self.opened(evaluation, inputs, data.validation_file or data.train_file)
         train = sample(train, data.max_train_samples, seed)
         evaluation = sample(evaluation, data.max_eval_samples, seed)
-        train = self.opened(train, inputs, data.train_file)
-        evaluation = self.opened(evaluation, inputs, data.validation_file or data.train_file)
         for name, part in (("training", train), ("evaluation", evaluation)):
             try:
                 labels.encode(part[label])

@@ -11,7 +11,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
 import soundfile
 from datasets.exceptions import DatasetGenerationError
 from PIL import Image
@@ -23,7 +22,7 @@ logger = logging.get_logger(__name__)
 
 BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 DIGITS = "digits"
-_UNREADABLE = (DatasetGenerationError, pa.ArrowException, UnicodeError, ValueError)
+_UNREADABLE = (DatasetGenerationError, ValueError)
 HELD_OUT = 0.2
 """Share of the examples to evaluate on where the data are one file or folder."""
 

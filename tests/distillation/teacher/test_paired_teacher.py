@@ -88,6 +88,8 @@ def speech(folder: Path) -> tuple[str, str, dict[str, Any]]:
 def alone(task: str, bench: TaskExamples, raw: datasets.Dataset, parts: dict[str, Any]) -> Any:
     """Return what the teacher's own processor makes of one raw example, or of several."""
     processor = parts["teacher_processor"][0]
+    if task == "image-classification":
+        raw = raw.cast_column("image", datasets.Image())
     column = raw[bench.examples.columns[0]]
     if task == "text-classification":
         return [processor(one, return_tensors="pt") for one in column]
