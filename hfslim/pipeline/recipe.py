@@ -148,12 +148,11 @@ def load_recipe(path: str | Path, arguments: Sequence[str] = ()) -> Recipe:
     if not file.is_file():
         raise RecipeError(f"no recipe {str(path)!r} in {Path.cwd()}")
     raw = mapping_at(read_yaml(file, str(path)), str(path))
+    if not isinstance(raw.get("stages", []), list):
+        example = "`- transfer: {num_train_epochs: 3}`"
+        raise RecipeError(f"{path}: stages: expected a list, such as {example}")
+    override(raw, arguments)
     try:
-        if not isinstance(raw.get("stages", []), list):
-            raise RecipeError(
-                "stages: expected a list, such as `- transfer: {num_train_epochs: 3}`"
-            )
-        override(raw, arguments)
         return parse_recipe(raw)
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from error

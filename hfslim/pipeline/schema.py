@@ -197,6 +197,6 @@ def _name(hint: Any) -> str:
     if choices := _choices(hint):
         return f"one of {choices}"
     origin = get_origin(hint) or hint
-    words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     words |= {type(None): "nothing", list: "a list", tuple: "a list", dict: "keys with values"}
     return words.get(origin, "keys with values")

@@ -216,3 +216,49 @@ def test_an_untrained_model_is_not_pruned(tmp_path: Path) -> None:
 def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no recipe"):
         load_recipe(tmp_path / "absent.yaml")
+
+
+HARMS = [
+    (lambda text: text.replace("num_train_epochs: 2", "num_train_epochs: .inf"), "got inf"),
+    (lambda text: text.replace("num_train_epochs: 2", "num_train_epochs: 1e999"), "got '1e999'"),
+    (lambda text: text.replace("num_train_epochs: 2", "num_train_epochs: .nan"), "got nan"),
+    (lambda text: text + f"\nmodel_config: {'[' * 20_000}{']' * 20_000}\n", "nested too deep"),
+    (lambda text: text + f"\nseed: {'7' * 5_000}\n", "not valid YAML: .*5000 digits"),
+    (lambda text: text + f"\nseed: {'7' * 4_000}\n", r"seed: expected 0 to 4294967295, got 777.*…"),
+    (lambda text: text + "\nseed: -1\n", "seed: expected 0 to 4294967295, got -1"),
+    (lambda text: text.encode("utf-16"), "not UTF-8: invalid start byte at byte 0"),
+    (lambda text: (text + "\n# caf\xe9\n").encode("latin-1"), "not UTF-8"),
+    (lambda text: text + "\noutput_dir: there\n", "the key 'output_dir' is there twice, .*line"),
+    (lambda text: text.replace("target: {macs: 0.5}", "target: {macs: 0.5, macs: 0.6}"), "twice"),
+    (lambda text: text + "\n? [a]\n: b\n", "not valid YAML"),
+    (lambda text: text + "\n: : {\n", "not valid YAML"),
+    (lambda text: "just words", "expected keys with values, got 'just words'"),
+    (lambda text: text.replace("stages:", "stages: 3 #"), "."),
+    (lambda text: text.replace("bf16", "bf61"), "unknown key; did you mean 'bf16'"),
+]
+
+
+@pytest.mark.parametrize(("harm", "told"), HARMS)
+def test_a_recipe_that_cannot_be_read_is_told_in_one_line_with_its_name(
+    tmp_path: Path, harm, told: str
+) -> None:
+    recipe = raw() | {"training": {"bf16": True}}
+    recipe["stages"] = [
+        {"transfer": {"num_train_epochs": 2}},
+        {"prune": {"target": {"macs": 0.5}, "max_examples": 4}},
+    ]
+    text = yaml.safe_dump(recipe, default_flow_style=None)
+    path, written = tmp_path / "recipe.yaml", harm(text)
+    path.write_bytes(written if isinstance(written, bytes) else written.encode())
+    assert written != text
+    with pytest.raises(RecipeError, match=told) as refused:
+        load_recipe(path)
+    message = str(refused.value)
+    assert message.startswith(f"{path}: ") and "\n" not in message and len(message) < 600
+
+
+def test_a_value_of_the_command_line_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        RecipeError, match=r"^command line: --seed '77.*: not valid YAML: .*5000 dig"
+    ):
+        load(tmp_path, raw(), "--seed", "7" * 5000)

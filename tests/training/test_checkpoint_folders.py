@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import save_torch_state_dict
 from models import tiny
+from safetensors.torch import load_file, save_file
 from trainings import arguments, build, difference, examples
 from transformers import Trainer, TrainerCallback
 
@@ -234,3 +236,61 @@ def test_the_best_model_of_another_structure_is_not_brought_back(tmp_path, caplo
     saved = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())
     kept = saved["stateful_callbacks"]["PruningCallback"]["attributes"]["saved"]["structure"]
     assert kept != callback.structure.to_dict()
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_checkpoint_that_its_owner_sharded_anew_resumes_as_before(
+    tmp_path, merged: bool, caplog
+) -> None:
+    """Both ways: one file becomes shards, and shards become one file again."""
+    model = tiny("bert")
+    build_on = {"train_dataset": examples(model)}
+    whole = SlimTrainer(tiny("bert"), arguments(tmp_path), **build_on)
+    whole.train()
+    folder = tmp_path / "checkpoint-2"
+    tensors = load_file(folder / "model.safetensors")
+    for size in ("20KB", *(["5GB"] if merged else [])):
+        for path in folder.glob("model*.safetensors*"):
+            path.unlink()
+        save_torch_state_dict(tensors, folder, max_shard_size=size)
+        with caplog.at_level(logging.INFO, "hfslim.training"):
+            assert problem_of(folder) is None
+        assert f"{folder}: its weights have been sharded anew and are all there" in caplog.text
+        caplog.clear()
+    assert (folder / "model.safetensors").is_file() == merged
+    listed = json.loads((folder / "checkpoint_files.json").read_text())
+    assert {n for n in listed if n.startswith("model")} == {
+        path.name for path in folder.glob("model*")
+    }
+    again = SlimTrainer(tiny("bert"), arguments(tmp_path), **build_on)
+    again.train(resume_from_checkpoint=str(folder))
+    assert difference(again.model, whole.model) == 0.0
+
+
+def _drop_a_tensor(folder: Path) -> None:
+    shard = sorted(folder.glob("model-*.safetensors"))[0]
+    tensors = load_file(shard)
+    tensors.pop(next(iter(tensors)))
+    save_file(tensors, shard)
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (lambda folder: sorted(folder.glob("model-*.safetensors"))[0].unlink(), "are damaged"),
+        (lambda folder: os.truncate(sorted(folder.glob("model-*"))[0], 900), "is not whole"),
+        (_drop_a_tensor, "1 tensors are missing, such as "),
+        (lambda f: (f / "model.safetensors.index.json").unlink(), "there is neither model.safet"),
+    ],
+)
+def test_shards_that_are_not_all_there_are_refused_with_the_way(tmp_path, harm, told) -> None:
+    model = tiny("bert")
+    SlimTrainer(model, arguments(tmp_path, max_steps=2), train_dataset=examples(model)).train()
+    folder = tmp_path / "checkpoint-2"
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    save_torch_state_dict(tensors, folder, max_shard_size="20KB")
+    harm(folder)
+    problem = problem_of(folder)
+    assert problem.startswith("model.safetensors is missing; ") and told in problem
+    assert problem.endswith("on purpose, delete checkpoint_files.json in it")
