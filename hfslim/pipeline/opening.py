@@ -42,12 +42,18 @@ def sources_of(value: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def check_source(source: str, place: str) -> None:
-    """Refuse a path that is no Hub id and no folder.
+    """Refuse a path that is no Hub id and no folder, and a folder of a model without its config.
 
     Raises:
-        RecipeError: There is no such folder.
+        RecipeError: There is no such folder or config.
     """
     if Path(source).is_dir():
+        configs = [Path(source, name) for name in ("config.json", "adapter_config.json")]
+        if place != "processor" and not any(path.is_file() for path in configs):
+            raise RecipeError(
+                f"{place}: the folder {source!r} has no config.json: expected a model as "
+                "save_pretrained writes it"
+            )
         return
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise RecipeError(f"{place}: no folder {source!r} in {Path.cwd()}, and not a Hub id")

@@ -74,7 +74,7 @@ def test_a_stream_is_trained_on_from_its_first_example(
     rows = rows_for(teacher, 48)
     stream = kind(rows, once)
     one = trainer(tmp_path, stream, teacher, max_steps=12)
-    with caplog.at_level("INFO", "hfslim.distillation"):
+    with caplog.at_level("INFO", "hfslim"):
         one.train()
     assert one.trained == [row["input_ids"][1].item() for row in rows]
     assert stream.read == 48
