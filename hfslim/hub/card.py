@@ -15,7 +15,7 @@ from hfslim.reporting import sparsity_text
 from hfslim.reporting.plots.maps import draw_structure
 from hfslim.reporting.provenance import Origin, Provenance
 from hfslim.reporting.report import REPORT, Report
-from hfslim.reporting.tables import NOT_MEASURED, cost_rows, formatted, markdown_table
+from hfslim.reporting.tables import NOT_MEASURED, cost_rows, markdown_table
 
 __all__ = ["PICTURE", "RECIPE", "write_card"]
 
@@ -155,11 +155,9 @@ def _quality(report: Report) -> str:
     headings = ("metric", "data", "before", "after", "difference", "n", "seeds")
     rows = []
     for quality in report.quality:
-        numbers = (formatted(quality.teacher), formatted(quality.value))
-        change = formatted(quality.difference, sign="+")
         count = NOT_MEASURED if quality.examples is None else f"{quality.examples:,}"
         seeds = ", ".join(map(str, quality.seeds)) or NOT_MEASURED
-        rows.append((quality.metric, quality.data, *numbers, change, count, seeds))
+        rows.append((quality.metric, quality.data, *quality.cells(), count, seeds))
     return markdown_table(headings, rows or [(NOT_MEASURED,) * len(headings)])
 
 

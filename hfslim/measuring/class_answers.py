@@ -9,11 +9,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import expit, softmax
 
-__all__ = ["ClassAnswers", "ClassLine", "calibration_error", "churn"]
+__all__ = ["ClassAnswers", "ClassLine", "calibration_error", "churn", "decimals"]
 
 BINS = 15
 HIDDEN = 0.1
 """Loss of a class beyond that of all examples from which on `hidden` warns."""
+
+
+def decimals(examples: int | None) -> int:
+    """Return the number of decimals that a share of so many examples has, 2 to 4."""
+    return 4 if examples is None else min(max(len(str(examples)), 2), 4)
 
 
 def churn(first: np.ndarray, second: np.ndarray) -> float:
@@ -195,15 +200,26 @@ class ClassAnswers:
         lines = self.lines() if self.has_teacher else []
         return min(lines, key=lambda line: line.change or 0.0, default=None)
 
+    def chance_explains(self) -> bool:
+        """Return whether chance explains how many more answers are right, or wrong, than before.
+
+        It does where the examples on which exactly one of the two models is right are split as
+        evenly as two standard errors allow.
+        """
+        lost, won = np.asarray(self.right).sum(0)[1:3]
+        return bool(abs(lost - won) <= 2 * (lost + won) ** 0.5)
+
     def notes(self) -> list[str]:
         """Return calibration error, churn and the worst class in words."""
-        notes = [f"Expected calibration error, {BINS} bins: {self.ece:.4f}."]
+        digits = decimals(self.examples)
+        notes = [f"Expected calibration error, {BINS} bins: {self.ece:.{digits}f}."]
         worst = self.worst()
         if worst is not None:
             change = worst.change or 0.0
-            lost = f"Worst class: {worst.name}, {change:+.4f}." if change < 0 else "No class lost."
+            points = f"{change:+.{decimals(worst.examples)}f}"
+            lost = f"Worst class: {worst.name}, {points}." if change < 0 else "No class lost."
             notes = [
-                f"{notes[0][:-1]}, of the teacher {self.teacher_ece:.4f}.",
+                f"{notes[0][:-1]}, of the teacher {self.teacher_ece:.{digits}f}.",
                 f"Churn: {self.churn:.1%} of the answers differ from the teacher's.",
                 lost,
             ]

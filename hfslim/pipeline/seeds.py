@@ -12,7 +12,7 @@ from typing import Literal
 
 from accelerate import PartialState
 
-from hfslim.measuring.class_answers import HIDDEN, ClassAnswers
+from hfslim.measuring.class_answers import HIDDEN, ClassAnswers, decimals
 from hfslim.pipeline.manifest import FILE, OutputError
 from hfslim.pipeline.recipe import Recipe, RecipeError
 from hfslim.pipeline.runner import run
@@ -89,6 +89,7 @@ def over_seeds(reports: Mapping[int, Report]) -> Report:
         stability=_stability(reports),
         warnings=_warnings(reports),
         curve=[{**point, "seed": seed} for seed, one in reports.items() for point in one.curve],
+        history=[{**stage, "seed": seed} for seed, one in reports.items() for stage in one.history],
         provenance=replace(first.provenance, seeds=seeds),
     )
 
@@ -97,10 +98,15 @@ def _stability(reports: Mapping[int, Report]) -> list[SeedStatistics]:
     seeds, runs = tuple(reports), list(reports.values())
     spreads = []
 
-    def add(figure: str, values: list[float | None], better: Literal["high", "low"]) -> None:
+    def add(
+        figure: str,
+        values: list[float | None],
+        better: Literal["high", "low"],
+        digits: int = decimals(runs[0].quality[0].examples),
+    ) -> None:
         known = [value for value in values if value is not None and math.isfinite(value)]
         if len(known) == len(seeds):
-            spreads.append(SeedStatistics(figure, tuple(known), seeds, better))
+            spreads.append(SeedStatistics(figure, tuple(known), seeds, better, digits))
 
     quality = [one.quality[0] for one in runs]
     metric = quality[0].metric
@@ -122,8 +128,8 @@ def _stability(reports: Mapping[int, Report]) -> list[SeedStatistics]:
     for comparisons in zip(*(one.comparisons for one in runs), strict=True):
         at = f"batch {comparisons[0].after.latency.batch_size}"
         kept = [one.after.macs / one.before.macs for one in comparisons]
-        add(f"MACs kept, {at}", [*kept], "low")
-        add(f"speedup, {at}", [one.speedup for one in comparisons], "high")
+        add(f"MACs kept, {at}", [*kept], "low", 4)
+        add(f"speedup, {at}", [one.speedup for one in comparisons], "high", 2)
     return spreads
 
 
@@ -140,12 +146,13 @@ def _class_changes(answers: list[ClassAnswers]) -> dict[str, list[float]]:
 def _warnings(reports: Mapping[int, Report]) -> list[str]:
     found = [f"seed {seed}: {one}" for seed, report in reports.items() for one in report.warnings]
     values = {seed: report.quality[0].value for seed, report in reports.items()}
-    metric = next(iter(reports.values())).quality[0].metric
+    quality = next(iter(reports.values())).quality[0]
+    metric, digits = quality.metric, decimals(quality.examples)
     for seed, value in values.items():
         others = fmean(other for key, other in values.items() if key != seed)
         if others - value >= HIDDEN:
             found.append(
-                f"seed {seed}: {metric} {value:.4f}, of the others {others:.4f} on average, which "
-                "hides it"
+                f"seed {seed}: {metric} {value:.{digits}f}, of the others {others:.{digits}f} on "
+                "average, which hides it"
             )
     return found

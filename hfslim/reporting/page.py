@@ -13,6 +13,7 @@ from markupsafe import Markup
 from hfslim.reporting.plots import plots_of
 from hfslim.reporting.plots.style import to_png, to_svg
 from hfslim.reporting.report import Report
+from hfslim.reporting.verdict import title, verdict
 
 __all__ = ["page", "write_all", "write_page"]
 
@@ -46,6 +47,8 @@ def page(report: Report) -> str:
     }
     return environment.get_template("page.html.jinja").render(
         report=report,
+        title=title(report),
+        verdict=verdict(report),
         tiles=_tiles(report),
         drawn=[(plot, Markup(to_svg(plot))) for plot in plots_of(report)],
         answers=report.answer_sections(),
@@ -108,8 +111,9 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     """Return the main figures, means over seeds: name, value, a note on the value."""
     tiles, over = [], {one.figure: one for one in report.stability}
     for quality in report.quality[:1]:
-        note = "" if quality.teacher is None else f"{quality.teacher:.4f} before"
-        tiles.append((quality.metric, f"{quality.value:.4f}", note))
+        teacher, value, _ = quality.cells()
+        note = "" if quality.teacher is None else f"{teacher} before"
+        tiles.append((quality.metric, value, note))
     for compared in report.comparisons[:1]:
         before, after = compared.before, compared.after
         several = over.get(f"MACs kept, batch {after.latency.batch_size}")

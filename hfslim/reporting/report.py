@@ -18,6 +18,7 @@ from hfslim.reporting.readable_json import readable_json
 from hfslim.reporting.seed_statistics import SeedStatistics
 from hfslim.reporting.staged_writes import write_whole
 from hfslim.reporting.tables import FigureRow, Section, formatted, markdown_table
+from hfslim.reporting.verdict import title, verdict
 
 __all__ = ["REPORT", "Quality", "Report"]
 
@@ -52,6 +53,12 @@ class Quality:
         """The value minus the teacher's value; None if that was not measured."""
         return None if self.teacher is None else self.value - self.teacher
 
+    def cells(self, teachers: str = "") -> tuple[str, str, str]:
+        """Return the teacher's value, followed by `teachers`, the value and the difference."""
+        value = formatted(self.value, examples=self.examples)
+        change = formatted(self.difference, "", "+", self.examples)
+        return formatted(self.teacher, teachers, examples=self.examples), value, change
+
 
 @dataclass(frozen=True)
 class Report:
@@ -74,7 +81,7 @@ class Report:
             several.
         units: Rows of `unit_rows`, with the `stage` that cut.
         history: `{"stage", "steps", "series", "metrics"}` of each stage that made a model, `series`
-            as of `training_curves`.
+            as of `training_curves`; with its `seed` if there are several.
         provenance: The models, data and machine that the model was made with.
     """
 
@@ -152,7 +159,8 @@ class Report:
     def to_markdown(self) -> str:
         """Return the report as Markdown."""
         blocks = [
-            f"# {self.model}",
+            f"# {title(self)}",
+            *filter(None, [verdict(self)]),
             markdown_table(("", "before", "after", "change"), self.figures()),
             "\n".join(f"- {line}" for line in self.measurement_conditions()),
             *(section.to_markdown() for section in self.sections()),
@@ -172,9 +180,7 @@ class Report:
         """Return the rows of costs and metrics."""
         rows = tables.cost_rows(self.comparisons)
         for q in self.quality:
-            values = (formatted(q.teacher, " (teacher)"), formatted(q.value))
-            change = formatted(q.difference, sign="+")
-            rows.append(FigureRow(f"{q.metric}, {q.data}", *values, change))
+            rows.append(FigureRow(f"{q.metric}, {q.data}", *q.cells(" (teacher)")))
         return rows
 
     def measurement_conditions(self) -> list[str]:
@@ -193,15 +199,15 @@ class Report:
         warnings = [f"Warning: {warning}." for warning in self.warnings]
         sections = []
         if self.stability:
-            rows = [one.cells() for one in self.stability]
-            headings = ("", "mean", "spread", "worst", "seed of it")
+            rows = [(*one.cells(), *one.by_seed()) for one in self.stability]
             seeds = self.stability[0].seeds
+            headings = ("", "mean", "spread", "worst", "seed of it", *map(str, seeds))
             note = (
                 "Spread: standard deviation over the seeds. Metrics are means, answers are added "
                 f"up; single costs, kept units and losses are those of seed {seeds[0]}."
             )
-            title, notes = f"Over {len(seeds)} seeds", [note, *warnings]
-            sections.append(Section(title, headings, rows, notes, right=(1, 2, 3, 4)))
+            over, right = f"Over {len(seeds)} seeds", range(1, len(headings))
+            sections.append(Section(over, headings, rows, [note, *warnings], right=right))
         if self.answers:
             sections.append(_worst_classes(self.answers, () if self.stability else warnings))
         return sections
@@ -215,8 +221,8 @@ class Report:
             sections.append(Section("Kept in each layer", headings, bars, code=(0, 2), right=(3,)))
         if sparse:
             rows, notes = sparsity_text.table_rows(sparse), [sparsity_text.speed_note(sparse)]
-            title = "Zeros among the weights"
-            sections.append(Section(title, sparsity_text.HEADINGS, rows, notes))
+            zeros = "Zeros among the weights"
+            sections.append(Section(zeros, sparsity_text.HEADINGS, rows, notes))
         return sections
 
     def stage_lines(self) -> list[str]:

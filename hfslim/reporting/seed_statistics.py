@@ -19,6 +19,7 @@ class SeedStatistics:
         values: One value for each seed.
         seeds: The seeds, in the same order.
         better: Whether high or low values are better.
+        decimals: Number of decimals to show.
 
     Examples:
         >>> accuracy = SeedStatistics("accuracy", (0.9, 0.8, 0.7), (42, 43, 44), "high")
@@ -30,6 +31,7 @@ class SeedStatistics:
     values: Sequence[float]
     seeds: Sequence[int]
     better: Literal["high", "low"]
+    decimals: int = 4
 
     @property
     def mean(self) -> float:
@@ -53,9 +55,16 @@ class SeedStatistics:
 
     def cells(self) -> tuple[str, str, str, str, str]:
         """Return figure, mean, standard deviation, worst value and worst seed as text."""
-        spread = "-" if self.std is None else f"{self.std:.4f}"
-        worst = (f"{self.worst:.4f}", str(self.worst_seed))
-        return (self.figure, f"{self.mean:.4f}", spread, *worst)
+        spread = "-" if self.std is None else self._text(self.std)
+        worst = (self._text(self.worst), str(self.worst_seed))
+        return (self.figure, self._text(self.mean), spread, *worst)
+
+    def by_seed(self) -> tuple[str, ...]:
+        """Return the value of each seed as text."""
+        return tuple(map(self._text, self.values))
+
+    def _text(self, value: float) -> str:
+        return f"{value:z.{self.decimals}f}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return fields and statistics as plain values, ready for JSON."""
@@ -66,4 +75,5 @@ class SeedStatistics:
     def from_dict(cls, values: Mapping[str, Any]) -> SeedStatistics:
         """Rebuild the statistics from `to_dict`."""
         seeds = tuple(values["seeds"])
-        return cls(values["figure"], tuple(values["values"]), seeds, values["better"])
+        rest = (values["better"], values.get("decimals", 4))
+        return cls(values["figure"], tuple(values["values"]), seeds, *rest)

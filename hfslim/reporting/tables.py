@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hfslim.measuring.class_answers import ClassLine
+from hfslim.measuring.class_answers import ClassLine, decimals
 from hfslim.measuring.measurement import Comparison
 from hfslim.measuring.timing import Latency
 from hfslim.reporting.layer_names import natural_key
@@ -86,9 +86,11 @@ def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> st
     return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in x) + " |" for x in lines)
 
 
-def formatted(value: float | None, after: str = "", sign: str = "") -> str:
-    """Return a figure with four decimals, or `not measured`."""
-    return NOT_MEASURED if value is None else f"{value:{sign}z.4f}{after}"
+def formatted(
+    value: float | None, after: str = "", sign: str = "", examples: int | None = None
+) -> str:
+    """Return a figure, as exact as so many examples make it, or `not measured`."""
+    return NOT_MEASURED if value is None else f"{value:{sign}z.{decimals(examples)}f}{after}"
 
 
 def cost_rows(comparisons: Sequence[Comparison]) -> list[FigureRow]:
@@ -144,9 +146,9 @@ def class_table(lines: Sequence[ClassLine], notes: Sequence[str] = ()) -> Sectio
         (
             line.name,
             f"{line.examples:,}",
-            formatted(line.teacher),
-            formatted(line.model),
-            "-" if line.change is None else formatted(line.change, sign="+"),
+            formatted(line.teacher, examples=line.examples),
+            formatted(line.model, examples=line.examples),
+            "-" if line.change is None else formatted(line.change, "", "+", line.examples),
         )
         for line in lines
     ]

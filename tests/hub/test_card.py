@@ -87,7 +87,7 @@ def test_each_fact_of_the_report_is_on_the_card(folder: Path) -> None:
     assert lines_with(text, "input_ids [32, 128]", "cpu, float32, 2 threads")
     assert lines_with(text, "p95 ms, batch 1 ", "12.00", "6.00")
     assert lines_with(text, "Machine: A processor, 2 cores; Linux; torch 2.13.")
-    accuracy = "| accuracy | validation | 0.8000 | 0.7900 | -0.0100 | 872 | 7 |"
+    accuracy = "| accuracy | validation | 0.800 | 0.790 | -0.010 | 872 | 7 |"
     assert accuracy in text.splitlines()
     assert lines_with(text, "base model", "[org/base](", "revision 1234abc")
     assert lines_with(text, "teacher", "[org/teacher](", "revision 5678def")
@@ -111,8 +111,8 @@ def test_calibration_churn_and_classes_stand_under_quality(folder: Path) -> None
     text = write_card(folder, report(answers=answers)).read_text()
     quality = text.partition("## Quality\n")[2].partition("\n## ")[0]
     assert "### Class by class" in quality
-    assert "| a | 10 | 1.0000 | 0.9000 | -0.1000 |" in quality
-    assert "Expected calibration error, 15 bins: 0.1000, of the teacher 0.0200." in quality
+    assert "| a | 10 | 1.00 | 0.90 | -0.10 |" in quality
+    assert "Expected calibration error, 15 bins: 0.10, of the teacher 0.02." in quality
     assert "Churn: 15.0% of the answers differ from the teacher's." in quality
     assert "Robustness and fairness after compression: not measured." in text
     assert "Robustness, calibration and fairness" in write_card(folder, report()).read_text()

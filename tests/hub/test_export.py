@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 
 import hfslim
 from hfslim.hub.export import ExportError, open_exported
+from hfslim.pruning.surgery.proof import probe_inputs
 
 QUICK = {"batch_sizes": [2], "calls": 1}
 
@@ -116,13 +117,35 @@ def test_int8_weights_have_a_scale_for_each_channel(tmp_path: Path) -> None:
     assert max(scales(made.folder)) == model.config.intermediate_size
 
 
-def test_int8_with_an_empty_weight_says_that_it_is_less_exact(
-    text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("family", ["bert", "vit", "wav2vec2"])
+def test_int8_leaves_empty_weights_alone_and_gives_each_channel_a_scale(
+    family: str, tmp_path: Path
 ) -> None:
-    model = AutoModelForSequenceClassification.from_pretrained(text)
+    model = pruned(family)
+    assert any(not weight.numel() for weight in model.parameters())
     made = hfslim.export(model, tmp_path / "int8", int8=True, **QUICK)
-    assert max(scales(made.folder)) == 1
-    assert "less exact" in caplog.text
+    assert max(scales(made.folder)) > 1
+    assert made.difference < 0.05 * made.scale
+
+
+@pytest.mark.parametrize("family", ["bert", "vit", "wav2vec2"])
+def test_a_cut_model_has_no_linear_layer_without_inputs(family: str, tmp_path: Path) -> None:
+    model = pruned(family)
+    model.save_pretrained(tmp_path / "now")
+    config = json.loads((tmp_path / "now/config.json").read_text())
+    replaced = config["hfslim"]["replaced"]
+    config["hfslim"]["replaced"] = {k: v for k, v in replaced.items() if v["by"] != "Inputless"}
+    assert config["hfslim"]["replaced"] != replaced
+    model.save_pretrained(tmp_path / "earlier")
+    (tmp_path / "earlier/config.json").write_text(json.dumps(config))
+    inputs = probe_inputs(model)
+    expected = model(**inputs).logits
+    for loaded in (model, *(type(model).from_pretrained(tmp_path / n) for n in ("now", "earlier"))):
+        assert torch.equal(loaded.eval()(**inputs).logits, expected)
+        small = torch.ao.quantization.quantize_dynamic(loaded, {torch.nn.Linear})
+        torch.testing.assert_close(small(**inputs).logits, expected, atol=0.02, rtol=0)
+        quantized = [m for m in small.modules() if type(m).__module__.startswith("torch.ao")]
+        assert quantized and all(m.in_features for m in quantized if hasattr(m, "in_features"))
 
 
 def test_torch_export_equals_the_model_and_leaves_it_as_it_was(text: Path, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_mean_spread_and_worst_seed_by_hand() -> None:
     assert report.answers is not None and report.answers.right[1] == (22, 7, 0, 1)
     assert report.warnings == [
         "seed 44: class b: gone",
-        "seed 44: accuracy 0.7000, of the others 0.8500 on average, which hides it",
+        "seed 44: accuracy 0.70, of the others 0.85 on average, which hides it",
     ]
     assert Report.from_dict(report.to_dict()).to_dict() == report.to_dict()
     text = report.to_markdown()

@@ -18,8 +18,9 @@ from hfslim.measuring.class_answers import ClassAnswers
 from hfslim.pipeline.seeds import over_seeds
 from hfslim.reporting.page import page, write_all, write_page
 from hfslim.reporting.plots import plots_of
-from hfslim.reporting.plots.style import MARKS, PAPER
+from hfslim.reporting.plots.style import PAPER
 from hfslim.reporting.report import Quality, Report
+from hfslim.reporting.verdict import title, verdict
 
 FIGURES = ["curve", "structure", "changes", "agreement", "confusion", "course", "importance"]
 CHROMIUM = next(
@@ -217,12 +218,11 @@ def test_the_page_holds_the_report_and_shows_its_values(text: str) -> None:
     assert json.loads(found.script) == report.to_dict()
     answers = report.answers
     assert answers is not None and answers.churn is not None
-    for value in ("0.8125", "50.0%", "2.00×", f"{answers.churn:.1%}"):
+    for value in ("0.81", "50.0%", "2.00×", f"{answers.churn:.1%}"):
         assert value in found.cells
     for line in answers.lines():
-        assert {f"{line.teacher:.4f}", f"{line.model:.4f}", f"{line.change:+.4f}"} <= set(
-            found.cells
-        )
+        cells = {f"{line.teacher:.2f}", f"{line.model:.2f}", f"{line.change:+z.2f}"}
+        assert cells <= set(found.cells)
     for plot in plots_of(report):
         for row in plot.table.rows:
             assert set(row) <= {*found.cells, ""}
@@ -270,7 +270,8 @@ def test_seeds_are_drawn_and_linked() -> None:
     report = over_seeds({1: report_of(), 2: report_of(), 3: report_of()})
     found = Page(page(report))
     assert found.links == [f"seed-{n}/report.html" for n in (1, 2, 3)]
-    assert [plot.name for plot in plots_of(report)] == ["seeds", *FIGURES]
+    assert [plot.name for plot in plots_of(report)] == FIGURES
+    assert {"1", "2", "3", "0.81"} <= set(found.cells)
 
 
 def test_over_seeds_the_figures_that_stand_out_are_means() -> None:
@@ -286,12 +287,61 @@ def test_over_seeds_the_figures_that_stand_out_are_means() -> None:
     assert report.measurement_conditions()[0] == "Costs are those of seed 7."
 
 
-def test_equal_values_of_seeds_do_not_hide_each_other() -> None:
-    report = over_seeds({1: report_of(), 2: report_of(), 3: report_of()})
-    plot = next(one for one in plots_of(report) if one.name == "seeds")
-    for axes in plot.draw(PAPER).axes:
-        marks = [line.get_xydata()[0] for line in axes.lines if line.get_marker() in MARKS]
-        assert len({(float(x), float(y)) for x, y in marks}) == 3
+def test_the_first_sentence_is_the_verdict() -> None:
+    text = page(report_of())
+    assert "<h1>tiny-bert, cut to 50% of its operations</h1>" in text
+    assert "<title>tiny-bert, cut to 50% of its operations</title>" in text
+    (told,) = re.findall(r'<p class="verdict">(.*?)</p>', text)
+    assert told == (
+        "50.0% of the operations are left, it is 2.00 times as fast at batch 32, and the accuracy "
+        "is 0.81, where it was 0.90 (more than chance explains)."
+    )
+    slow = [replace(one, speedup=1.01, low=0.97, high=1.05) for one in report_of().comparisons]
+    assert "it is as fast as before at batch 32" in verdict(replace(report_of(), comparisons=slow))
+    assert title(replace(report_of(), model="org/name", comparisons=())) == "org/name, pruned"
+    assert title(replace(report_of(), model="/a/b/name", structure=())).startswith("name, 50%")
+    alone = Report("m", quality=[Quality("pearson", 0.5, None, "test", 300)])
+    assert verdict(alone) == "The pearson is 0.500."
+    assert verdict(Report("m")) == ""
+
+
+@pytest.mark.parametrize(
+    ("examples", "shown"), [(12, "0.66"), (300, "0.659"), (5000, "0.6589"), (10**6, "0.6589")]
+)
+def test_a_figure_is_as_exact_as_its_examples(examples: int, shown: str) -> None:
+    quality = Quality("accuracy", 0.65891, None, "test", examples)
+    found = Page(page(Report("m", quality=[quality]))).cells
+    assert shown in found and not any(cell.startswith(shown) and cell != shown for cell in found)
+
+
+def test_over_two_seeds_each_point_names_its_seed_and_each_run_its_course() -> None:
+    report = over_seeds({7: report_of(), 8: report_of()})
+    drawn = {plot.name: plot for plot in plots_of(report)}
+    curve = drawn["curve"].draw(PAPER).axes[0]
+    assert sorted(text.get_text() for text in curve.texts) == ["7"] * 3 + ["8"] * 3
+    course = drawn["course"].draw(PAPER).axes[-1]
+    assert [t.get_text() for t in course.get_legend().get_texts()] == ["seed 7", "seed 8"]
+    assert [row[0] for row in drawn["course"].table.rows][::3] == [
+        "seed 7, 01-transfer",
+        "seed 8, 01-transfer",
+    ]
+    shown = {"course": "Training", "structure": "Kept units", "importance": "Importance of units"}
+    assert {name: drawn[name].title for name in shown} == {
+        name: f"{title}, seed 7" for name, title in shown.items()
+    }
+
+
+def test_only_losses_have_the_colour_and_the_hatching_of_losses() -> None:
+    right = ((8, 2, 0, 0), (8, 0, 2, 0), (8, 0, 0, 2))
+    answers = ClassAnswers(("worse", "better", "same"), 30, right, None, None, 0.1, 0.1, 0.1)
+    plot = next(p for p in plots_of(Report("m", answers=answers)) if p.name == "changes")
+    bars = plot.draw(PAPER).axes[0].patches
+    assert [(bar.get_width() < 0, bool(bar.get_hatch())) for bar in bars] == [
+        (True, True),
+        (False, False),
+        (False, False),
+    ]
+    assert len({bar.get_facecolor() for bar in bars[1:]}) == 1 != bars[0].get_facecolor()
 
 
 def three_kinds() -> Report:

@@ -100,8 +100,7 @@ def export(
             config; the processor; and `export_report.json`.
         format: `onnx` or `torch-export`.
         int8: Whether ONNX Runtime quantizes dynamically: weights once, activations at each call.
-            Only for `onnx`. A weight has a scale for each channel, unless a layer has lost every
-            unit of a kind.
+            Only for `onnx`. A weight has a scale for each channel.
         processor: Tokenizer, image processor or feature extractor. It decides which inputs the
             file takes, such as `token_type_ids`, and is saved beside the file.
         batches: Real inputs to compare on as well.

@@ -65,7 +65,7 @@ def write_traced(
     shapes = {name: dict.fromkeys(dims, auto) for name, dims in free.items()}
     if format == "onnx":
         exporter = exporters.OnnxExporter
-        quantizer = dynamic_quantizer(exporters, model) if int8 else None
+        quantizer = dynamic_quantizer(exporters) if int8 else None
         config = exporters.OnnxConfig(dynamic_shapes=shapes, quantizer=quantizer)
     else:
         exporter = exporters.DynamoExporter

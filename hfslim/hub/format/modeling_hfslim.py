@@ -192,13 +192,25 @@ class CountedHeads(Headless):
 
 
 class Inputless(nn.Module):
-    """A `Conv1D` without inputs: it returns its bias."""
+    """A linear layer without inputs: it returns its bias, or zeros.
+
+    Kernels for linear layers fail on an empty weight, or read memory that nobody wrote.
+    """
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return the bias at every position."""
-        weight, bias = self.get_parameter("weight"), self.get_parameter("bias")
-        # Parameters and inputs take part, so that their gradients are zero, not missing.
-        return (bias + weight.sum() + inputs.sum()).expand(*inputs.shape[:-1], -1)
+        weight, bias = self.get_parameter("weight"), self._parameters.get("bias")
+        result = inputs.new_zeros(max(weight.shape)) if bias is None else bias
+        if torch.is_grad_enabled():
+            # Parameters and inputs take part, so that their gradients are zero, not missing.
+            result = result + weight.sum() + inputs.sum()
+        return result.expand(*inputs.shape[:-1], -1)
+
+
+def has_no_inputs(module: nn.Module) -> bool:
+    """Return whether a module is a linear layer whose inputs are all removed."""
+    dim = 1 if isinstance(module, nn.Linear) else 0
+    return isinstance(module, nn.Linear | Conv1D) and module.weight.shape[dim] == 0
 
 
 class WavLMHeads(Headless):
@@ -291,7 +303,8 @@ SETTINGS = {
 def stock_class(module: nn.Module) -> type:
     """Return the model family's class of a module, also where a replacement is its class."""
     own = [c for c in type(module).__mro__ if not c.__module__.endswith("modeling_hfslim")]
-    return next((c for c in own if not c.__module__.startswith("torch.")), own[0])
+    # A wrapper of torch is a subclass of the family's class; torch's own layers have no other.
+    return next((c for c in own[:-1] if not c.__module__.startswith("torch.")), own[0])
 
 
 def replace_class(module: nn.Module, by: str, **settings: Any) -> None:
@@ -338,6 +351,9 @@ def apply_blueprint(model: nn.Module, blueprint: Any) -> None:
             module._buffers[name] = new
         else:
             module._parameters[name] = nn.Parameter(new, requires_grad=stock.requires_grad)
+        if has_no_inputs(module) and not isinstance(module, Inputless):
+            # Earlier checkpoints do not list it.
+            replace_class(module, "Inputless")
 
 
 LAYER_NUMBERS = ("layer_idx", "layer_id", "seed")

@@ -10,7 +10,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from hfslim.anatomy import layer_lists
 from hfslim.anatomy.adapters import check_merged
@@ -204,6 +203,8 @@ class _Surgery:
         for path in dict.fromkeys(path for path, *_ in indices):
             module = self.model.get_submodule(path)
             modeling_hfslim.update_sizes(module, groups_stay=path in in_blocks)
+            if modeling_hfslim.has_no_inputs(module):
+                self._replace_class(module, "Inputless")
 
     def _keep_weight(self, module: nn.Module, index: torch.Tensor, dim: int) -> None:
         """Correct the length of a weight norm for the removed entries of its direction."""
@@ -217,9 +218,6 @@ class _Surgery:
 
     def _set_attributes(self, site: Site, kept: tuple[int, ...]) -> None:
         """Update the attributes of modules that depend on the number of units."""
-        gate = self.model.get_submodule(site.gate)
-        if isinstance(gate, Conv1D) and not kept:
-            self._replace_class(gate, "Inputless")
         module = self.model.get_submodule(site.path)
         self._record(vars(module))
         for name, value in vars(module).items():

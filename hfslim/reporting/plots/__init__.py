@@ -5,15 +5,14 @@ from __future__ import annotations
 from hfslim.reporting.plots.classes import class_changes, confusion, teacher_agreement
 from hfslim.reporting.plots.course import speed_cost, training_course
 from hfslim.reporting.plots.maps import importance, kept_units
-from hfslim.reporting.plots.seeds import seed_values
 from hfslim.reporting.plots.style import Plot
 from hfslim.reporting.report import Report
 
 __all__ = ["plots_of"]
 
 ALL = (
-    *(seed_values, speed_cost, kept_units, class_changes),
-    *(teacher_agreement, confusion, training_course, importance),
+    *(speed_cost, kept_units, class_changes, teacher_agreement),
+    *(confusion, training_course, importance),
 )
 
 

@@ -17,6 +17,7 @@ from hfslim.reporting.plots.style import (
     Theme,
     label_rows,
     new_figure,
+    of_seed,
     save,
     stacked_axes,
 )
@@ -102,7 +103,7 @@ def kept_units(report: Report) -> Plot | None:
         "Maps with a row for each layer and its units from left to right; filled is kept, hollow "
         f"or pale is removed. {' '.join(counts)}"
     )
-    return Plot("structure", "Kept units", alt, draw, table)
+    return Plot("structure", f"Kept units{of_seed(report)}", alt, draw, table)
 
 
 def importance(report: Report) -> Plot | None:
@@ -133,7 +134,8 @@ def importance(report: Report) -> Plot | None:
         "Heat maps with a row for each layer and its units from left to right, from dark for "
         f"unimportant to bright for the most important of the kind. {' '.join(top)}"
     )
-    return Plot("importance", "Importance of units", alt, lambda _: heat_map_figure(maps), table)
+    title = f"Importance of units{of_seed(report)}"
+    return Plot("importance", title, alt, lambda _: heat_map_figure(maps), table)
 
 
 def _colours(kinds: Iterable[str], theme: Theme) -> dict[str, str]:

@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
+    from hfslim.reporting.report import Report
+
 __all__ = [
     *("PAGE", "PAPER", "Plot", "Theme", "label_rows", "new_figure", "save", "stacked_axes"),
-    *("to_png", "to_svg"),
+    *("of_seed", "to_png", "to_svg"),
 ]
 
 WIDTH = 3.4
@@ -112,6 +114,11 @@ class Plot:
     alt: str
     draw: Callable[[Theme], Figure]
     table: Section
+
+
+def of_seed(report: Report) -> str:
+    """Return what names the seed of a figure that shows the first of several."""
+    return f", seed {report.stability[0].seeds[0]}" if report.stability else ""
 
 
 def new_figure(
