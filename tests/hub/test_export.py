@@ -143,7 +143,7 @@ def test_a_cut_model_has_no_linear_layer_without_inputs(family: str, tmp_path: P
     for loaded in (model, *(type(model).from_pretrained(tmp_path / n) for n in ("now", "earlier"))):
         assert torch.equal(loaded.eval()(**inputs).logits, expected)
         small = torch.ao.quantization.quantize_dynamic(loaded, {torch.nn.Linear})
-        torch.testing.assert_close(small(**inputs).logits, expected, atol=0.02, rtol=0)
+        torch.testing.assert_close(small(**inputs).logits, expected, atol=0.1, rtol=0)
         quantized = [m for m in small.modules() if type(m).__module__.startswith("torch.ao")]
         assert quantized and all(m.in_features for m in quantized if hasattr(m, "in_features"))
 
