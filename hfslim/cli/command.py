@@ -106,12 +106,12 @@ def _one_line(error: Exception) -> str:
 
 
 @contextmanager
-def working(result_follows: bool = True) -> Iterator[None]:
-    """Log on standard error inside the block, and if a result follows, print there too."""
+def working() -> Iterator[None]:
+    """Log and print on standard error inside the block: the result follows it."""
     first = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hfslim").setLevel(logging.INFO if first else logging.WARNING)
-    with redirect_stdout(sys.stderr if result_follows else sys.stdout):
+    with redirect_stdout(sys.stderr):
         yield
 
 

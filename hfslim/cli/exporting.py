@@ -36,6 +36,7 @@ def export(
             help="`onnx` for ONNX Runtime and others, `torch-export` for torch without the "
             "model's code.",
             autocompletion=lambda: list(FORMATS),
+            callback=options.one_of(FORMATS),
         ),
     ] = "onnx",
     int8: Annotated[

@@ -95,9 +95,16 @@ def compare(
     with working():
         from hfslim.anatomy.inputs import example_inputs
         from hfslim.measuring.measurement import compare as costs_of
-        from hfslim.pipeline.opening import open_classifier
+        from hfslim.pipeline.opening import open_classifier, task_of
         from hfslim.reporting.report import Quality, Report
 
+        tasks = [task_of(source) for source in (before, after)]
+        if tasks[0] != tasks[1]:
+            raise typer.BadParameter(
+                f"{before} is for {tasks[0]} and {after} for {tasks[1]}: give two models of one "
+                "task",
+                param_hint="'AFTER'",
+            )
         quality, agreed, examples = [], None, 0
         if data:
             own, theirs = (

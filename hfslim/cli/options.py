@@ -3,16 +3,40 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from hfslim.anatomy.structure import KINDS
+from hfslim.pipeline.schema import nearest
 
 if TYPE_CHECKING:
     from hfslim.pipeline.task_examples import TaskExamples
+
+METRICS = (
+    *("accuracy", "f1_macro", "f1_binary", "matthews_correlation"),
+    *("pearson", "spearman"),
+)
+CRITERIA = (
+    *("obs", "fisher", "kl_fisher", "taylor", "movement", "l0", "activation", "block_influence"),
+    *("loss_delta", "spaced", "magnitude", "random"),
+)
+TARGETS = ("macs", "parameters", "latency", "sparsity")
+
+
+def one_of(names: Sequence[str]) -> Callable[[Any], Any]:
+    """Return a callback that checks the values of an option before anything heavy is imported."""
+
+    def check(given: Any) -> Any:
+        for one in [given] if isinstance(given, str) else given or ():
+            if one not in names:
+                raise typer.BadParameter(f"unknown {one!r}{nearest(one, names)}")
+        return given
+
+    return check
+
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 _data = typer.Option(
@@ -27,8 +51,9 @@ GivenData = Annotated[list[str], _data]
 Metric = Annotated[
     str | None,
     typer.Option(
-        help="accuracy, f1_macro, f1_binary, matthews_correlation, pearson or spearman. By default "
-        "accuracy, or pearson if the labels are numbers."
+        help=f"{', '.join(METRICS[:-1])} or {METRICS[-1]}. By default accuracy, or pearson if the "
+        "labels are numbers.",
+        callback=one_of(METRICS),
     ),
 ]
 BatchSizes = Annotated[
@@ -53,6 +78,7 @@ UnitKinds = Annotated[
         metavar="KIND",
         help=f"A kind of unit: {', '.join(KINDS)}; can be given several times.",
         autocompletion=lambda: list(KINDS),
+        callback=one_of(KINDS),
     ),
 ]
 CriterionNames = Annotated[
@@ -98,9 +124,43 @@ def pairs(given: Sequence[str], option: str) -> dict[str, Any]:
 
 def criteria(given: Sequence[str]) -> str | dict[str, str]:
     """Read `--criterion`: one name for all kinds, or a name for each."""
-    if len(given) == 1 and "=" not in given[0]:
-        return given[0]
-    return {kind: str(name) for kind, name in pairs(given, "--criterion").items()}
+    alone = len(given) == 1 and "=" not in given[0]
+    by_kind = {} if alone else {k: str(name) for k, name in pairs(given, "--criterion").items()}
+    names = given if alone else list(by_kind.values())
+    for values, valid in ((list(by_kind), KINDS), (names, CRITERIA)):
+        try:
+            one_of(valid)(values)
+        except typer.BadParameter as error:
+            raise typer.BadParameter(error.message, param_hint="'--criterion'") from None
+    return given[0] if alone else by_kind
+
+
+def target(given: Sequence[str]) -> dict[str, Any]:
+    """Read `--target`, and check its names and numbers before anything heavy is imported.
+
+    Raises:
+        BadParameter: It names no target, several, or a number out of range.
+    """
+    values = pairs(given, "--target")
+
+    def refuse(message: str) -> NoReturn:
+        raise typer.BadParameter(message, param_hint="'--target'")
+
+    for name in values:
+        if name not in TARGETS:
+            refuse(f"unknown {name!r}{nearest(name, TARGETS)}")
+    if len(values) > 1:
+        refuse(f"got {' and '.join(values)}, expected one of {', '.join(TARGETS)}")
+    (name, value), *_ = values.items()
+    by_kind = value if name == "sparsity" and isinstance(value, Mapping) else {name: value}
+    for key, number in by_kind.items():
+        if by_kind is value and key not in KINDS:
+            refuse(f"unknown {name}.{key}{nearest(key, KINDS)}")
+        is_number = isinstance(number, int | float) and not isinstance(number, bool)
+        if not is_number or not (0 <= number < 1 if name == "sparsity" else 0 < number <= 1):
+            what = "to remove, in [0, 1)" if name == "sparsity" else "to keep, in (0, 1]"
+            refuse(f"got {name}={number!r}, expected the fraction {what}")
+    return values
 
 
 def check_empty(output: Path) -> None:
@@ -153,12 +213,10 @@ def open_examples(
     from transformers import TrainingArguments
 
     from hfslim.pipeline.opening import task_of
-    from hfslim.pipeline.schema import RecipeError, build, nearest
+    from hfslim.pipeline.schema import build
     from hfslim.pipeline.task_examples import TaskExamples, uses_cpu
-    from hfslim.tasks import METRICS, TASKS, DataConfig
+    from hfslim.tasks import TASKS, DataConfig
 
-    if metric is not None and metric not in METRICS:
-        raise RecipeError(f"metric: unknown {metric!r}{nearest(metric, METRICS)}")
     config = build(DataConfig, data_section(data), "data")
     task = task_of(model)
     arguments = TrainingArguments(

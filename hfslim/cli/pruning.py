@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -49,15 +53,13 @@ def prune(
     training. The folder contains the model, its processor, the report, the model card and the
     recipe, to which a `recover` stage can be added.
     """
-    stage: dict[str, Any] = {
-        "target": options.pairs(target, "--target"),
-        "max_examples": max_examples,
-    }
+    stage: dict[str, Any] = {"target": options.target(target), "max_examples": max_examples}
     stage |= {"units": units} if units else {}
     stage |= {"criterion": options.criteria(criterion)} if criterion else {}
-    with working(result_follows=as_json):
+    with working():
         from hfslim.pipeline.opening import task_of
         from hfslim.pipeline.recipe import override, parse_recipe
+        from hfslim.pipeline.schema import RecipeError
         from hfslim.reporting.report import Report
 
         options.check_empty(output)
@@ -71,26 +73,80 @@ def prune(
         }
         raw |= {"metric": metric} if metric else {}
         override(raw, [re.sub("^--", "--stages.prune.", one) for one in context.args])
-        parse_recipe({**raw, "output_dir": str(output)})
+        try:
+            parse_recipe({**raw, "output_dir": str(output)})
+        except RecipeError as error:
+            raise RecipeError(re.sub(r"^stages\[1\] prune[.:] ?", "--", str(error))) from None
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as work:
             _cut(parse_recipe({**raw, "output_dir": str(Path(work, "run"))}), output)
         report = Report.load(output)
     values = {"output": str(output), **report.to_dict()}
-    show(as_json, values, f"model in {output}")
+    show(as_json, values, f"model in {output}, report in {output / 'report.html'}")
 
 
 def _cut(recipe: Recipe, output: Path) -> None:
-    """Run the two stages, and move their results into one folder."""
-    from hfslim.hub.card import RECIPE, write_card
+    """Run the two stages, and move their results into one folder, also if the second fails."""
+    from hfslim.hub.card import write_card
     from hfslim.pipeline.runner import run
 
-    model = run(recipe)
-    for path in Path(recipe.output_dir).glob("*-measure/*"):
-        path.rename(model / path.name)
+    folder = Path(recipe.output_dir)
+    model = folder / "01-prune"
+    try:
+        with _renamed({str(model): str(output), str(folder): str(output)}):
+            run(recipe)
+        _collect(recipe, model, output)
+        write_card(output)
+    except BaseException as error:
+        if not _finished(folder) and not (output / "config.json").exists():
+            raise
+        if model.exists():
+            _collect(recipe, model, output)
+        text = f"{error}: the cut model is finished, and kept in {output}"
+        raise RuntimeError(text.replace(str(folder), str(output))) from error
+
+
+def _finished(folder: Path) -> bool:
+    """Return whether the manifest of a run says that its first stage is finished."""
+    from hfslim.pipeline.manifest import FILE
+
+    file = folder / FILE
+    stages = json.loads(file.read_text(encoding="utf-8"))["stages"] if file.exists() else []
+    return bool(stages) and stages[0]["finished"]
+
+
+def _collect(recipe: Recipe, model: Path, output: Path) -> None:
+    """Move the model with its recipe, report and page, as far as they were written."""
+    from hfslim.hub.card import RECIPE
+
     again = replace(recipe, output_dir=f"outputs/{output.name}")
-    (model / RECIPE).write_text(again.to_yaml(), encoding="utf-8")
+    with suppress(OSError):
+        (model / RECIPE).write_text(again.to_yaml(), encoding="utf-8")
+    for path in (*model.parent.glob("*-measure/*"), *model.parent.glob("report.*")):
+        path.replace(model / path.name)
+    for path in model.parent.glob("figures"):
+        path.replace(model / path.name)
     if output.exists():
         output.rmdir()
     model.rename(output)
-    write_card(output)
+
+
+@contextmanager
+def _renamed(folders: dict[str, str]) -> Iterator[None]:
+    """Log the folders to which results are moved in place of those where they are made."""
+
+    def rename(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        for made, moved in folders.items():
+            text = re.sub(rf"{re.escape(made)}(/\d\d-measure)?", moved, text)
+        record.msg, record.args = text, ()
+        return True
+
+    handlers = logging.getLogger().handlers
+    for one in handlers:
+        one.addFilter(rename)
+    try:
+        yield
+    finally:
+        for one in handlers:
+            one.removeFilter(rename)

@@ -37,7 +37,7 @@ def run(
 
     For several processes: `accelerate launch recipes/compress.py RECIPE [--key value …]`.
     """
-    with working(result_follows=as_json):
+    with working():
         from hfslim.pipeline.manifest import FILE
         from hfslim.pipeline.recipe import load_recipe
         from hfslim.pipeline.runner import run as run_recipe

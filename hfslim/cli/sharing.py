@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hfslim.anatomy.coverage import Coverage
 
 TASKS = ("text", "image", "audio")
+SPEECH = {"speech": "audio"}
 Saved = Annotated[
     Path, typer.Argument(metavar="DIR", exists=True, file_okay=False, help="A saved model.")
 ]
@@ -27,12 +28,20 @@ Saved = Annotated[
 def card(
     folder: Saved,
     name: Annotated[str | None, typer.Option(help="Hub id that the card's examples load.")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also if README.md is not a card of hfslim.")
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
     """Write the model card, README.md, from the report beside the model.
 
-    The text below the marker of an earlier card, and metadata such as `license`, are kept.
+    The text below the marker of an earlier card, and metadata such as `license`, are kept. A
+    README.md without the marker is left alone; with `--force` its text goes below the new card.
     """
+    from hfslim.hub.edits import check_own
+
+    if not force:
+        check_own(folder)
     with working():
         from hfslim.hub.card import write_card
 
@@ -108,7 +117,8 @@ def families(
         list[str] | None,
         typer.Option(
             metavar="|".join(TASKS),
-            help="Show only these tasks.",
+            help="Show only these tasks; `speech` is audio.",
+            callback=options.one_of((*TASKS, *SPEECH)),
             autocompletion=lambda: list(TASKS),
         ),
     ] = None,
@@ -120,15 +130,12 @@ def families(
     model equals the masked one, `refused` that the cut cannot be exact. `hfslim inspect MODEL`
     shows the reasons for any model.
     """
-    with asked("--task"):
-        unknown = [one for one in task or () if one not in TASKS]
-        if unknown:
-            raise ValueError(f"got {unknown[0]!r}, expected some of {list(TASKS)}")
+    task = [SPEECH.get(one, one) for one in task or TASKS]
     with working():
         from hfslim.anatomy.coverage import coverage
 
-        rows = coverage(task or TASKS)
-        for one in sorted({*(task or TASKS)} - {row.task for row in rows}):
+        rows = coverage(task)
+        for one in sorted({*task} - {row.task for row in rows}):
             print(f"{one}: no type is in the table yet; `hfslim inspect MODEL` shows any model")
     values = {"families": [asdict(row) for row in rows]}
     show(as_json, values, _table(rows))

@@ -141,7 +141,7 @@ def _summary(saved: SavedModel, report: Report) -> str:
     made = report.provenance
     kind = (made.task or saved.task or "model").replace("-", " ")
     base = _link(made.base) if made.base else f"`{saved.config.get('model_type', 'unknown')}`"
-    done = "compressed"
+    done = "compressed" if saved.pruned or report.stages or report.structure else "described"
     for one in report.comparisons[:1]:
         share = one.after.macs / one.before.macs if one.before.macs else 1
         done = f"cut to {share:.1%} of its multiply-accumulates"

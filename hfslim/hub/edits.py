@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from huggingface_hub import ModelCard
 
 __all__ = ["CARD", "MARKER", "CardError", "merge"]
@@ -19,6 +21,21 @@ OWN_TAGS = ("hfslim", "pruned", "distilled", "generated_from_trainer")
 
 class CardError(ValueError):
     """A card cannot be written, or two versions of the user's part differ."""
+
+
+def check_own(folder: Path) -> None:
+    """Refuse a README.md that neither hfslim nor transformers has written.
+
+    Raises:
+        CardError: There is one.
+    """
+    path = folder / CARD
+    text = path.read_text(encoding="utf-8-sig") if path.exists() else ""
+    if MARKER not in text and _user_part(ModelCard(text, ignore_metadata_errors=True).text):
+        raise CardError(
+            f"{path} is not a card of hfslim: move it, or give --force, which writes the card "
+            "above its text"
+        )
 
 
 def merge(card: str, *earlier: str) -> str:

@@ -108,6 +108,11 @@ class Report:
             ValueError: It is not what `write` writes.
         """
         path = Path(folder) / REPORT
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"no {REPORT} in {str(folder)!r}: give the folder of `hfslim run`, of a `measure` "
+                "stage or of `hfslim prune`"
+            )
         try:
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,11 @@ from places import ROOT
 from safetensors.torch import save_file
 from standins import image_model, text_file, text_model
 
-from hfslim.cli import main
+from hfslim.cli import main, options
 from hfslim.cli.command import VERBS
+from hfslim.pruning import CRITERIA
+from hfslim.pruning.target import RESOURCES
+from hfslim.tasks import METRICS
 
 
 class Done:
@@ -42,6 +46,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text_file(folder / "train.csv", rows=16)
     text_file(folder / "held.csv", rows=10)
     (folder / "empty").mkdir()
+    shutil.copytree(folder / "model", folder / "described")
+    (folder / "described/README.md").write_text("# Our own text")
     return folder
 
 
@@ -87,6 +93,52 @@ def test_the_help_lists_the_verbs_in_the_order_of_the_work(hfslim) -> None:
         *("run", "inspect", "prune", "measure", "compare"),
         *("report", "export", "card", "push", "families"),
     ]
+
+
+EARLY = {
+    "a target": (("prune", "model", "--target", "mac=0.5"), "did you mean 'macs'?"),
+    "two targets": (("prune", "model", "--target", "macs=1", "--target", "latency=1"), "one of"),
+    "a fraction": (("prune", "model", "--target", "macs=5"), "in (0, 1]"),
+    "a share": (("prune", "model", "--target", "sparsity.heads=1"), "in [0, 1)"),
+    "a kind": (("prune", "model", "--target", "sparsity.haeds=.1"), "did you mean 'heads'?"),
+    "units": (("inspect", "model", "--units", "neuron"), "did you mean 'neurons'?"),
+    "a criterion": (("inspect", "model", "--criterion", "fischer"), "did you mean 'fisher'?"),
+    "a criterion's kind": (("inspect", "model", "--criterion", "head=fisher"), "'heads'"),
+    "a metric": (("compare", "a", "b", "--metric", "acuracy"), "did you mean 'accuracy'?"),
+    "a format": (("export", "model", "--output", "new", "--format", "onxn"), "'onnx'"),
+    "a task": (("families", "--task", "txt"), "did you mean 'text'?"),
+}
+
+
+def test_a_wrong_name_is_told_before_anything_heavy_is_loaded(hfslim, monkeypatch) -> None:
+    code = "import sys\nfrom hfslim.cli import main\ntry: main({})\nexcept SystemExit as end: "
+    code += "print(end.code, *sys.modules)"
+    arguments = (*EARLY["a target"][0], "--data", "a.csv", "--output", "new")
+    done = subprocess.run(
+        [sys.executable, "-c", code.format(list(arguments))], capture_output=True, text=True
+    )
+    ended, *loaded = done.stdout.split()
+    assert (ended, "did you mean 'macs'?" in done.stderr) == ("2", True), done.stderr
+    assert {"torch", "transformers", "datasets", "numpy"} & {*loaded} == set()
+
+    @contextmanager
+    def too_late():
+        raise AssertionError("the work began")
+        yield
+
+    for module in ("pruning", "inspecting", "measuring", "exporting", "sharing"):
+        monkeypatch.setattr(f"hfslim.cli.{module}.working", too_late)
+    for arguments, hint in EARLY.values():
+        more = ("--data", "a.csv", "--output", "new") if arguments[0] == "prune" else ()
+        done = hfslim(*arguments, *more)
+        assert (done.code, done.out) == (2, "")
+        assert hint in done.err and "stages[" not in done.err
+
+
+def test_the_names_that_are_checked_early_are_those_of_the_library() -> None:
+    assert {*options.METRICS} == {*METRICS}
+    assert {*options.CRITERIA} <= {*CRITERIA}
+    assert {*options.TARGETS} == {*RESOURCES, "sparsity"}
 
 
 MISTAKES = {
@@ -142,6 +194,13 @@ MISTAKES = {
         "int8 is for onnx",
     ),
     "a card for nothing": (("card", "empty"), 1, "empty"),
+    "a card over another": (("card", "described"), 1, "not a card of hfslim"),
+    "no report": (("report", "empty"), 2, "no report.json in 'empty'"),
+    "models of two tasks": (
+        ("compare", "model", "vit"),
+        2,
+        "is for text-classification and vit for image",
+    ),
     "a folder that is not there": (("push", "none", "you/model"), 2, "'none' does not exist"),
     "an id that the Hub has not": (("push", "model", "you/a/b"), 2, "you/a/b"),
     "an unknown task": (("families", "--task", "video"), 2, "'text'"),
@@ -309,12 +368,16 @@ def test_run_takes_overrides_and_ends_with_the_models_folder(hfslim, shared: Pat
     done = hfslim("run", "recipe.yaml", "--stages.prune.target.macs=0.6", "--json")
     assert done.code == 0, done.err
     assert done.json["model"] == str(Path("out", "01-prune"))
+    again = hfslim("run", "recipe.yaml", "--stages.prune.target.macs=0.6")
+    assert again.out.splitlines() == ["model in out/01-prune"]
     assert done.json["stages"][0]["settings"]["target"] == {"macs": 0.6}
     wrong = hfslim("run", "recipe.yaml", "--stages.prune.taget.macs", "0.6")
     assert (wrong.code, "did you mean 'target'" in wrong.err) == (2, True)
 
 
-def test_prune_leaves_a_folder_that_loads_with_all_that_tells_of_it(hfslim, shared: Path) -> None:
+def test_prune_leaves_a_folder_that_loads_with_all_that_tells_of_it(
+    hfslim, shared: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     done = hfslim(
         *("prune", "model", "--target", "macs=0.6", *DATA, "--output", "made/half"),
         *("--criterion", "heads=taylor", "--criterion", "neurons=magnitude", "--json"),
@@ -325,12 +388,34 @@ def test_prune_leaves_a_folder_that_loads_with_all_that_tells_of_it(hfslim, shar
     made = shared / "made" / "half"
     assert sorted(path.name for path in made.parent.iterdir()) == ["half"]
     names = {"README.md", "config.json", "model.safetensors", "recipe.yaml", "report.json"}
+    names |= {"report.html", "report.md", "figures"}
     assert names <= {path.name for path in made.iterdir()}
+    assert "cut to" in (made / "report.html").read_text()
+    told = re.findall(r"(?:saved|report) in (\S+)", caplog.text)
+    assert len(told) == 3 and all((shared / path).exists() for path in told)
     assert json.loads((made / "report.json").read_text())["quality"] == done.json["quality"]
     stage = yaml.safe_load((made / "recipe.yaml").read_text())["stages"][0]["prune"]
     assert stage["criterion"] == {"heads": "taylor", "neurons": "magnitude"}
     again = hfslim("compare", "model", "made/half", *DATA, *QUICK, "--json")
     assert again.json["quality"][0]["value"] == done.json["quality"][0]["value"]
+
+
+@pytest.mark.parametrize("fails", ["page.write_page", "report.Report.write"])
+def test_a_finished_cut_is_kept_whatever_fails_after_it(
+    hfslim, shared: Path, monkeypatch, tmp_path: Path, fails: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    importlib.import_module("hfslim.pipeline.runner")
+    monkeypatch.setattr(f"hfslim.reporting.{fails}", full)
+    output = tmp_path / "kept"
+    done = hfslim("prune", "model", "--target", "macs=0.6", *DATA, "--output", str(output))
+    assert (done.code, done.out) == (1, "")
+    (line,) = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert "No space left" in line and f"kept in {output}" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert hfslim("measure", str(output), *QUICK).code == 0
 
 
 def test_export_is_judged_on_real_examples(hfslim, shared: Path) -> None:
@@ -349,7 +434,13 @@ def test_card_is_written_for_a_name(hfslim, shared: Path) -> None:
     assert hfslim("card", "carded", "--name", "you/tiny", "--json").json == {
         "card": str(Path("carded", "README.md"))
     }
-    assert "you/tiny" in (shared / "carded" / "README.md").read_text()
+    card = shared / "carded" / "README.md"
+    assert "you/tiny" in card.read_text() and "compressed" not in card.read_text()
+    assert hfslim("card", "carded").code == 0  # its own
+    assert hfslim("card", "described").code == 1
+    assert (shared / "described/README.md").read_text() == "# Our own text"
+    assert hfslim("card", "described", "--force").code == 0
+    assert "# Our own text" in (shared / "described/README.md").read_text()
 
 
 def test_push_reaches_the_hub_and_names_the_commit(shared: Path, tmp_path: Path) -> None:
@@ -376,6 +467,11 @@ def test_families_lists_what_the_sweep_found(hfslim) -> None:
     assert bert["outcomes"]["heads"] == "exact"
     (line,) = [one for one in hfslim("families").out.splitlines() if "│ bert " in one]
     assert "yes" in line
+
+
+def test_speech_is_audio(hfslim) -> None:
+    spoken, heard = (hfslim("families", "--task", t, "--json").json for t in ("speech", "audio"))
+    assert spoken == heard and spoken["families"]
 
 
 def test_families_says_of_which_task_it_knows_nothing(hfslim, monkeypatch) -> None:
