@@ -105,3 +105,22 @@ def test_each_dotted_name_in_documents_and_messages_exists(name: str) -> None:
             except ImportError:
                 pytest.fail(f"{places} speak of {name}, and there is no {path}")
         value = getattr(value, part)
+
+
+@pytest.mark.slow
+def test_an_editable_install_is_found_from_the_folder_above_a_clone(tmp_path: Path) -> None:
+    """A clone called hfslim is a namespace package there, unless the install is by path."""
+    ignore = shutil.ignore_patterns(".git", ".venv*", "outputs", "shared", "data", ".*_cache")
+    shutil.copytree(ROOT, tmp_path / "hfslim", ignore=ignore)
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv/bin/python"
+    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "-e", "hfslim"]
+    subprocess.run(install, cwd=tmp_path, check=True)
+    code = "import hfslim; print(hfslim.__file__, 'prune' in dir(hfslim))"
+    found = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert found.stdout.split() == [str(tmp_path / "hfslim/hfslim/__init__.py"), "True"]
+
+
+def test_an_editable_install_is_by_path() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert settings["package-dir"] == {"": "."}

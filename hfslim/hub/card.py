@@ -84,6 +84,7 @@ def _render(
         quality=_quality(report),
         answers=[section.to_markdown(level=3) for section in report.answer_sections()],
         loading=saved.loading_examples(name),
+        pruned=saved.pruned,
         origins=_origins(report),
         stages=report.stage_lines(),
         recipe=RECIPE if (folder / RECIPE).exists() else None,

@@ -65,13 +65,22 @@ class SavedModel:
         """Whether the structure is one that a stock config cannot express."""
         return "hfslim" in self.config
 
+    @property
+    def remote(self) -> bool:
+        """Whether the model's classes are code of its own repository."""
+        classes = (self.config.get("auto_map") or {}).values()
+        return any("modeling_hfslim." not in str(one) for one in classes)
+
     def loading_examples(self, name: str) -> list[LoadingExample]:
         """Return the code that loads this model from a Hub id or folder, in each way that works."""
         if not self.pruned:
             return [LoadingExample("With transformers alone:", self._code(name))]
-        code = self._code(name, first="import hfslim\n")
-        examples = [LoadingExample("Where hfslim is installed:", code)]
-        if self.config.get("auto_map"):
+        remote = ", trust_remote_code=True" if self.remote else ""
+        code = self._code(name, first="import hfslim\n", more=remote)
+        when = "With hfslim and the model's own code, which needs both:"
+        when = when if remote else "Where hfslim is installed:"
+        examples = [LoadingExample(when, code)]
+        if self.config.get("auto_map") and not remote:
             when = (
                 "With transformers alone, by the small file `modeling_hfslim.py` beside the "
                 "weights, which builds the layers in their sizes:"

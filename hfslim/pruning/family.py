@@ -58,7 +58,7 @@ class Member:
 
     kept: float
     structure: Structure
-    model: PreTrainedModel
+    model: PreTrainedModel = field(repr=False)
     point: Point
 
 

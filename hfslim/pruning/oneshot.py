@@ -28,7 +28,7 @@ MAX_EXAMPLES = 512
 """Calibration examples to use at most, on each rank, unless `Batches` set their own limit."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PruneResult:
     """The outcome of `prune` or `prune_within`.
 
@@ -44,6 +44,12 @@ class PruneResult:
     model: PreTrainedModel
     scores: Mapping[Key, torch.Tensor]
     tries: tuple[LatencyTry, ...] | tuple[MetricTry, ...] = ()
+
+    def __repr__(self) -> str:
+        tried = f", after {len(self.tries)} tries" if self.tries else ""
+        parameters = sum(one.numel() for one in self.model.parameters())
+        name = type(self.model).__name__
+        return f"PruneResult({self.structure} of {name}, {parameters:,} parameters{tried})"
 
 
 class PruneOptions(TypedDict, total=False):

@@ -134,8 +134,12 @@ def test_the_structure_is_drawn(folder: Path) -> None:
         ({}, ["import hfslim", "trust_remote_code=True"]),
         ({"auto_map": {}}, ["import hfslim"]),
         ({"hfslim": None}, [""]),
+        (
+            {"auto_map": {"AutoModelForSequenceClassification": "modeling_own.OwnModel"}},
+            ["import hfslim"],
+        ),
     ],
-    ids=["uneven", "no auto class", "plain"],
+    ids=["uneven", "no auto class", "plain", "code of its own"],
 )
 def test_only_the_ways_to_load_that_hold_are_shown(folder: Path, changes, ways) -> None:
     config = json.loads((folder / "config.json").read_text()) | changes
@@ -144,6 +148,10 @@ def test_only_the_ways_to_load_that_hold_are_shown(folder: Path, changes, ways) 
     text = write_card(folder, report(), name="me/small").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(blocks) == len(ways)
+    assert ("ignore_mismatched_sizes" in text) is ("hfslim" in config)
+    own = "modeling_own" in str(config.get("auto_map"))
+    assert own is ("which needs both" in text)
+    assert not own or 'from_pretrained("me/small", trust_remote_code=True)' in blocks[0]
     for block, way in zip(blocks, ways, strict=True):
         compile(block, "card", "exec")
         assert way in block

@@ -10,7 +10,7 @@ import hfslim
 from hfslim.anatomy.discovery import find_units
 from hfslim.anatomy.inputs import example_inputs
 from hfslim.measuring.measurement import count_parameters, macs
-from hfslim.pruning import UnreachableTargetError
+from hfslim.pruning import PruneResult, UnreachableTargetError
 from hfslim.pruning.scores.batches import Batches
 from hfslim.pruning.search.search import Search
 from hfslim.pruning.steps import calibrate, cut, decide
@@ -272,3 +272,12 @@ def test_an_encoder_with_a_decoder_loses_units_of_both(tmp_path):
     model.save_pretrained(tmp_path)
     again = BartForSequenceClassification.from_pretrained(tmp_path)
     torch.testing.assert_close(again(**inputs).logits, model(**inputs).logits)
+
+
+def test_a_result_is_printed_in_a_line() -> None:
+    model = tiny("bert")
+    result = PruneResult(find_units(model).full(), model, {})
+    shown = repr(result)
+    parameters = sum(one.numel() for one in model.parameters())
+    assert "\n" not in shown and str(result.structure) in shown
+    assert f"of BertForSequenceClassification, {parameters:,} parameters" in shown

@@ -1,7 +1,9 @@
 """Rebuild a model pruned with hfslim, before its weights load.
 
 A pruned checkpoint needs this one file. It lies beside the weights, and `from_pretrained` with
-`trust_remote_code=True` uses it where hfslim is not installed; hfslim uses its own copy.
+`trust_remote_code=True` uses it where hfslim is not installed; hfslim uses its own copy. With
+neither, transformers stops at weights of other sizes; `ignore_mismatched_sizes` would draw the cut
+layers at random. A model whose class is remote code itself needs hfslim and `trust_remote_code`.
 `config.hfslim`, the blueprint, lists the differences between the pruned model and the stock model
 that the rest of the config describes:
 
