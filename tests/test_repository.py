@@ -1,11 +1,14 @@
 """The repository keeps what its README and its package metadata promise."""
 
 import importlib
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
@@ -117,7 +120,10 @@ def test_an_editable_install_is_found_from_the_folder_above_a_clone(tmp_path: Pa
     install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "-e", "hfslim"]
     subprocess.run(install, cwd=tmp_path, check=True)
     code = "import hfslim; print(hfslim.__file__, 'prune' in dir(hfslim))"
-    found = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    found = subprocess.run(
+        [python, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
     assert found.stdout.split() == [str(tmp_path / "hfslim/hfslim/__init__.py"), "True"]
 
 

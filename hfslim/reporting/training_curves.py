@@ -9,7 +9,10 @@ from typing import Any
 __all__ = ["training_curves"]
 
 POINTS = 100
-NOT_CURVES = ("step", "epoch", "total_flos", "train_", "eval_runtime", "eval_samples", "eval_steps")
+NOT_CURVES = (
+    *("step", "epoch", "total_flos", "train_", "units_"),
+    *("eval_runtime", "eval_samples", "eval_steps"),
+)
 
 
 def training_curves(log: Sequence[Mapping[str, Any]], most: int = POINTS) -> dict[str, Any]:

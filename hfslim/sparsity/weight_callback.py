@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
@@ -20,8 +19,7 @@ from hfslim.pruning.scores.importance import UnusableScoresError
 from hfslim.sparsity.held_zeros import HeldZeros
 from hfslim.sparsity.weight_masks import SCOPES, Scope, SparsityGoal, remove
 from hfslim.training.callback_requirements import CUT_AFTER, check_unscaled, check_whole_parameters
-
-logger = logging.getLogger(__name__)
+from hfslim.training.log_figures import announce
 
 TrainingMethod = Literal["magnitude", "movement"]
 MOVEMENT = "hfslim_movement"
@@ -151,7 +149,7 @@ class WeightPruningCallback(GradualCallback):
         if self._scores_gradients:
             # torch saves and loads unknown entries of a parameter group unchanged.
             optimizer.param_groups[0][MOVEMENT] = self._movement
-        logger.info("holds %.2f %% of the weights at zero", 100 * self._held.fraction)
+        announce(state, f"holds {100 * self._held.fraction:.2f} % of the weights at zero")
 
     def on_step_begin(
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -202,7 +200,7 @@ class WeightPruningCallback(GradualCallback):
             self._decide(state, 1.0)
         self._take_structure()
         self._held.apply()
-        logger.info("%.2f %% of the weights are zero", 100 * self._held.fraction)
+        announce(state, f"{100 * self._held.fraction:.2f} % of the weights are zero")
 
     def _checkpoint(self) -> dict[str, Any] | None:
         if self.zeros is None:
@@ -255,9 +253,8 @@ class WeightPruningCallback(GradualCallback):
         if changed:
             held.apply(optimizer)
             forget_best(state)
-            logger.info(
-                "step %d: %.2f %% of the weights removed", state.global_step, 100 * held.fraction
-            )
+            removed = f"{100 * held.fraction:.2f} % of the weights removed"
+            announce(state, f"step {state.global_step}: {removed}")
 
     def _outputs_first(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {path: outputs_first(self._held.weights[path], t) for path, t in tensors.items()}

@@ -35,6 +35,7 @@ from hfslim.training.callback_requirements import (
     check_unscaled,
     check_whole_parameters,
 )
+from hfslim.training.log_figures import announce
 from hfslim.training.ranks import rank
 
 logger = logging.getLogger(__name__)
@@ -148,6 +149,13 @@ class PruningCallback(GradualCallback):
             self._restore(state)
         gates.set(agreed(self.structure))
         gates.attach()
+        wanted = ", ".join(f"{key}={value}" for key, value in self._arguments["target"].items())
+        announce(
+            state,
+            f"PruningCallback: prunes {' and '.join(kinds)} to {wanted} from step "
+            f"{self._decisions.first + 1} to step {self._decisions.last} of {state.max_steps}, now "
+            f"{self.structure}",
+        )
 
     def on_step_begin(self, args: Arguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Score units, or draw gates, until the last decision."""
@@ -203,6 +211,8 @@ class PruningCallback(GradualCallback):
         self._collector.gates.detach()
         assert self.structure is not None
         shrink(model, self.structure)
+        model.add_model_tags(["hfslim", "pruned"])
+        announce(state, f"PruningCallback: the model is shrunk, it keeps {self.structure}")
 
     def _checkpoint(self) -> dict[str, Any] | None:
         if self.structure is None:
@@ -256,7 +266,7 @@ class PruningCallback(GradualCallback):
             self.structure = new
             gates.set(new)
             forget_best(state)
-            logger.info("step %d: keeps %s (%s)", state.global_step, new, new.digest())
+            announce(state, f"step {state.global_step}: keeps {new} ({new.digest()})")
 
 
 def _check_arguments(args: Arguments) -> None:

@@ -1,4 +1,8 @@
+import os
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -313,3 +317,30 @@ def test_evaluation_in_training_runs_every_layer(tmp_path):
     trainer.train()
     losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
     assert losses == pytest.approx([expected, expected])
+
+
+def test_a_plain_script_is_told_how_the_pruning_goes_and_so_is_the_card(tmp_path):
+    script = """
+import sys
+from test_callbacks import PruningCallback, _trainer
+callback = PruningCallback(target={"sparsity": 0.5}, schedule="iterative", end=0.8)
+trainer = _trainer(sys.argv[1], callback, logging_steps=500)
+trainer.train()
+trainer.evaluate()
+trainer.create_model_card()
+assert {"hfslim", "pruned"} <= {*trainer.model.model_tags}
+"""
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stderr.splitlines() if "heads" in line]
+    begun, *levels, ended = told
+    assert "prunes heads and neurons to sparsity=0.5 from step" in begun and "12/12 heads" in begun
+    assert len(levels) == 5 and all(": keeps " in line for line in levels)
+    assert "shrunk, it keeps 6/12 heads, 72/144 neurons" in ended
+    assert "- Units Kept Heads: 0.5" in (tmp_path / "README.md").read_text()
