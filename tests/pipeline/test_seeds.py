@@ -48,7 +48,7 @@ def test_mean_spread_and_worst_seed_by_hand() -> None:
     ]
     assert Report.from_dict(report.to_dict()).to_dict() == report.to_dict()
     text = report.to_markdown()
-    assert "| accuracy | 0.8000 | 0.1000 | 0.7000 | 44 |" in text
+    assert "| accuracy | 0.80 | 0.10 | 0.70 | 44 | 0.80 | 0.90 | 0.70 |" in text
     assert "Warning: seed 44: class b: gone." in text
 
 
