@@ -14,6 +14,7 @@ from hfslim.anatomy.channels import find_channels
 from hfslim.anatomy.dimensions import find_dimensions
 from hfslim.anatomy.experts import find_experts
 from hfslim.anatomy.layers import LayerFinder, above
+from hfslim.anatomy.model_state import check_unwrapped
 from hfslim.anatomy.neurons import find_neurons
 from hfslim.anatomy.projections import find_projection
 from hfslim.anatomy.sharing import joined
@@ -39,14 +40,7 @@ def find_units(model: nn.Module, dimensions: bool = False) -> Units:
     Raises:
         TypeError: The model is no module, or a wrapper around a transformers model.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a model, got {model!r}: load it with from_pretrained first")
-    inner = next((name for name, m in model.named_modules() if isinstance(m, PreTrainedModel)), "")
-    if inner and not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"{type(model).__name__} is a wrapper: pass the model inside, its {inner!r}; merge "
-            "adapters first (`merge_and_unload()`)"
-        )
+    check_unwrapped(model)
     refusals = list(_other_modalities(model))
     foreign = tuple(f"{refusal.path}." for refusal in refusals)
     modules = {p: m for p, m in model.named_modules() if not f"{p}.".startswith(foreign)}

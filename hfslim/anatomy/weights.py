@@ -14,12 +14,15 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hfslim.anatomy.discovery import find_units
+from hfslim.anatomy.model_state import check_state
 
 logger = logging.getLogger(__name__)
 
 Names = str | Sequence[str] | None
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
 GROUP_SIZES = (2, 4, 8, 16)
+INCOMPLETE = " but for incomplete groups"
+"""Follows a pattern whose groups do not divide the inputs of all modules."""
 SPARSE = 0.1
 """Fraction of zeros from which on a weight counts as sparse; dense weights have none."""
 
@@ -33,7 +36,7 @@ def find_weights(
     expression that the whole path must match.
 
     Args:
-        model: The model, not a wrapper.
+        model: The model, not a wrapper. Weights that a cut left empty are skipped.
         target_modules: The modules; if not given, those of the encoder, without the classification
             head and modules named embedding. Norms and biases never lose weights.
         exclude_modules: Modules to leave out of these.
@@ -42,21 +45,19 @@ def find_weights(
         Modules by path, in the model's order.
 
     Raises:
-        ValueError: There are none, or a name matches no module.
+        TypeError: The model is a wrapper.
+        ValueError: There are none, a name matches no module, or the weights are not plain
+            parameters, as for `check_state`.
     """
-    known = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, WEIGHTED)
-        and isinstance(module._parameters.get("weight"), nn.Parameter)
-        and module.weight.is_floating_point()
-    }
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    seen: set[int] = set()
-    for path, module in list(known.items()):
-        if id(module.weight) in tables | seen:
-            del known[path]
-        seen.add(id(module.weight))
+    check_state(model)
+    return _find(model, target_modules, exclude_modules)
+
+
+def _find(
+    model: PreTrainedModel, target_modules: Names = None, exclude_modules: Names = None
+) -> dict[str, nn.Module]:
+    """Find the modules of `find_weights` in a model in any state."""
+    known = _weighted(model)
     if target_modules is None:
         inside = _encoders(model)
         chosen = [path for path in known if "embed" not in path and path.startswith(tuple(inside))]
@@ -72,6 +73,19 @@ def find_weights(
             "target_modules"
         )
     return {path: known[path] for path in chosen}
+
+
+def _weighted(model: nn.Module) -> dict[str, nn.Module]:
+    """Return all linear layers and convolutions with weights of their own that are not empty."""
+    known: dict[str, nn.Module] = {}
+    seen = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    for path, module in model.named_modules():
+        weight = module._parameters.get("weight") if isinstance(module, WEIGHTED) else None
+        if weight is not None and weight.is_floating_point() and weight.numel():
+            if id(weight) not in seen:
+                known[path] = module
+            seen.add(id(weight))
+    return known
 
 
 def weight_of(module: nn.Module) -> nn.Parameter:
@@ -97,7 +111,9 @@ class WeightSparsity:
         kind: `attention`, `feed-forward`, `convolution`, `other linear` or `all`.
         weights: Number of weights.
         nonzero: Number of weights that are not zero.
-        pattern: The N:M pattern of all modules that accounts for the zeros, or empty.
+        pattern: The N:M pattern of all modules that accounts for the zeros, or empty. Where M does
+            not divide the inputs of a module, a note follows: the last group is then incomplete,
+            and may be dense.
     """
 
     kind: str
@@ -131,7 +147,10 @@ def weight_sparsity(
     Raises:
         ValueError: There are no such modules.
     """
-    weights = find_weights(model, target_modules, exclude_modules)
+    return _rows(model, find_weights(model, target_modules, exclude_modules))
+
+
+def _rows(model: PreTrainedModel, weights: Mapping[str, nn.Module]) -> list[WeightSparsity]:
     kinds = _kinds(model, weights)
     rows = []
     for kind in (*dict.fromkeys(kinds.values()), "all"):
@@ -161,17 +180,15 @@ def input_groups(values: torch.Tensor, size: int, filling: float) -> torch.Tenso
 
 def sparse_modules(model: PreTrainedModel) -> list[str]:
     """Return the paths of all modules whose weights are sparse and not all zero."""
-    try:
-        weights = find_weights(model, ".*")
-    except ValueError:
-        return []
-    zeros = {path: (weight_of(m) == 0).float().mean().item() for path, m in weights.items()}
+    zeros = {
+        path: (weight_of(m) == 0).float().mean().item() for path, m in _weighted(model).items()
+    }
     return [path for path, fraction in zeros.items() if SPARSE <= fraction < 1]
 
 
 def zeros_of(model: PreTrainedModel) -> list[dict[str, Any]]:
     """Return the rows of `weight_sparsity` for a report; empty if no weight is sparse."""
-    return [row.to_dict() for row in weight_sparsity(model)] if sparse_modules(model) else []
+    return [row.to_dict() for row in _rows(model, _find(model))] if sparse_modules(model) else []
 
 
 def _common_pattern(zeros: Sequence[torch.Tensor], sparsity: float) -> str:
@@ -179,7 +196,8 @@ def _common_pattern(zeros: Sequence[torch.Tensor], sparsity: float) -> str:
     for size in GROUP_SIZES if sparsity else ():
         kept = max(most_kept(one, size) for one in zeros)
         if 1 - kept / size >= 0.9 * sparsity:
-            return f"{kept}:{size}"
+            short = any(one.shape[1] % size for one in zeros)
+            return f"{kept}:{size}" + (INCOMPLETE if short else "")
     return ""
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hfslim.anatomy.adapters import check_merged
 from hfslim.anatomy.discovery import find_units
+from hfslim.anatomy.model_state import check_state
 from hfslim.anatomy.structure import Kind, Structure
 from hfslim.anatomy.units import Units
 from hfslim.pruning.scores.batches import Batches
@@ -90,7 +90,7 @@ def student_structure(
     Raises:
         ValueError: A number is out of range, or does not fit the others.
     """
-    check_merged(teacher)
+    check_state(teacher)
     asked: dict[Kind, int | None] = {"heads": heads, "neurons": neurons, "dimensions": dimensions}
     numbers = {kind: number for kind, number in asked.items() if number is not None}
     if layers is None and not numbers:

@@ -12,6 +12,8 @@ from torch.utils.data import IterableDataset, Subset
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from hfslim.anatomy.adapters import base_of
+from hfslim.anatomy.model_state import check_classifier
 from hfslim.distillation.cache.cached_answers import CachedAnswers, cacheable
 from hfslim.distillation.cache.examples import KeyedCollator, SeededExamples
 from hfslim.distillation.config import DistillationConfig
@@ -95,6 +97,7 @@ class DistillationTrainer(SlimTrainer):
                 f"args is {type(args).__name__}; DistillationTrainer needs a DistillationConfig."
             )
         super().__init__(model, args, *rest, **kwargs)
+        check_classifier(base_of(self.model))
         given: Any = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
         processors = teacher_processor
         if not isinstance(processors, list | tuple):
@@ -102,6 +105,8 @@ class DistillationTrainer(SlimTrainer):
         # Without a processing class the collator may have the tokenizer.
         student_processor = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         self.teachers = Teachers(given, processors, self.model, student_processor, args)
+        for one in self.teachers.models:
+            check_classifier(base_of(one))
         self.teachers.place(args.device, shard=way_of(args) in ("ZeRO-3", "FSDP"))
         self._take_over_problem()
         own = zip(self.teachers.prefixes, processors, strict=True)

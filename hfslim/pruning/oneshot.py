@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from transformers import PreTrainedModel
 
-from hfslim.anatomy.adapters import check_merged
 from hfslim.anatomy.discovery import find_units
 from hfslim.anatomy.inputs import Stated
 from hfslim.anatomy.structure import Key, Kind, Structure
@@ -18,7 +17,14 @@ from hfslim.pruning.obs.reconstruction import Reconstruction
 from hfslim.pruning.scores.batches import Batches, class_numbers
 from hfslim.pruning.scores.criteria import Criteria, criteria_by_kind, usual_criterion
 from hfslim.pruning.search.search import Search
-from hfslim.pruning.steps import Calibration, calibrate, check_reachable, cut, decide
+from hfslim.pruning.steps import (
+    Calibration,
+    calibrate,
+    check_prunable,
+    check_reachable,
+    cut,
+    decide,
+)
 from hfslim.pruning.target import Target
 
 if TYPE_CHECKING:
@@ -119,8 +125,9 @@ def prune(
         TypeError: The model is no module, or a wrapper around one.
         UnreachableTargetError: The target is below what can be reached; the message gives the
             nearest that can.
-        ValueError: An argument is wrong or conflicts with another, the data is empty, or scores are
-            not finite. The model is unchanged.
+        ValueError: An argument is wrong or conflicts with another, the model is no classifier or
+            its weights are not plain parameters, the data is empty, or scores are not finite. The
+            model is unchanged.
         RuntimeError: The cut model would not equal the gated one. The model is unchanged.
     """
     search, calibration = calibrated_search(
@@ -148,10 +155,10 @@ def calibrated_search(
     classes: Sequence[int | str] | None = None,
 ) -> tuple[Search, Calibration]:
     """Check that a target can be met, and score the model; the arguments are those of `prune`."""
+    check_prunable(model)
     most = data.max_examples if isinstance(data, Batches) else MAX_EXAMPLES
     chosen = None if classes is None else class_numbers(model.config, classes)
     batches = Batches(data, most, chosen)
-    check_merged(model)
     everything = find_units(model, "dimensions" in units)
     sites = everything.of(units)
     criteria = criteria_by_kind(criterion or usual_criterion(units, sites=everything), units)

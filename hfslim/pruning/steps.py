@@ -11,8 +11,10 @@ import torch
 from transformers import PreTrainedModel
 
 from hfslim.anatomy.discovery import find_units
+from hfslim.anatomy.model_state import check_classifier, check_state
 from hfslim.anatomy.structure import Key, Kind, Structure
 from hfslim.anatomy.units import Units
+from hfslim.hub.format.blueprint import check_built
 from hfslim.pruning.latency.latency_search import LatencyTry, check_measured, search_measured
 from hfslim.pruning.latency.latency_table import LatencyTable
 from hfslim.pruning.obs.matrix_layers import matrix_layers
@@ -30,6 +32,7 @@ from hfslim.pruning.scores.collector import same_total
 from hfslim.pruning.scores.criteria import CRITERIA
 from hfslim.pruning.search.search import Search
 from hfslim.pruning.surgery.batch_norms import renew_batch_norms
+from hfslim.pruning.surgery.proof import probe_logits
 from hfslim.pruning.surgery.surgery import shrink
 from hfslim.training.ranks import from_all_ranks
 
@@ -54,6 +57,20 @@ class Calibration:
     batches: Batches
     moments: SecondMoments | None = None
     reconstruction: Reconstruction = "none"
+
+
+def check_prunable(model: PreTrainedModel) -> None:
+    """Check before any work that a model is a classifier that can be scored, cut, saved and loaded.
+
+    Raises:
+        TypeError: The model is no module, or a wrapper around one.
+        ValueError: Its weights are not plain parameters, its logits are not a classifier's, or its
+            class does not build its tensors.
+    """
+    check_state(model)
+    check_classifier(model)
+    probe_logits(model)
+    check_built(model)
 
 
 def calibrate(

@@ -55,6 +55,9 @@ def semi_structured(model: PreTrainedModel) -> list[str]:
         weight = weight_of(module)
         if not isinstance(module, nn.Linear) or most_kept(weight == 0, 4) > 2:
             continue
+        if weight.shape[1] % 4:
+            left[path] = f"4 does not divide its {weight.shape[1]} inputs, so the last are dense"
+            continue
         try:
             sparse = torch.sparse.to_sparse_semi_structured(weight.detach())
         except RuntimeError as error:
@@ -64,7 +67,9 @@ def semi_structured(model: PreTrainedModel) -> list[str]:
         taken.append(path)
     if left:
         path, reason = next(iter(left.items()))
-        logger.warning("%d 2:4 weights stay dense, such as %s: %s", len(left), path, reason)
+        logger.warning(
+            "%d linear layers do not run on 2:4 kernels, such as %s: %s", len(left), path, reason
+        )
     if not taken:
         reason = next(
             iter(left.values()), "no linear layer has at most 2 nonzero weights of each 4"

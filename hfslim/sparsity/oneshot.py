@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hfslim.anatomy.adapters import check_merged
+from hfslim.anatomy.model_state import check_classifier
 from hfslim.anatomy.weights import (
     Names,
     WeightSparsity,
@@ -102,19 +102,16 @@ def sparsify(
 
     Raises:
         TypeError: The model is not a transformers model, but for instance a wrapper around one.
-        ValueError: An argument is wrong or conflicts with another, the data is missing or empty or
-            not in batches, a module is not called, or a weight, an activation or a gradient is not
-            finite. The model is unchanged.
+        ValueError: An argument is wrong or conflicts with another, the model is no classifier
+            (`magnitude` takes any), its weights are not plain parameters, the data is missing or
+            empty or not in batches, a module is not called, or a weight, an activation or a
+            gradient is not finite. The model is unchanged.
         RuntimeError: The processes found different zeros.
     """
     goal = SparsityGoal.parse(sparsity, pattern)
-    check_merged(model)
     scope = check_scope(method, scope)
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"expected a transformers model, got {type(model).__name__}: pass the model inside a "
-            "wrapper; merge adapters first (`merge_and_unload()`)"
-        )
+    if method != "magnitude":
+        check_classifier(model)
     weights = find_weights(model, target_modules, exclude_modules)
     held = HeldZeros(model, weights)
     if held.fraction > goal.sparsity:

@@ -96,11 +96,7 @@ def hard_loss(
         >>> hard_loss(torch.tensor([[1.0], [4.0]]), torch.tensor([3.0, 3.0]), "regression")
         tensor([4., 1.])
     """
-    if logits.ndim != 2:
-        raise ValueError(
-            f"The logits have shape {list(logits.shape)}; a classifier's are [batch, classes]."
-        )
-    logits = logits.float()
+    logits = _classes(logits).float()
     if problem == "single_label_classification":
         if labels.is_floating_point() or labels.numel() != len(logits):
             raise ValueError(
@@ -283,20 +279,32 @@ class MeanLossMixin(Trainer):
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """Return the logits of a model's outputs, a tuple or a `ModelOutput`.
+    """Return the logits of a classifier's outputs, a tuple or a `ModelOutput`.
 
     Raises:
         TypeError: The outputs have no logits.
+        ValueError: The logits are not `[batch, classes]`.
     """
     if not isinstance(outputs, dict):
-        return outputs[0]
+        return _classes(outputs[0])
     if outputs.get("logits") is None:
         raise TypeError(
             f"the model returns {sorted(outputs)} and no logits: load it as a classifier, by "
             "AutoModelForSequenceClassification, AutoModelForImageClassification or "
             "AutoModelForAudioClassification"
         )
-    return outputs["logits"]
+    return _classes(outputs["logits"])
+
+
+def _classes(logits: Tensor) -> Tensor:
+    """Return the logits if they are a classifier's."""
+    if logits.ndim != 2:
+        raise ValueError(
+            f"the model gives logits {list(logits.shape)}, a classifier's are [batch, classes]: "
+            "load it by AutoModelForSequenceClassification, AutoModelForImageClassification or "
+            "AutoModelForAudioClassification, and train its head"
+        )
+    return logits
 
 
 def with_loss(outputs: Any, loss: Tensor) -> Any:

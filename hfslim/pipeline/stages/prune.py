@@ -19,7 +19,7 @@ from hfslim.pruning.in_training.schedules import Schedule
 from hfslim.pruning.obs.reconstruction import Reconstruction, check_reconstruction
 from hfslim.pruning.scores.criteria import Criteria, criteria_by_kind, learns, usual_criterion
 from hfslim.pruning.search.search import Search
-from hfslim.pruning.steps import check_reachable
+from hfslim.pruning.steps import check_prunable, check_reachable
 from hfslim.pruning.target import Target
 from hfslim.reporting.unit_rows import unit_rows
 
@@ -100,6 +100,7 @@ class Prune(CutStage):
             return
         model: Any = state.load(new_head=True)
         model.to(state.evaluation.device)
+        check_prunable(model)
         units = find_units(model, "dimensions" in self.units).of(self.units)
         target, inputs = Target.parse(self.target, self.units), state.inputs(model, self.batch_size)
         shown = PartialState().is_main_process

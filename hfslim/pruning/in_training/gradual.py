@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, TrainerState
 from transformers import TrainingArguments as Arguments
 from transformers.trainer_callback import ExportableState
 
-from hfslim.anatomy.adapters import check_merged
+from hfslim.anatomy.model_state import check_state
 from hfslim.pruning.in_training.schedules import Decisions, Pace
 from hfslim.training.callback_requirements import (
     average_over_processes,
@@ -54,7 +54,7 @@ class GradualCallback(FiguresCallback, ExportableState):
     def _begin(self, args: Arguments, state: TrainerState, model: PreTrainedModel) -> None:
         """Check the training, and schedule the decisions."""
         check_saved_between_steps(type(self).__name__)
-        check_merged(model)
+        check_state(model)
         average_over_processes(args)
         self._decisions = self._pace.over(state.max_steps)
 

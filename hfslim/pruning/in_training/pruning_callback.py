@@ -25,7 +25,7 @@ from hfslim.pruning.scores.collector import Collector
 from hfslim.pruning.scores.criteria import Criteria, criteria_by_kind, learns
 from hfslim.pruning.scores.importance import Scores
 from hfslim.pruning.search.search import Search
-from hfslim.pruning.steps import agreed, check_reachable
+from hfslim.pruning.steps import agreed, check_prunable, check_reachable
 from hfslim.pruning.surgery.proof import check_gates
 from hfslim.pruning.surgery.surgery import shrink
 from hfslim.pruning.target import Target
@@ -125,6 +125,7 @@ class PruningCallback(GradualCallback):
         ways = ("DDP",) if self._learns else ("DDP", "ZeRO-2")
         check_whole_parameters(args, name, ways, CUT_AFTER)
         _check_arguments(args)
+        check_prunable(model)
         self._begin(args, state, model)
         kinds = self._arguments["units"]
         units = find_units(model, "dimensions" in kinds).of(kinds)

@@ -32,13 +32,18 @@ HALF_TOLERANCE = 5e-2
 def check_gates(model: PreTrainedModel, units: Units) -> None:
     """Raise a RuntimeError if one forward pass does not call every gate on a model's units."""
     with Gates(model, units) as gates:
-        _logits(model, probe_inputs(model))
+        probe_logits(model)
         gates.check_fired()
 
 
 def attention_returns(model: PreTrainedModel, units: Units) -> Returns:
     """Run a model once, and return the form of each attention module's output."""
     return run_gated(model, units, units.full(), probe_inputs(model))[1]
+
+
+def probe_logits(model: PreTrainedModel) -> torch.Tensor:
+    """Return the logits of a model on `probe_inputs`."""
+    return _logits(model, probe_inputs(model))
 
 
 def probe_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:

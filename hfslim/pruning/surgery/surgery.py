@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hfslim.anatomy import layer_lists
-from hfslim.anatomy.adapters import check_merged
 from hfslim.anatomy.discovery import find_units
+from hfslim.anatomy.model_state import check_state
 from hfslim.anatomy.structure import Structure
 from hfslim.anatomy.units import Site, Units
 from hfslim.hub.format import blueprint, modeling_hfslim, reload
@@ -57,7 +57,7 @@ def shrink(
         RuntimeError: The cut model does not equal the gated one, or its config would assign layers
             the attention types of others. The model is unchanged.
     """
-    check_merged(model)
+    check_state(model)
     units = find_units(model, structure.has("dimensions"))
     structure = units.complete(structure)
     if structure.is_full:
