@@ -96,8 +96,8 @@ def check_head(*names: str) -> None:
     heads: dict[str, str] = {}
     for table, classes in vars(modeling_auto).items():
         if table.startswith("MODEL_FOR_") and table.endswith("_MAPPING_NAMES"):
-            for name in classes.values():
-                for one in (name,) if isinstance(name, str) else name:
+            for given in classes.values():
+                for one in (given,) if isinstance(given, str) else given:
                     if heads.get(one) not in CLASSIFIERS:
                         heads[one] = table
     name = next((name for name in names if name in heads), "")

@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
+from hfslim.anatomy.model_state import check_head
 from hfslim.tasks.base import Task
 from hfslim.tasks.data import did_you_mean
 from hfslim.tasks.labels import Labels
@@ -98,6 +99,8 @@ def load_model(
         output_loading_info=True,
     )
     _check_loaded(source, info, len(names), len(labels.names), new_head)
+    if not new_head:
+        check_head(*(config.architectures or ()))
     return model
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
+from hfslim.anatomy.model_state import check_head
 from hfslim.tasks.audio import AudioClassification
 from hfslim.tasks.base import Task
 from hfslim.tasks.image import ImageClassification
@@ -18,9 +19,10 @@ def find_task(config: PreTrainedConfig) -> Task:
     """Return a model's task, by the class names in its config.
 
     Raises:
-        ValueError: Its family has no classifier for any task, or several and the config does not
-            name one.
+        ValueError: The config names a model that is no classifier, or its family has none for any
+            task, or several and the config does not name one.
     """
+    check_head(*(config.architectures or ()))
     names = {
         task: set(task.classifiers.get(config.model_type, ()))
         for task in TASKS.values()

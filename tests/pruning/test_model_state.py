@@ -11,12 +11,24 @@ from models import tiny
 from structures import Unchanged
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm
-from transformers import AutoConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    BertForSequenceClassification,
+    ModernBertConfig,
+    ModernBertForTokenClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 import hfslim
 from hfslim import DistillationTrainer, PruningCallback, WeightPruningCallback
 from hfslim.anatomy.inputs import example_inputs
+from hfslim.distillation.teacher.teacher import load_teacher
+from hfslim.pipeline.opening import open_classifier
 from hfslim.pruning import CRITERIA, prune_family, prune_within
+from hfslim.tasks import TASKS
+from hfslim.tasks.labels import Labels
+from hfslim.tasks.models import load_model
 
 TEXT = {
     "hidden_size": 32,
@@ -97,6 +109,23 @@ def test_other_heads_are_refused_by_every_entry(head: str, tmp_path: Path) -> No
             enter()
     with pytest.raises(ValueError, match="not a classifier"):
         DistillationTrainer(model, config(tmp_path), teacher=tiny("bert"))
+
+
+def test_a_folder_of_another_head_is_refused_though_all_its_weights_would_load(
+    tmp_path: Path,
+) -> None:
+    torch.manual_seed(0)
+    fields = tiny("modernbert").config.to_dict()
+    model = ModernBertForTokenClassification(ModernBertConfig(**fields))
+    model.save_pretrained(tmp_path)
+    labels = Labels("single_label_classification", tuple(model.config.id2label.values()))
+    for load in (
+        lambda: open_classifier(str(tmp_path)),
+        lambda: load_model(TASKS["text-classification"], str(tmp_path), labels, new_head=False),
+        lambda: load_teacher(str(tmp_path), tiny("modernbert")),
+    ):
+        with pytest.raises(ValueError, match="for token classification, not a classifier"):
+            load()
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)

@@ -19,6 +19,7 @@ from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
 from hfslim.anatomy.adapters import base_of
+from hfslim.anatomy.model_state import check_head
 from hfslim.distillation.teacher.adapted import find_adapter, load_adapted
 from hfslim.distillation.teacher.teacher_quality import OVERRIDE, UntrainedTeacherError
 from hfslim.distillation.teacher.weights import check_apart, to_int8
@@ -132,6 +133,8 @@ def _load(name: str, student: nn.Module, dtype: torch.dtype) -> tuple[Any, list[
             f"The teacher {name!r} is no folder of a model, nor a Hub id that can be read: "
             + " ".join(str(error).split())
         ) from error
+    if not info["missing_keys"]:
+        check_head(*(model.config.architectures or ()))
     return model, sorted(info["missing_keys"])
 
 
