@@ -156,7 +156,7 @@ MISTAKES = {
     "no scores to compare": (("inspect", "model", "--against", "train.json"), 2, "cannot be read"),
     "a picture of no kind": (("inspect", "model", "--picture", "a.bmp"), 2, ".svg"),
     "an unknown metric": (("compare", "model", "other", *DATA, "--metric", "acc"), 2, "'accuracy'"),
-    "data of another kind": (("inspect", "vit", *DATA), 1, "no column 'image or img'"),
+    "data of another kind": (("inspect", "vit", *DATA), 2, "no column 'image or img'"),
     "a target that is no pair": (
         ("prune", "model", "--target", "half", *DATA, "--output", "new"),
         2,
