@@ -1,11 +1,14 @@
-"""The layers of a model as modules, in the order of the forward pass."""
+"""The layers of a model as modules, and the modules that may be sharded each on its own."""
 
 from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
 
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hfslim.anatomy.adapters import plain_twin
+from hfslim.anatomy.adapters import base_of, plain_twin
 from hfslim.anatomy.discovery import find_units
 
 
@@ -29,3 +32,23 @@ def layer_modules(model: nn.Module) -> list[nn.Module]:
         ".".join((path, name, *lists[path])) for path in order for name in modules[path]._modules
     ]
     return [modules[path] for path in layers]
+
+
+def modules_to_shard(model: Any) -> list[nn.Module]:
+    """Return the modules whose parameters can be gathered one module at a time.
+
+    These are the layers, and the tables of token embeddings outside of them. None lies inside
+    another, and none shares a parameter with a module outside of it. All other parameters of the
+    model belong together: modules that are not called, only read, are among them.
+    """
+    rows = getattr(base_of(model).config, "vocab_size", None)
+    tables = [m for m in model.modules() if type(m) is nn.Embedding and m.num_embeddings == rows]
+    found = [m for m in (*layer_modules(model), *tables) if next(m.parameters(), None) is not None]
+    inside = {inner for module in found for inner in module.modules() if inner is not module}
+    outer = [module for module in dict.fromkeys(found) if module not in inside]
+    around = {inner: module for module in outer for inner in module.modules()}
+    holders: dict[nn.Parameter, set[nn.Module | None]] = defaultdict(set)
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            holders[parameter].add(around.get(module))
+    return [m for m in outer if all(len(holders[p]) == 1 for p in m.parameters())]

@@ -37,7 +37,7 @@ from hfslim.training.checkpoint_folders import (
 from hfslim.training.hub_pushes import HubMixin
 from hfslim.training.log_figures import FiguresMixin
 from hfslim.training.objective import MeanLossMixin
-from hfslim.training.parallel import check_fsdp, save_where_asked
+from hfslim.training.parallel import check_fsdp, save_where_asked, shard_by_anatomy
 from hfslim.training.preemption import SaveOnSigterm
 from hfslim.training.ranks import from_all_ranks, from_first_rank
 
@@ -102,6 +102,11 @@ class CheckpointMixin(Trainer):
             stock.on_train_end(self.args, self.state, self.control)
             # First, so that the other callbacks see that a checkpoint is due.
             self.callback_handler.callbacks.insert(0, self._sigterm)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Create the accelerator, which shards by anatomy under FSDP2."""
+        super().create_accelerator_and_postprocess()
+        shard_by_anatomy(self.accelerator)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any

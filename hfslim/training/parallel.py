@@ -7,11 +7,18 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, parse_flag_from_env, patch_environment
+from accelerate.utils import DistributedType, fsdp_utils, parse_flag_from_env, patch_environment
+from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import deepspeed
+from transformers.utils import logging
+
+from hfslim.anatomy.adapters import base_of
+from hfslim.anatomy.layer_modules import modules_to_shard
 
 __all__ = [
     "CONFIGURATIONS",
@@ -19,9 +26,12 @@ __all__ = [
     "forget_trainers",
     "loading_whole",
     "save_where_asked",
+    "shard_by_anatomy",
     "way_of",
     "whole",
 ]
+
+logger = logging.get_logger(__name__)
 
 CONFIGURATIONS = {
     "DDP": "multi_gpu.yaml",
@@ -57,6 +67,53 @@ def check_fsdp(args: TrainingArguments) -> None:
             f"FSDP was asked for and the Trainer would ignore it on {where}: use several GPUs, "
             "or DDP on the CPU (accelerate_configs/multi_cpu.yaml)"
         )
+
+
+def shard_by_anatomy(accelerator: Accelerator) -> None:
+    """Make FSDP2 shard the modules that `modules_to_shard` finds, in what is prepared from now on.
+
+    accelerate (seen in 1.15) shards the classes of `_no_split_modules`, then what the model returns
+    as its input embeddings, also where this lies in a sharded module, and fails.
+    """
+    plugin = accelerator.state.fsdp_plugin if getattr(accelerator, "is_fsdp2", False) else None
+    if plugin is None:
+        return
+    if plugin.transformer_cls_names_to_wrap or plugin.min_num_params:
+        logger.warning(
+            "fsdp_transformer_layer_cls_to_wrap and fsdp_min_num_params are not used: hfslim's "
+            "Trainers shard the layers that they find in the model"
+        )
+    prepare = accelerator._prepare_fsdp2
+
+    def prepare_by_anatomy(*given: Any) -> Any:
+        model = next((one for one in given if isinstance(one, nn.Module)), None)
+        if not isinstance(base_of(model), PreTrainedModel):
+            return prepare(*given)
+        with _sharding(modules_to_shard(model), model, plugin):
+            return prepare(*given)
+
+    accelerator._prepare_fsdp2 = prepare_by_anatomy
+
+
+@contextmanager
+def _sharding(modules: list[nn.Module], model: nn.Module, plugin: Any) -> Iterator[None]:
+    """Make accelerate shard exactly these modules, and the rest of the model as one."""
+    chosen = set(modules)
+
+    def policy(module: nn.Module) -> bool:
+        return getattr(module, "_checkpoint_wrapped_module", module) in chosen
+
+    def nothing(*_: Any) -> None:
+        return None
+
+    with (
+        patch.object(plugin, "set_auto_wrap_policy", nothing),
+        patch.object(fsdp_utils, "fsdp2_prepare_auto_wrap_policy", lambda *_: policy),
+        patch.object(fsdp_utils, "_find_final_norm", nothing, create=True),
+        patch.object(model, "get_input_embeddings", nothing),
+        patch.object(model, "get_output_embeddings", nothing),
+    ):
+        yield
 
 
 def save_where_asked(model: Any) -> None:

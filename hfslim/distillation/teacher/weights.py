@@ -11,6 +11,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 from transformers.utils import logging
 
+from hfslim.anatomy.layer_modules import modules_to_shard
+
 __all__ = ["check_apart", "fingerprint", "shard_teacher", "storage_of", "to_int8"]
 
 logger = logging.get_logger(__name__)
@@ -65,13 +67,12 @@ def shard_teacher(teacher: torch.nn.Module, device: torch.device) -> None:
     """
     name = type(teacher).__name__
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    blocks = set(getattr(teacher, "_no_split_modules", None) or ())
-    layers = [module for module in teacher.modules() if type(module).__name__ in blocks]
-    for module in (*layers, teacher):
+    parts = [*modules_to_shard(teacher), teacher]
+    for module in parts:
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
     teacher.to(device)
     logger.info(
-        f"the teacher {name} is sharded over {mesh.size()} processes, in {len(layers) + 1} parts"
+        f"the teacher {name} is sharded over {mesh.size()} processes, in {len(parts)} parts"
     )
 
 
