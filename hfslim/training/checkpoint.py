@@ -37,7 +37,7 @@ from hfslim.training.checkpoint_folders import (
 from hfslim.training.hub_pushes import HubMixin
 from hfslim.training.log_figures import FiguresMixin
 from hfslim.training.objective import MeanLossMixin
-from hfslim.training.parallel import check_fsdp, save_where_asked, shard_by_anatomy
+from hfslim.training.parallel import check_fsdp, freeze_empty, save_where_asked, shard_by_anatomy
 from hfslim.training.preemption import SaveOnSigterm
 from hfslim.training.ranks import from_all_ranks, from_first_rank
 
@@ -107,6 +107,12 @@ class CheckpointMixin(Trainer):
         """Create the accelerator, which shards by anatomy under FSDP2."""
         super().create_accelerator_and_postprocess()
         shard_by_anatomy(self.accelerator)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Create the optimizer, without parameters that FSDP cannot train."""
+        if self.is_fsdp_enabled:
+            freeze_empty(self.model)
+        return super().create_optimizer(*args, **kwargs)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any

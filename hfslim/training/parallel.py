@@ -24,6 +24,7 @@ __all__ = [
     "CONFIGURATIONS",
     "check_fsdp",
     "forget_trainers",
+    "freeze_empty",
     "loading_whole",
     "save_where_asked",
     "shard_by_anatomy",
@@ -69,6 +70,19 @@ def check_fsdp(args: TrainingArguments) -> None:
         )
 
 
+def freeze_empty(model: nn.Module) -> None:
+    """Freeze parameters without elements, as of layers without heads, which FSDP2 cannot shard.
+
+    accelerate would take those of an optimizer for one.
+    """
+    for parameter in _empty(model):
+        parameter.requires_grad_(False)
+
+
+def _empty(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if not parameter.numel()]
+
+
 def shard_by_anatomy(accelerator: Accelerator) -> None:
     """Make FSDP2 shard the modules that `modules_to_shard` finds, in what is prepared from now on.
 
@@ -89,16 +103,32 @@ def shard_by_anatomy(accelerator: Accelerator) -> None:
         model = next((one for one in given if isinstance(one, nn.Module)), None)
         if not isinstance(base_of(model), PreTrainedModel):
             return prepare(*given)
-        with _sharding(modules_to_shard(model), model, plugin):
+        empty = _empty(model)
+        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        if plugin.cpu_ram_efficient_loading and (empty or set(model.state_dict()) - parameters):
+            raise ValueError(
+                "accelerate cannot send buffers, as of batch norms, or parameters without elements "
+                "to the other processes: set fsdp_cpu_ram_efficient_loading: false"
+            )
+        mixed = plugin.mixed_precision_policy
+        for parameter in empty:  # Left out, they are neither moved nor cast.
+            parameter.data = parameter.to(accelerator.device, mixed and mixed.param_dtype)
+        with _sharding(modules_to_shard(model), empty, model, plugin):
             return prepare(*given)
 
     accelerator._prepare_fsdp2 = prepare_by_anatomy
 
 
 @contextmanager
-def _sharding(modules: list[nn.Module], model: nn.Module, plugin: Any) -> Iterator[None]:
-    """Make accelerate shard exactly these modules, and the rest of the model as one."""
+def _sharding(
+    modules: list[nn.Module], ignored: list[nn.Parameter], model: nn.Module, plugin: Any
+) -> Iterator[None]:
+    """Make accelerate shard exactly these modules, and the rest but the ignored as one."""
     chosen = set(modules)
+    ignored_by_plugin = fsdp_utils.get_parameters_from_modules
+
+    def left_out(*given: Any) -> set[nn.Parameter]:
+        return {*ignored, *ignored_by_plugin(*given)}
 
     def policy(module: nn.Module) -> bool:
         return getattr(module, "_checkpoint_wrapped_module", module) in chosen
@@ -109,6 +139,8 @@ def _sharding(modules: list[nn.Module], model: nn.Module, plugin: Any) -> Iterat
     with (
         patch.object(plugin, "set_auto_wrap_policy", nothing),
         patch.object(fsdp_utils, "fsdp2_prepare_auto_wrap_policy", lambda *_: policy),
+        patch.object(plugin, "ignored_modules", plugin.ignored_modules or []),
+        patch.object(fsdp_utils, "get_parameters_from_modules", left_out),
         patch.object(fsdp_utils, "_find_final_norm", nothing, create=True),
         patch.object(model, "get_input_embeddings", nothing),
         patch.object(model, "get_output_embeddings", nothing),

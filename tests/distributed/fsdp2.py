@@ -62,7 +62,8 @@ def train(case: str, folder: Path) -> dict[str, Any]:
     set_seed(0)
     family = CASES[case]
     student, teacher = built(family), built(family, seed=1)
-    batch = example_inputs(student, EXAMPLES, length=8)
+    shape = {"length": 8} if student.main_input_name == "input_ids" else {}
+    batch = example_inputs(student, EXAMPLES, **shape)
     columns = {name: values.tolist() for name, values in batch.items()}
     data = Dataset.from_dict({**columns, "labels": [i % 3 for i in range(EXAMPLES)]})
     if "unequal" in case:
@@ -74,8 +75,10 @@ def train(case: str, folder: Path) -> dict[str, Any]:
             per_device_train_batch_size=4 // WORLD,
             per_device_eval_batch_size=4 // WORLD,
             max_steps=steps,
-            optim="sgd",
-            learning_rate=0.05,
+            # Of SGD, torch cannot load the state, which has no tensors.
+            optim="adamw_torch" if "resumed" in case else "sgd",
+            adam_epsilon=1e-2,
+            learning_rate=0.01 if "resumed" in case else 0.05,
             lr_scheduler_type="constant",
             feature_losses={} if family == "resnet" or "unequal" in case else {"hidden_mse": 0.5},
             logging_steps=1,

@@ -68,8 +68,9 @@ def shard_teacher(teacher: torch.nn.Module, device: torch.device) -> None:
     name = type(teacher).__name__
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     parts = [*modules_to_shard(teacher), teacher]
+    empty = {parameter for parameter in teacher.parameters() if not parameter.numel()}
     for module in parts:
-        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=empty)
     teacher.to(device)
     logger.info(
         f"the teacher {name} is sharded over {mesh.size()} processes, in {len(parts)} parts"
