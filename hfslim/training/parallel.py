@@ -70,7 +70,7 @@ def check_fsdp(args: TrainingArguments) -> None:
         )
 
 
-def freeze_empty(model: nn.Module) -> None:
+def freeze_empty(model: Any) -> None:
     """Freeze parameters without elements, as of layers without heads, which FSDP2 cannot shard.
 
     accelerate would take those of an optimizer for one.
@@ -100,7 +100,7 @@ def shard_by_anatomy(accelerator: Accelerator) -> None:
     prepare = accelerator._prepare_fsdp2
 
     def prepare_by_anatomy(*given: Any) -> Any:
-        model = next((one for one in given if isinstance(one, nn.Module)), None)
+        model: Any = next((one for one in given if isinstance(one, nn.Module)), None)
         if not isinstance(base_of(model), PreTrainedModel):
             return prepare(*given)
         empty = _empty(model)

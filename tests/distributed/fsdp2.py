@@ -39,6 +39,7 @@ CASES = {
     "bert, resumed": "bert",
 }
 """Each case with its family."""
+LOGITS_ALONE = ("swin", "resnet", "bert, headless and unequal")
 
 
 def built(family: str, seed: int = 0) -> PreTrainedModel:
@@ -80,7 +81,7 @@ def train(case: str, folder: Path) -> dict[str, Any]:
             adam_epsilon=1e-2,
             learning_rate=0.01 if "resumed" in case else 0.05,
             lr_scheduler_type="constant",
-            feature_losses={} if family == "resnet" or "unequal" in case else {"hidden_mse": 0.5},
+            feature_losses={} if case in LOGITS_ALONE else {"hidden_mse": 0.5},
             logging_steps=1,
             save_strategy="steps" if "resumed" in case else "no",
             save_steps=2,

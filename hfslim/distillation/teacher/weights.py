@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import xxhash
 from torch import Tensor, nn
@@ -69,8 +71,9 @@ def shard_teacher(teacher: torch.nn.Module, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     parts = [*modules_to_shard(teacher), teacher]
     empty = {parameter for parameter in teacher.parameters() if not parameter.numel()}
+    options: dict[str, Any] = {"ignored_params": empty} if empty else {}  # From torch 2.7 on.
     for module in parts:
-        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=empty)
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, **options)
     teacher.to(device)
     logger.info(
         f"the teacher {name} is sharded over {mesh.size()} processes, in {len(parts)} parts"
