@@ -15,6 +15,9 @@ from hfslim.anatomy import layer_lists
 from hfslim.anatomy.residual import adds_to_input, are_residual
 from hfslim.anatomy.units import LayerPart, Refusal, Site
 
+LINEAR = "linear_attention"
+"""The type of layers without attention weights, as configs name it."""
+
 
 def above(path: str) -> list[str]:
     """Return a path and those of all modules around it, the innermost first."""
@@ -73,7 +76,8 @@ class LayerFinder:
             return Refusal("layers", path, reason)
         fixed, size = self._fixed(path, list(layers)), uses if runs else len(layers)
         if size - len(fixed) <= (0 if fixed else 1):
-            return None
+            bound = self._bound_by_types(path, ())
+            return Refusal("layers", path, "their types (layer_types) bind them") if bound else None
         return Site(
             kind="layers",
             path=path,
@@ -116,13 +120,33 @@ class LayerFinder:
         after_first = layer_lists.AFTER_FIRST_LAYER.get(type(parent).__name__, "")
         bound = getattr(parent, after_first, None) is not None
         bound |= type(layers[0]).__name__ in layer_lists.FIRST_LAYER_STAYS
-        return tuple(
+        fixed = [
             i
             for i, names in enumerate(keys)
             if names != usual
             or (bound and i == 0)
             or any(shared.startswith(f"{path}.{i}.") for shared in self.shared)
-        )
+        ]
+        return tuple(sorted({*fixed, *self._bound_by_types(path, fixed)}))
+
+    def _bound_by_types(self, path: str, fixed: Sequence[int]) -> set[int]:
+        """Return the layers that the types of attention in the config bind to their places.
+
+        Some configs compute the types from the positions: only layers behind the last change of
+        type can go. Of layers beside linear attention one stays: caches need it.
+        """
+        around = (getattr(self.modules.get(one), "config", None) for one in above(path)[1:])
+        config = next((one for one in around if one is not None), self.config)
+        declared = getattr(type(config), "layer_types", None)
+        if isinstance(declared, list | tuple) or not getattr(config, "layer_types", None):
+            return set()
+        types = list(config.layer_types)[: len(self.modules[path])]
+        computed = isinstance(declared, property) and declared.fset is None
+        bound = {i for i in range(len(types)) if computed and set(types[i:]) != {types[i]}}
+        full = [i for i, one in enumerate(types) if one != LINEAR]
+        if LINEAR in types and not {*fixed, *bound} & {*full}:
+            bound |= {*full[:1]}
+        return bound
 
     def _holds_layers(self, path: str) -> bool:
         layers = list(self.modules[path].children())

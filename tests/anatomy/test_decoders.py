@@ -8,6 +8,7 @@ from structures import uneven
 
 import hfslim
 from hfslim.anatomy.discovery import find_units
+from hfslim.anatomy.structure import Structure
 
 # Falcon and GPT-2 take positions from the mask or the index, so that sides differ even when stock.
 DECODERS = (
@@ -99,3 +100,23 @@ def test_what_sees_images_is_not_offered_in_a_classifier_of_texts():
     assert {(r.path, r.reason) for r in units.refusals if r.kind == "neurons"} == {
         ("model.visual", "it sees image and video, but texts are classified by input_ids")
     }
+
+
+@pytest.mark.parametrize("layers", [3, 6])
+def test_layers_whose_types_are_computed_from_positions_stay(layers):
+    model = zoo.tiny("text/jamba", num_hidden_layers=layers)
+    (site,) = find_units(model).of(["layers"])
+    types = model.config.layer_types
+    assert all(set(types[i:]) == {types[i]} for i in site.removable)
+    assert site.removable
+
+
+@pytest.mark.parametrize("case", ["qwen3_next", "qwen3_5_text", "qwen3_5"])
+def test_one_layer_of_attention_stays_beside_linear_attention(case):
+    types = {"layer_types": ["full_attention"] * 2 + ["linear_attention"], "use_cache": True}
+    fields = {"text_config": types} if case == "qwen3_5" else types
+    model = zoo.tiny(f"text/{case}", **fields)
+    (site,) = find_units(model).of(["layers"])
+    assert site.removable == (1,)
+    kept = Structure.of({"layers": {site.path: ((0, 2), 3)}})
+    assert hfslim.shrink(model, kept).config.get_text_config().num_hidden_layers == 2

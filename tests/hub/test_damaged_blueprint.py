@@ -76,7 +76,7 @@ DAMAGES = {
     ),
     "number that is none": (
         {"version": 1, "attributes": {"bert.embeddings.LayerNorm": {"eps": float("nan")}}},
-        "cannot become nan",
+        "no setting 'eps' that could become nan",
     ),
     "text": (
         {"version": 1, "attributes": {"": {"name_or_path": "/etc"}}},

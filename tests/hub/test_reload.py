@@ -1,20 +1,24 @@
 import copy
+import gc
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
 from datasets import Dataset
 from models import auto_class, tiny
 from places import SUPPORT
-from structures import uneven
+from structures import Unchanged, uneven
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
+    AutoModel,
     AutoModelForSequenceClassification,
     BertForSequenceClassification,
     BitsAndBytesConfig,
@@ -250,3 +254,88 @@ def test_a_pruned_model_saves_with_positional_arguments_like_any_other(tmp_path)
     model.save_pretrained(tmp_path / "given", True, dict(doubled))
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "given")
     assert all(torch.equal(doubled[name], value) for name, value in again.state_dict().items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("trust", [False, True])
+def test_the_encoder_loads_from_a_subfolder_too(trust, tmp_path):
+    model = tiny("bert")
+    hfslim.shrink(model, uneven(model))
+    expected = model.bert(**_inputs(model)).last_hidden_state
+    model.save_pretrained(tmp_path / "whole")
+    model.bert.save_pretrained(tmp_path / "base")
+    # transformers reads code from the top of a repository only.
+    shutil.copy(tmp_path / "base" / "modeling_hfslim.py", tmp_path)
+    for name in ("whole", "base"):
+        same = {"subfolder": name, "trust_remote_code": trust, "attn_implementation": "eager"}
+        encoder = AutoModel.from_pretrained(tmp_path, **same).eval()
+        assert torch.equal(encoder(**_inputs(model)).last_hidden_state, expected)
+    assert "bert.encoder.layer.0.attention.self" in model.config.hfslim["attributes"]
+
+
+def test_a_head_of_other_outputs_than_the_config_is_refused_before_work():
+    model = tiny("bert")
+    model.classifier = torch.nn.Linear(32, 5)
+    with Unchanged(model), pytest.raises(ValueError, match=r"config\.num_labels is 3: set it to 5"):
+        hfslim.shrink(model, uneven(model))
+
+
+def test_settings_of_the_live_model_are_no_part_of_the_blueprint(tmp_path):
+    model = tiny("bert")
+    model.gradient_checkpointing_enable()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    hfslim.shrink(model, _keep(model, neurons=20))
+    assert not hasattr(model.config, "hfslim")
+    assert model.is_gradient_checkpointing
+    model.save_pretrained(tmp_path)
+    assert "gradient_checkpointing" not in (tmp_path / "config.json").read_text()
+    assert load(tmp_path).bert.embeddings.dropout.p == 0.1
+
+
+@torch.no_grad()
+def test_a_model_that_shares_its_config_with_a_cut_one_saves_as_before(tmp_path):
+    model = tiny("bert")
+    other = BertForSequenceClassification(model.config).eval()
+    hfslim.shrink(model, uneven(model))
+    assert not hasattr(other.config, "hfslim")
+    other.save_pretrained(tmp_path)
+    same = load(tmp_path, attn_implementation=other.config._attn_implementation).eval()
+    assert torch.equal(same(**_inputs(other)).logits, other(**_inputs(other)).logits)
+
+
+def test_a_whole_model_of_a_cut_ones_config_saves_without_marks(pruned, tmp_path):
+    _, folder = pruned
+    whole = BertForSequenceClassification(load(folder).config)
+    whole.save_pretrained(tmp_path / "again")
+    assert {p.name for p in (tmp_path / "again").iterdir()} == {"config.json", "model.safetensors"}
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert not {"hfslim", "quantization_config", "auto_map"} & config.keys()
+    assert load(tmp_path / "again").num_parameters() == whole.num_parameters()
+
+
+@torch.no_grad()
+def test_a_shallow_copy_with_another_head_saves_its_own(pruned, tmp_path):
+    _, folder = pruned
+    model = load(folder)
+    twin = copy.copy(model)
+    twin._modules = dict(model._modules)
+    twin.classifier = torch.nn.Linear(32, 3)
+    twin.save_pretrained(tmp_path / "twin")
+    assert torch.equal(load(tmp_path / "twin").classifier.weight, twin.classifier.weight)
+
+
+def test_a_pruned_model_that_is_deleted_leaves_memory_at_once(pruned):
+    _, folder = pruned
+    model = tiny("bert")
+    hfslim.shrink(model, uneven(model))
+    loaded = load(folder)
+    alive = [weakref.ref(model), weakref.ref(loaded)]
+    gc.collect()
+    gc.disable()
+    try:
+        del model, loaded
+        assert [one() for one in alive] == [None, None]
+    finally:
+        gc.enable()

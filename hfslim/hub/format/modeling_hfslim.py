@@ -11,12 +11,14 @@ that the rest of the config describes:
      "layers": {list path: [positions kept]},
      "replaced": {attention path: {"by": class below, its settings ...}},
      "attributes": {module path: {name: value}},
-     "shapes": {parameter path: [sizes]}}
+     "shapes": {parameter path: [sizes]},
+     "digest": hash of the parts above; none in checkpoints of hfslim 0.1.0}
 
 A blueprint is data from outside: every path, name and size is checked, and sizes can only fall.
 """
 
 import copy
+import hashlib
 import importlib
 import inspect
 import json
@@ -29,9 +31,12 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers import conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
 VERSION = 1
+PARTS = {"layers": list, "replaced": dict, "attributes": dict, "shapes": list}
+"""Parts of a blueprint, with the form of the value at each path."""
 ONLY = "the weights of a pruned model are read from safetensors only"
 MAX_COUNT = 1 << 16
 """Bound on every number among the settings of a replacement."""
@@ -291,6 +296,19 @@ _CLASSES = (
     Inputless,
 )
 REPLACEMENTS = {cls.__name__: cls for cls in _CLASSES}
+NEEDED = {
+    **dict.fromkeys(
+        (
+            *("BeitAttention", "BloomAttention", "FalconAttention", "LayoutLMv3SelfAttention"),
+            *("MPNetSelfAttention", "MptAttention"),
+        ),
+        "BiasedHeads",
+    ),
+    **dict.fromkeys(("MT5Attention", "T5Attention"), "SharedBiasHeads"),
+    **dict.fromkeys(("FunnelRelMultiheadAttention", "Phi3Attention"), "CountedHeads"),
+    "WavLMAttention": "WavLMHeads",
+}
+"""Stock classes of attention that cannot run with some heads missing, and what replaces them."""
 FORMER_REPLACEMENTS = ("ConvBertHeads", "DogeHeads", "LongformerHeads", "PvtV2Heads")
 """Classes that only hfslim 0.1.0 had; the file saved beside such a checkpoint has them."""
 
@@ -327,28 +345,29 @@ def apply_blueprint(model: nn.Module, blueprint: Any) -> None:
         BlueprintError: The blueprint does not fit the model. The model may be half changed.
     """
     _check_form(blueprint)
+    written, blueprint = blueprint, relative_to(model, blueprint)
     for path, kept in blueprint.get("layers", {}).items():
         layers: Any = _find(model, path)
         is_list = isinstance(layers, nn.ModuleList | nn.Sequential)
         if not is_list or not kept or not _ascending(kept, len(layers)):
             raise BlueprintError(f"layers {kept} are not among those of {path!r}")
         keep_layers(layers, kept)
+    before = {name: tuple(tensor.shape) for name, tensor in _named_tensors(model)}
     for path, settings in blueprint.get("replaced", {}).items():
         _replace(_find(model, path), path, dict(settings))
-    for path, values in blueprint.get("attributes", {}).items():
-        module = _find(model, path)
-        for name, value in values.items():
-            _set_attribute(module, path, name, value)
+    attributes, sized = blueprint.get("attributes", {}), {}
+    for path, values in attributes.items():
+        _check_attributes(_find(model, path), path, values)
     for path, shape in blueprint.get("shapes", {}).items():
         owner, _, name = path.rpartition(".")
-        module = _find(model, owner)
+        module = sized[owner] = _find(model, owner)
         stock = module._parameters.get(name, module._buffers.get(name))
         if stock is None or not no_larger(tuple(shape), tuple(stock.shape)):
             had = None if stock is None else list(stock.shape)
             raise BlueprintError(
                 f"{path!r} cannot get the shape {shape}: the stock model has {had}"
             )
-        new = torch.empty(shape, dtype=stock.dtype, device=stock.device)
+        new = stock.detach()[tuple(slice(size) for size in shape)].clone()
         if name in module._buffers:
             module._buffers[name] = new
         else:
@@ -356,6 +375,42 @@ def apply_blueprint(model: nn.Module, blueprint: Any) -> None:
         if has_no_inputs(module) and not isinstance(module, Inputless):
             # Earlier checkpoints do not list it.
             replace_class(module, "Inputless")
+    _Shapes(model, before).check(blueprint)
+    for path, values in attributes.items():
+        vars(_find(model, path)).update(_as_tuples(values))
+    if "digest" in written and written["digest"] != digest(written):
+        raise BlueprintError(
+            "config.hfslim was changed after hfslim wrote it (its digest is another): restore "
+            "config.json, or save the model again"
+        )
+
+
+def relative_to(model: nn.Module, blueprint: dict[str, Any]) -> dict[str, Any]:
+    """Return a blueprint with the paths of a model, which may be its base model or one around it.
+
+    As stock loading does with names of weights, the base model's prefix is added or removed, and
+    parts of a head that the model does not have are left out.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    base = model._modules.get(prefix) if prefix else None
+    named = [path for part in PARTS for path in blueprint.get(part, {})]
+    own = [p for p in named if p and p.split(".")[0] in (*model._modules, *model._parameters)]
+
+    def translate(path: str) -> str | None:
+        first, _, rest = path.partition(".")
+        if base is not None:
+            inside = not own if not path else path not in own and first in dict(base._modules)
+            return f"{prefix}.{path}".rstrip(".") if inside and named else path
+        if prefix and first == prefix and path not in own:
+            return rest
+        return path if path in own or not any(p.split(".")[0] == prefix for p in named) else None
+
+    return {
+        name: {new: v for path, v in part.items() if (new := translate(path)) is not None}
+        if name in PARTS
+        else part
+        for name, part in blueprint.items()
+    }
 
 
 LAYER_NUMBERS = ("layer_idx", "layer_id", "seed")
@@ -404,7 +459,7 @@ def update_sizes(module: nn.Module, groups_stay: bool = False) -> None:
 
 
 def _check_form(blueprint: Any) -> None:
-    parts = {"layers": list, "replaced": dict, "attributes": dict, "shapes": list}
+    parts = PARTS
     if not isinstance(blueprint, dict) or blueprint.get("version") != VERSION:
         found = blueprint.get("version") if isinstance(blueprint, dict) else blueprint
         newer = "update hfslim, or load the folder with the modeling_hfslim.py saved beside it"
@@ -412,13 +467,20 @@ def _check_form(blueprint: Any) -> None:
             f"config.hfslim has version {found!r}, expected {VERSION}: "
             + (newer if type(found) is int else "config.json is damaged, restore it or save again")
         )
-    unknown = sorted(set(blueprint) - {"version", *parts})
+    unknown = sorted(set(blueprint) - {"version", "digest", *parts})
     if unknown:
         raise BlueprintError(f"config.hfslim has unknown parts {unknown}, expected {list(parts)}")
     for part, form in parts.items():
         entries = blueprint.get(part, {})
         if not isinstance(entries, dict) or not all(isinstance(v, form) for v in entries.values()):
             raise BlueprintError(f"config.hfslim[{part!r}] must map paths to {form.__name__}s")
+
+
+def digest(blueprint: dict[str, Any]) -> str:
+    """Return a short hash of a blueprint: no check of shapes sees which heads a bias belongs to."""
+    parts = {name: blueprint[name] for name in PARTS if blueprint.get(name)}
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _find(model: nn.Module, path: str) -> nn.Module:
@@ -449,20 +511,189 @@ def _replace(module: nn.Module, path: str, settings: dict) -> None:
     for name in (settings.get("output"), settings.get("norm")):
         if name and name not in module._modules:
             raise BlueprintError(f"{path!r} has no module {name!r}")
+    cls, stock = REPLACEMENTS[by], stock_class(module).__name__
+    kinds = {Headless: "Attention", AcrossHeads: "Norm", Inputless: "Linear"}
+    kind = next(kind for base, kind in kinds.items() if issubclass(cls, base))
+    stock = "Linear" if isinstance(module, nn.Linear | Conv1D) else stock
+    foreign = [n for n in settings if not hasattr(cls, n) or n in module._modules]
+    if kind.lower() not in stock.lower() or foreign:
+        raise BlueprintError(
+            f"{path!r} is a {stock}, which {by} with {settings} does not replace, but a {kind}"
+        )
     if not _ascending(settings.get("kept_heads", []), MAX_COUNT):
         raise BlueprintError(f"{path!r} keeps heads {settings['kept_heads']}")
     replace_class(module, by, **settings)
 
 
-def _set_attribute(module: nn.Module, path: str, name: str, value: object) -> None:
-    value = tuple(value) if isinstance(value, list) else value
-    known = name in vars(module) and not name.startswith("_")
-    old: Any = vars(module).get(name)
-    if not known or type(value) is not type(old) or not isinstance(value, int | float | tuple):
-        raise BlueprintError(f"{path!r} has no setting {name!r} that could become {value!r}")
-    if not no_larger(value, old):
-        raise BlueprintError(f"{path}.{name} cannot become {value}: the stock model has {old}")
-    setattr(module, name, value)
+SIZES = (
+    *("in_features", "out_features", "nx", "nf", "num_embeddings", "embedding_dim"),
+    *("normalized_shape", "num_features", "num_channels", "num_groups"),
+    *("in_channels", "out_channels", "groups"),
+)
+"""Attributes that follow from the shape of a module's own weight."""
+HEAD_COUNTS = (
+    *("num_attention_heads", "num_heads", "n_heads", "n_head", "all_head_size"),
+    *("num_key_value_heads", "num_kv_heads", "kv_heads"),
+)
+"""Attributes that fall in the proportion of the weights in their module."""
+HEAD_SIZES = (
+    *("split_size", "inner_dim", "attn_dim", "embed_dim", "hidden_size", "hidden_size_output"),
+    *("out_dim_projection", "num_key_value_groups"),
+)
+"""Attributes that do so in some families."""
+NEURON_COUNTS = ("intermediate_size", "intermediate_dim", "ffn_dim")
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+CHOSEN_EXPERTS = ("top_k", "num_experts_per_tok")
+LAYER_COUNTS = ("n_layers", "n_layer", "num_layers", "num_hidden_layers")
+BY_DEPTH = ("lambda_init", "residual_scale", "scaling_factor")
+"""Attributes that families compute from the depth, in checkpoints of hfslim 0.1.0."""
+CHANGED_BY_CUTS = (
+    *(*SIZES, *HEAD_COUNTS, *HEAD_SIZES, *NEURON_COUNTS),
+    *(*EXPERT_COUNTS, *CHOSEN_EXPERTS, *LAYER_COUNTS),
+)
+"""All attributes that a blueprint may set, beside those of hfslim 0.1.0."""
+
+
+def _as_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+
+
+def _check_attributes(module: nn.Module, path: str, values: Any) -> None:
+    if not isinstance(values, dict):
+        raise BlueprintError(f"{path!r} has no settings in {values!r}")
+    for name, value in _as_tuples(values).items():
+        known = name in vars(module) and name in (*CHANGED_BY_CUTS, *BY_DEPTH)
+        old: Any = vars(module).get(name)
+        if not known or type(value) is not type(old) or not isinstance(value, int | float | tuple):
+            raise BlueprintError(f"{path!r} has no setting {name!r} that could become {value!r}")
+        if not no_larger(value, old):
+            raise BlueprintError(f"{path}.{name} cannot become {value}: the stock model has {old}")
+
+
+class _Shapes:
+    """Checks what a blueprint tells of modules against the shapes of their weights.
+
+    Args:
+        model: The model, with its new shapes and the old attributes.
+        before: The shapes of the stock model, without the layers that went.
+    """
+
+    def __init__(self, model: nn.Module, before: dict[str, tuple[int, ...]]) -> None:
+        self.model = model
+        self.changes: dict[str, list[tuple[int, int]]] = {}
+        stream = set()
+        for name, tensor in _named_tensors(model):
+            changes = [(o, n) for o, n in zip(before[name], tensor.shape, strict=True) if n < o]
+            if changes:
+                self.changes[name] = changes
+                owner = model.get_submodule(name.rpartition(".")[0])
+                if tensor.ndim == 1 and "norm" in type(owner).__name__.lower():
+                    stream.update(changes)
+        self.stream = stream
+
+    def check(self, blueprint: dict[str, Any]) -> None:
+        """Check the attributes and the replacements of a blueprint."""
+        given = blueprint.get("attributes", {})
+        sized = {name.rpartition(".")[0] for name in self.changes} | set(given)
+        for path, module in self.model.named_modules(remove_duplicate=False):
+            values = _as_tuples(given.get(path, {}))
+            if path in sized:
+                self._check_sizes(path, module, values)
+            self._check_heads(path, module, values)
+            for name, value in values.items():
+                if not self._follows(path, module, name, value):
+                    old = vars(module)[name]
+                    raise BlueprintError(
+                        f"{path}.{name} cannot become {value} where the stock model has {old}: the "
+                        f"weights there go from {sorted(set(self._inside(path)))}"
+                    )
+            self._check_replaced(path, module)
+
+    def _inside(self, path: str, deep: bool = True) -> list[tuple[int, int]]:
+        """Return the dimensions that became smaller in the weights below a path."""
+        start = f"{path}." if path else ""
+        return [
+            change
+            for name, changes in self.changes.items()
+            if name.startswith(start) and (deep or name.count(".") <= start.count(".") + 1)
+            for change in changes
+        ]
+
+    def _check_sizes(self, path: str, module: nn.Module, values: dict[str, Any]) -> None:
+        own = {n: v for n, v in values.items() if n in SIZES}
+        had = {name: value for name, value in vars(module).items() if name in SIZES}
+        fitting = []
+        for groups_stay in (False, True):
+            update_sizes(module, groups_stay)
+            fitting.append({n: v for n, v in vars(module).items() if had.get(n, v) != v})
+            vars(module).update(had)
+        if own not in fitting:
+            raise BlueprintError(f"{path!r} has {own}, but its weights have {fitting[0]}")
+
+    def _check_heads(self, path: str, module: nn.Module, values: dict[str, Any]) -> None:
+        """Check that counts of heads fall where the weights right in the module do."""
+        old = {n: vars(module).get(n) for n in HEAD_COUNTS}
+        counts = {n: v for n, v in old.items() if type(v) is int and v > 0}
+        changes = [c for c in self._inside(path, deep=False) if c not in self.stream]
+        for name, count in counts.items() if changes else ():
+            wanted = {n * count // o for o, n in changes if n * count % o == 0}
+            shared = count == 1 and "k" in name
+            if wanted and not shared and values.get(name, count) not in wanted:
+                raise BlueprintError(
+                    f"{path}.{name} cannot be {values.get(name, count)}: its weights fit {wanted}"
+                )
+        needed = NEEDED.get(stock_class(module).__name__)
+        if changes and needed and not isinstance(module, REPLACEMENTS[needed]):
+            raise BlueprintError(f"{path!r} misses heads, and {needed} does not replace it")
+        if 0 in (values.get(name) for name in counts) and not isinstance(module, Headless):
+            raise BlueprintError(f"{path!r} has no heads, and nothing that replaces it")
+
+    def _follows(self, path: str, module: nn.Module, name: str, value: Any) -> bool:
+        old, inside = vars(module)[name], self._inside(path)
+        if name in (*HEAD_COUNTS, *HEAD_SIZES):
+            return any(n * old == o * value for o, n in inside)
+        if name in (*NEURON_COUNTS, *EXPERT_COUNTS):
+            return (old, value) in inside
+        if name in CHOSEN_EXPERTS:
+            around = self._inside(path.rpartition(".")[0])
+            return any(n == value < old <= o for o, n in around)
+        if name in LAYER_COUNTS:
+            lists = [m for m in module.children() if isinstance(m, nn.ModuleList)]
+            return any(len(layers) == value for layers in lists)
+        return True
+
+    def _check_replaced(self, path: str, module: nn.Module) -> None:
+        empty = any(0 in tensor.shape for tensor in module.parameters())
+        kept = getattr(module, "kept_heads", None)
+        if isinstance(module, AcrossHeads):
+            total, inside = module.head_count, self._inside(path.rpartition(".")[0])
+        elif isinstance(module, BiasedHeads | WavLMHeads):
+            counts = (vars(module).get(name) for name in HEAD_COUNTS)
+            count: Any = next((c for c in counts if c), 0)
+            total = getattr(module, "bias_heads", count)
+            inside = self._inside(path)
+            if count and total != count:
+                raise BlueprintError(f"{path!r} gets a bias of {total} heads, but has {count}")
+        elif isinstance(module, CountedHeads):
+            had: Any = getattr(vars(module).get("config"), module.count_field, None)
+            fits = module.head_count is not None and type(had) is int
+            inside = self._inside(path)
+            if not fits or not any(n * had == o * (module.head_count or 0) for o, n in inside):
+                raise BlueprintError(f"{path!r} has no {module.head_count} heads in its weights")
+            return
+        else:
+            whole = isinstance(module, Inputless) and not has_no_inputs(module)
+            if whole or (isinstance(module, Headless) and not empty):
+                raise BlueprintError(f"{path!r} is replaced, but its weights are not empty")
+            return
+        share = any(n * total == o * len(kept or ()) for o, n in inside)
+        if kept is None or not share or not _ascending(list(kept), total):
+            raise BlueprintError(f"{path!r} keeps heads {kept} of {total}, unlike its weights")
+
+
+def _named_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    named = (model.named_parameters, model.named_buffers)
+    return [pair for names in named for pair in names(remove_duplicate=False)]
 
 
 def no_larger(new: Any, old: Any) -> bool:
@@ -547,6 +778,12 @@ def __getattr__(name: str) -> type:
         if not (isinstance(stock, type) and issubclass(stock, transformers.PreTrainedModel)):
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         bases = (Slim, stock)
+        # The names of a checkpoint's weights are converted by the name of the class.
+        conversions = conversion_mapping.get_checkpoint_conversion_mapping(stock.__name__)
+        if conversions is not None:
+            conversion_mapping.register_checkpoint_conversion_mapping(
+                name, conversions, overwrite=True
+            )
     cls = type(name, bases, {"__module__": __name__, "__doc__": bases[0].__doc__})
     globals()[name] = cls
     return cls

@@ -10,12 +10,14 @@ from __future__ import annotations
 import functools
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -53,8 +55,7 @@ class BlueprintLoader(HfQuantizer):
     ) -> None:
         modeling_hfslim.check_weights(str(model.config.name_or_path), checkpoint_files or ())
         if not getattr(model, "hfslim_applied", False):
-            blueprint = getattr(model.config, "hfslim", None)
-            modeling_hfslim.apply_blueprint(model, blueprint)
+            modeling_hfslim.apply_blueprint(model, getattr(model.config, "hfslim", None))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         for name in ("is_quantized", "quantization_method", "hf_quantizer"):
@@ -63,7 +64,6 @@ class BlueprintLoader(HfQuantizer):
             if isinstance(module, PreTrainedModel):
                 vars(module.config).pop("_is_quantized", None)
         model.config.quantization_config = {"quant_method": "hfslim"}
-        carry_file(model)
 
     def is_serializable(self) -> bool:
         """Return True: a loaded model can be saved."""
@@ -75,13 +75,6 @@ class BlueprintLoader(HfQuantizer):
         return True
 
 
-def carry_file(model: PreTrainedModel) -> None:
-    """Make a model's `save_pretrained` and `push_to_hub` add `modeling_hfslim.py`."""
-    # Partials, because pickle looks up bound methods by name on the model's class.
-    vars(model)["save_pretrained"] = functools.partial(_save_pretrained, model)
-    vars(model)["push_to_hub"] = functools.partial(_push_to_hub, model)
-
-
 def _save_pretrained(
     model: PreTrainedModel,
     save_directory: str | Path,
@@ -90,10 +83,21 @@ def _save_pretrained(
     push_to_hub: bool = False,
     **kwargs: Any,
 ) -> None:
-    """Save as the class does, and add the file that rebuilds the model without hfslim."""
-    type(model).save_pretrained(model, save_directory, is_main_process, state_dict, **kwargs)
+    """Save as ever; beside a pruned model, save the file that rebuilds it without hfslim."""
+    if not getattr(model.config, "hfslim", None):
+        _STOCK_SAVE(model, save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
+        return
+    # This module is imported while transformers is; anatomy needs the whole of it.
+    from hfslim.hub.format import blueprint
+
+    shared = model.config
+    model.config = config = blueprint.own_config(model)
+    try:
+        _STOCK_SAVE(model, save_directory, is_main_process, state_dict, **kwargs)
+    finally:
+        model.config = shared
     folder = Path(save_directory)
-    if is_main_process and getattr(model.config, "hfslim", None):
+    if is_main_process and getattr(config, "hfslim", None):
         shutil.copyfile(modeling_hfslim.__file__, folder / FILE)
         if re.fullmatch(r"checkpoint-\d+", folder.name):
             # The stock Trainer pushes a checkpoint from the folder above, and copies only the
@@ -115,7 +119,10 @@ def _push_to_hub(
     tags: list[str] | str | None = None,
     **where: Any,
 ) -> Any:
-    """Push as the class does, in one commit, with the card of hfslim."""
+    """Push as ever; a pruned model in one commit, with the card of hfslim."""
+    if not getattr(model.config, "hfslim", None):
+        own = {"commit_message": commit_message, "token": token, "tags": tags}
+        return _STOCK_PUSH(model, repo_id, max_shard_size=max_shard_size, **own, **where)
     # Loading and saving need neither.
     from hfslim.hub.card import write_card
     from hfslim.hub.push import push
@@ -132,3 +139,32 @@ def _push_to_hub(
             commit_message=commit_message or "Upload model",
             **where,
         )
+
+
+def _from_config(cls: type[PreTrainedModel], config: PreTrainedConfig, **kwargs: Any) -> Any:
+    """Build as ever; the config of a pruned model builds one of its shape."""
+    model = _STOCK_FROM_CONFIG(cls, config, **kwargs)
+    marks = getattr(model.config, "hfslim", None)
+    if marks and not getattr(model, "hfslim_applied", False) and not _is_inside_another():
+        modeling_hfslim.apply_blueprint(model, marks)
+    return model
+
+
+def _is_inside_another() -> bool:
+    """Return whether a model is being built as a part of another one, which is cut as a whole."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self") if frame.f_code.co_name == "__init__" else None
+        if isinstance(owner, PreTrainedModel):
+            return True
+        frame = frame.f_back
+    return False
+
+
+# On the class: methods of each model's own would lead copies to the original, and keep a model that
+# is deleted in memory until the next garbage collection.
+_STOCK_SAVE, _STOCK_PUSH = PreTrainedModel.save_pretrained, PreTrainedModel.push_to_hub
+_STOCK_FROM_CONFIG = PreTrainedModel._from_config.__func__  # type: ignore[attr-defined]
+PreTrainedModel.save_pretrained = functools.wraps(_STOCK_SAVE)(_save_pretrained)  # type: ignore
+PreTrainedModel.push_to_hub = functools.wraps(_STOCK_PUSH)(_push_to_hub)  # type: ignore
+PreTrainedModel._from_config = classmethod(functools.wraps(_STOCK_FROM_CONFIG)(_from_config))  # type: ignore

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,14 +10,14 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hfslim.anatomy import layer_lists
 from hfslim.anatomy.discovery import find_units
 from hfslim.anatomy.model_state import check_state
 from hfslim.anatomy.structure import Structure
 from hfslim.anatomy.units import Site, Units
-from hfslim.hub.format import blueprint, modeling_hfslim, reload
+from hfslim.hub.format import blueprint, modeling_hfslim
 from hfslim.hub.format.depth import check_layer_types, configs, layer_types, set_depth
 from hfslim.pruning.surgery.proof import (
     Returns,
@@ -63,7 +64,7 @@ def shrink(
     if structure.is_full:
         logger.info("nothing to remove")
         return model
-    blueprint.check_built(model)
+    live = blueprint.check_built(model)
     if inputs is None:
         inputs = probe_inputs(model)
     expected, returns = run_gated(model, units, structure, inputs)
@@ -71,12 +72,14 @@ def shrink(
     types = layer_types(model, units)
     surgery = _Surgery(model, sparing=True)
     try:
+        surgery.own_config()
         surgery.cut(units, structure, returns)
         depth = set_depth(model, units, structure)
         check_layer_types(model, types, structure)
         surgery.record_attributes()
         check_equal(expected, model, inputs)
-        changed = blueprint.describe(model, units, structure, depth)
+        changed = blueprint.describe(model, units, structure, depth, live)
+        blueprint.check_described(model, live)
         check_layer_types(model, types, structure)
         if changed:
             check_equal(expected, model, inputs)
@@ -84,7 +87,6 @@ def shrink(
         surgery.undo()
         raise
     surgery.finish()
-    reload.carry_file(model)
     logger.info("shrunk to %s (%s)", structure, structure.digest())
     return model
 
@@ -115,6 +117,15 @@ class _Surgery:
         self.before: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self.classes: list[tuple[nn.Module, type]] = []
         self.configs = [(config, dict(vars(config))) for config in configs(model)]
+
+    def own_config(self) -> None:
+        """Give the model configs of its own: another model may hold the same ones."""
+        copies: dict[int, Any] = {}
+        for module in self.model.modules():
+            held = {n: v for n, v in vars(module).items() if isinstance(v, PreTrainedConfig)}
+            if held:
+                self._record(vars(module))
+                vars(module).update({n: copy.deepcopy(v, copies) for n, v in held.items()})
 
     def cut(self, units: Units, structure: Structure, returns: Returns) -> None:
         lists = [site for site in units if site.kind == "layers"]
