@@ -9,7 +9,12 @@ import torch
 from accelerate.state import AcceleratorState
 from datasets import Dataset
 from models import tiny
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    BertForSequenceClassification,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 from hfslim import (
     DistillationConfig,
@@ -124,8 +129,12 @@ def test_training_that_would_falsify_the_scores_is_refused(
 
 
 def test_units_that_never_run_are_refused_before_training(tmp_path):
-    model = tiny("bert")
-    model.unused = copy.deepcopy(model.bert.encoder.layer[0])
+    class WithUnused(BertForSequenceClassification):
+        def __init__(self, config):
+            super().__init__(config)
+            self.unused = copy.deepcopy(self.bert.encoder.layer[0])
+
+    model = WithUnused(tiny("bert").config)
     trainer = _trainer(tmp_path, [PruningCallback({"sparsity": 0.5})], model)
     with pytest.raises(RuntimeError, match=r"does not run \['unused"):
         trainer.train()
