@@ -241,7 +241,11 @@ def test_the_pattern_is_exact_after_a_reload_and_obs_errs_least(tmp_path, family
         small = copy.deepcopy(model)
         result = sparsify(small, data, pattern="2:4", method=method, progress=False)
         assert result.model is small
-        assert {row.pattern for row in result.sparsity} == {"2:4"}
+        # The first convolution of speech models has one input.
+        short = ("convolution", "all") if family in ("wav2vec2", "wavlm") else ()
+        note = " but for incomplete groups"
+        for row in result.sparsity:
+            assert row.pattern == "2:4" + (note if row.kind in short else "")
         assert result.errors.keys() == find_weights(model).keys()
         errors[method] = sum(result.errors.values())
     assert errors["sparsegpt"] < 0.6 * errors["wanda"]
