@@ -115,8 +115,7 @@ def compare(
             shown = sys.stderr.isatty()
             first, second = own.predict(one, shown), theirs.predict(other, shown)
             agreed, examples = first.agreement(second), len(first.logits)
-            where = f"evaluation, {examples:,} examples"
-            quality = [Quality(own.metric, second.value, first.value, where, examples)]
+            quality = [Quality(own.metric, second.value, first.value, own.stated_data, examples)]
             length = length or theirs.stated_length
         else:
             one, other = (open_classifier(source)[1] for source in (before, after))

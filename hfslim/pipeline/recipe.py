@@ -55,7 +55,8 @@ class Recipe:
         model_config: `model_type` and fields of an untrained model to start from instead.
         processor: Hub id or folder of the processor; by default that of `model`.
         teacher: Hub id or folder, or a list, for the stages that name no teacher themselves.
-        metric: The metric that is evaluated after each stage.
+        metric: The metric that is evaluated after each stage; by default `accuracy`, for
+            regression `pearson`.
         training: Arguments of every training stage.
         seed: Seed of data, training and pruning.
     """
@@ -68,14 +69,14 @@ class Recipe:
     model_config: Mapping[str, Any] | None = None
     processor: str | None = None
     teacher: str | tuple[str, ...] | None = None
-    metric: str = "accuracy"
+    metric: str | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 42
 
     def __post_init__(self) -> None:
         for key, valid in (("task", TASKS), ("metric", METRICS)):
             value = getattr(self, key)
-            if value not in valid:
+            if value is not None and value not in valid:
                 raise RecipeError(f"{key}: unknown {value!r}{nearest(value, valid)}")
         if (self.model is None) == (self.model_config is None):
             raise RecipeError("model: give either model (Hub id or folder) or model_config")

@@ -58,17 +58,17 @@ def evaluate_pair(state: RunState) -> Pair:
         return Pair(after, None, None, evaluation, None)
     processor = None if state.whole else state.own_processor(source)
     before = load_teacher(source, after, allow_untrained=True)
+    if state.whole:
+        state.rename(before)
     return Pair(after, before, processor, evaluation, state.evaluate(before, processor))
 
 
 def run_report(state: RunState, pair: Pair, comparisons: Sequence[Comparison] = ()) -> Report:
     """Return the report of the current model, with measured costs if there are comparisons."""
     recipe, records, count = state.recipe, state.manifest.stages, len(state.eval)
-    teacher = (
-        None if pair.before_evaluation is None else pair.before_evaluation.metrics[recipe.metric]
-    )
-    data = f"evaluation, {count:,} examples"
-    value = pair.evaluation.metrics[recipe.metric]
+    metric = state.metric
+    teacher = None if pair.before_evaluation is None else pair.before_evaluation.metrics[metric]
+    value = pair.evaluation.metrics[metric]
     losses = {
         name: args.objective if isinstance(args, DistillationConfig) else "loss_hard"
         for name, args in state.arguments.items()
@@ -78,7 +78,7 @@ def run_report(state: RunState, pair: Pair, comparisons: Sequence[Comparison] = 
         # The base model was untrained; this one is not.
         model=base.name.removesuffix(UNTRAINED),
         comparisons=comparisons,
-        quality=[Quality(recipe.metric, value, teacher, data, count, (recipe.seed,))],
+        quality=[Quality(metric, value, teacher, state.stated_data, count, (recipe.seed,))],
         structure=_structure(records),
         stages=[{one.name: _flat(one.settings)} for one in recipe.stages],
         weight_sparsity=zeros_of(pair.after),
@@ -136,7 +136,7 @@ def _curve(
     points: dict[str, Mapping[str, Any]] = {}
     if not comparisons or pair.before_evaluation is None or state.latest is None:
         return []
-    metric, records = state.recipe.metric, state.manifest.stages
+    metric, records = state.metric, state.manifest.stages
     for record in records:
         if record.finished and (state.folder_of(record) / REPORT).exists():
             earlier = Report.load(state.folder_of(record)).curve

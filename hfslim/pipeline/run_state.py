@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -13,10 +14,11 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
 from hfslim.anatomy.adapters import merge_adapters
+from hfslim.anatomy.outputs import label_names, pair_names
 from hfslim.anatomy.weights import sparse_modules
 from hfslim.distillation.teacher.adapted import saved_config
 from hfslim.distillation.teacher.labels import align_labels
-from hfslim.distillation.teacher.teacher import split_revision
+from hfslim.distillation.teacher.teacher import load_teacher, split_revision
 from hfslim.pipeline.manifest import Manifest, StageRecord
 from hfslim.pipeline.opening import explained, sources_of
 from hfslim.pipeline.recipe import Recipe
@@ -68,6 +70,7 @@ class RunState(TaskExamples):
             recipe.model,
             recipe.model_config,
             recipe.processor,
+            new_head=recipe.stages[0].takes_untrained,
             recipe=recipe,
             manifest=manifest,
             source=recipe.model,
@@ -104,6 +107,36 @@ class RunState(TaskExamples):
             settings = self.recipe.model_config or {}
             return build_model(self.task, settings, self.examples.labels, self.processor)
         return self.load_model(self.source, new_head)
+
+    def rename(self, model: Any) -> None:
+        """Give the model before the first cut, whose outputs are the same, the run's labels."""
+        for name, value in self.examples.labels.config.items():
+            setattr(model.config, name, value)
+
+    def teacher(self, source: str, student: Any, allow_untrained: bool) -> Any:
+        """Return a teacher's source, or the teacher with its outputs named as the student's.
+
+        A teacher without names for its outputs has the order of the data, and a model of this run
+        the order of the student; the Trainer would pair either with the student by position.
+        """
+        own = self.examples.labels
+        place = split_revision(source)
+        names = label_names(saved_config(*place, labels=student.config))
+        try:
+            theirs = (
+                own if source in (self.whole, self.source) else self.examples.paired(names).labels
+            )
+            order = tuple(theirs.in_data.index(one) for one in own.in_data)
+        except ValueError:
+            return source  # The Trainer refuses it.
+        with suppress(ValueError):
+            if pair_names(own.names, names).order == order:
+                return source
+        model: Any = load_teacher(source, student, allow_untrained)
+        for output, name in zip(order, own.names, strict=True):
+            model.config.id2label[output] = name
+        model.config.label2id = {name: i for i, name in model.config.id2label.items()}
+        return model
 
     def train_and_save(self, trainer: Trainer, record: StageRecord) -> None:
         """Train from the last checkpoint of an interrupted run or from the start, and save.

@@ -29,6 +29,8 @@ __all__ = ["run"]
 
 logger = logging.getLogger(__name__)
 
+LATER_KEYS = ("label_names", "positive_label")
+
 
 @loading_whole()
 def run(recipe: Recipe) -> Path:
@@ -157,4 +159,6 @@ def _arguments(
 def _settings(recipe: Recipe) -> dict[str, Any]:
     """Return the settings of a recipe outside its stages, which no later run may change."""
     values = {k: v for k, v in vars(recipe).items() if k not in ("stages", "output_dir")}
-    return {**values, "data": dict(vars(recipe.data))}
+    # Runs that began before a key was there go on.
+    data = {k: v for k, v in vars(recipe.data).items() if v is not None or k not in LATER_KEYS}
+    return {**values, "metric": recipe.metric or "accuracy", "data": data}

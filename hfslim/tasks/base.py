@@ -31,21 +31,19 @@ class Examples:
         train: Training examples, already cut to `max_train_samples`.
         evaluation: Evaluation examples, already cut to `max_eval_samples`.
         columns: The input columns, then the label column.
-        labels: The label space of the whole training split.
+        found: The label space of the whole training split, in the data's order.
+        labels: The label space in the order of the model's outputs.
     """
 
     train: datasets.Dataset
     evaluation: datasets.Dataset
     columns: tuple[str, ...]
+    found: Labels
     labels: Labels
 
-    def with_order_of(self, names: dict[int, str] | None) -> Examples:
-        """Return the examples with labels in the order of a model's `id2label`, where they match.
-
-        A model that was trained on the same classes then keeps its head.
-        """
-        ordered = self.labels.ordered_like(list((names or {}).values()))
-        return self if ordered is None else replace(self, labels=ordered)
+    def paired(self, outputs: Sequence[str], order: Sequence[str | int] | None = None) -> Examples:
+        """Return the examples with labels in the order of a model's outputs, as `Labels.paired`."""
+        return replace(self, labels=self.found.paired(outputs, order))
 
 
 class Task(ABC):
@@ -157,7 +155,7 @@ class Task(ABC):
         inputs = self.input_columns(train, data)
         train = self.opened(train, inputs, data.train_file)
         label = find_column(train, data.label_column_name, ("label", "labels"), "label_column_name")
-        labels = find_labels(train, label)
+        labels = find_labels(train, label).with_positive(data.positive_label)
         missing = [column for column in (*inputs, label) if column not in evaluation.column_names]
         if missing:
             raise ValueError(
@@ -179,7 +177,7 @@ class Task(ABC):
             labels.problem,
             ", ".join(labels.names),
         )
-        return Examples(train, evaluation, (*inputs, label), labels)
+        return Examples(train, evaluation, (*inputs, label), labels, labels)
 
     def check_inputs(self, dataset: datasets.Dataset, columns: tuple[str, ...]) -> None:
         """Raise ValueError for inputs that cannot be used; by default there are none."""

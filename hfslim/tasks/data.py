@@ -44,6 +44,9 @@ class DataConfig:
         image_column_name: Column of the image; by default `image` or `img`.
         audio_column_name: Column of the recording; by default `audio`.
         label_column_name: Column of the label; by default `label` or `labels`.
+        label_names: The data's labels in the order of the model's outputs; by default they are
+            paired by name, by number or by position, and checked by the model's accuracy.
+        positive_label: The class that `f1_binary` is about; by default the second of the data.
         train_split_name: Split to train on.
         eval_split_name: Split to evaluate on.
         train_val_split: Fraction of the training split, in (0, 1), to evaluate on instead.
@@ -65,6 +68,8 @@ class DataConfig:
     image_column_name: str | None = None
     audio_column_name: str | None = None
     label_column_name: str | None = None
+    label_names: tuple[str | int, ...] | None = None
+    positive_label: str | int | None = None
     train_split_name: str = "train"
     eval_split_name: str = "validation"
     train_val_split: float | None = None

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 
-from hfslim.tasks.metrics import Problem
+from hfslim.anatomy.outputs import ProblemType, numbers_of, pair_names
 
 
 @dataclass(frozen=True)
 class Labels:
-    """The label space of a data set.
+    """The label space of a data set, in the data's order or in that of a model's outputs.
 
     Attributes:
         problem: transformers' `problem_type`.
@@ -22,12 +22,19 @@ class Labels:
         class_names: Names of a `ClassLabel` column, whose values are indices into them; empty where
             the values are the names.
         vectors: Whether a multi-label value is a 0/1 vector, not a list of classes.
+        values: The data's label of each output, where the model gives it another name.
+        positive: The output of the class that `f1_binary` is about.
+        by: What pairs the labels with the outputs: `given` by the user, or as in
+            `hfslim.anatomy.outputs.Pairing`; None before they are paired.
     """
 
-    problem: Problem
+    problem: ProblemType
     names: tuple[str, ...]
     class_names: tuple[str, ...] = ()
     vectors: bool = False
+    values: tuple[str, ...] = ()
+    positive: int = 1
+    by: Literal["given", "name", "id", "position"] | None = None
 
     @property
     def config(self) -> dict[str, Any]:
@@ -38,16 +45,56 @@ class Labels:
             "problem_type": self.problem,
         }
 
-    def ordered_like(self, names: Sequence[str]) -> Labels | None:
-        """Return these labels in the order of `names`, or None where they differ.
+    @property
+    def in_data(self) -> tuple[str, ...]:
+        """The data's label of each output."""
+        return self.values or self.names
 
-        Upper and lower case are the same.
+    def paired(self, outputs: Sequence[str], order: Sequence[str | int] | None = None) -> Labels:
+        """Return the labels of the data in the order of a model's outputs.
+
+        Outputs without a label in the data keep their names. A model with one output makes
+        whole numbers a regression.
+
+        Args:
+            outputs: Names of the model's outputs.
+            order: The data's label of each output, as the user gives them.
+
+        Raises:
+            ValueError: The labels do not fit the outputs.
         """
-        mine = {name.casefold(): name for name in self.names}
-        theirs = [name.casefold() for name in names]
-        if self.vectors or sorted(mine) != sorted(theirs):
-            return None
-        return replace(self, names=tuple(mine[name] for name in theirs))
+        mine, numbers = self.names, numbers_of(self.names)
+        if len(outputs) == 1 and numbers is not None and not self.class_names:
+            return replace(self, problem="regression", names=tuple(outputs), by="name")
+        if self.problem == "regression":
+            if len(outputs) > 1:
+                raise ValueError(f"the data hold numbers, the model has the labels {list(outputs)}")
+            return replace(self, by="name")
+        theirs = tuple(str(one) for one in order or outputs)
+        if len(theirs) != len(outputs) or (self.vectors and len(mine) != len(theirs)):
+            raise ValueError(f"{list(theirs)} are not the {len(outputs)} outputs {list(outputs)}")
+        pairing = pair_names(mine, theirs)
+        by: Any = "id" if self.class_names and pairing.by == "position" else pairing.by
+        if order and by != "name":
+            raise ValueError(f"label_names {list(theirs)}: expected the data's labels {list(mine)}")
+        own = dict(zip(pairing.order, mine, strict=True))
+        values = tuple(own.get(i, name) for i, name in enumerate(theirs))
+        named = numbers is not None and numbers_of(outputs) is None
+        return replace(
+            self,
+            names=tuple(outputs) if named else values,
+            values=values if named or self.vectors else (),
+            positive=pairing.order[self.positive],
+            by="given" if order else by,
+        )
+
+    def with_positive(self, label: str | int | None) -> Labels:
+        """Return the labels with another positive class; raise ValueError for an unknown one."""
+        if label is None:
+            return self
+        if str(label) not in self.in_data:
+            raise ValueError(f"positive_label {label!r} is not among {list(self.in_data)}")
+        return replace(self, positive=self.in_data.index(str(label)))
 
     def encode(self, values: Iterable[Any]) -> list[Any]:
         """Turn a column of the data into targets: indices, 0/1 vectors or floats.
@@ -57,7 +104,7 @@ class Labels:
         """
         if self.problem == "regression":
             return [self._number(value) for value in values]
-        index = {name: i for i, name in enumerate(self.names)}
+        index = {name: i for i, name in enumerate(self.in_data)}
         if self.problem == "single_label_classification":
             return [self._look_up(value, index) for value in values]
         if self.vectors:
@@ -76,7 +123,7 @@ class Labels:
                 f"label {list(value)!r}: expected {len(self.names)} values of 0 or 1, "
                 "as in the training data"
             )
-        return [float(v) for v in value]
+        return [float(value[int(column)]) for column in self.in_data]
 
     def _look_up(self, value: Any, index: dict[str, int]) -> int:
         if self.class_names and isinstance(value, int):
@@ -92,7 +139,8 @@ class Labels:
             return index[str(value)]
         except KeyError:
             raise ValueError(
-                f"label {value!r} is not among the labels of the training data: {list(self.names)}"
+                f"label {value!r} is not among the labels of the training data: "
+                f"{list(self.in_data)}"
             ) from None
 
 
@@ -107,8 +155,8 @@ def find_labels(dataset: datasets.Dataset, column: str) -> Labels:
     """
     feature = dataset.features[column]
     inner = getattr(feature, "feature", None)
-    single: Problem = "single_label_classification"
-    multi: Problem = "multi_label_classification"
+    single: ProblemType = "single_label_classification"
+    multi: ProblemType = "multi_label_classification"
     for problem, holder in ((single, feature), (multi, inner)):
         if isinstance(holder, datasets.ClassLabel):
             names = tuple(holder.names)
@@ -139,7 +187,7 @@ def find_labels(dataset: datasets.Dataset, column: str) -> Labels:
     )
 
 
-def _with_several(problem: Problem, names: tuple[str, ...], column: str, **rest: Any) -> Labels:
+def _with_several(problem: ProblemType, names: tuple[str, ...], column: str, **rest: Any) -> Labels:
     if len(names) < 2:
         raise ValueError(
             f"column {column!r} has one label only ({', '.join(names) or 'none'}): "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import evaluate
@@ -13,26 +13,26 @@ from scipy import stats
 from sklearn import metrics as sk
 from transformers import EvalPrediction
 
-Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
+from hfslim.anatomy.outputs import ProblemType
 
 
 class ScoreFunction(NamedTuple):
     """A function of references and predictions, and the problems that it suits."""
 
-    compute: Callable[[np.ndarray, np.ndarray], float]
-    problems: tuple[Problem, ...]
+    compute: Callable[..., float]
+    problems: tuple[ProblemType, ...]
     description: str
 
 
 _f1: Any = partial(sk.f1_score, zero_division=0)
-_ONE: tuple[Problem, ...] = ("single_label_classification",)
-_ANY: tuple[Problem, ...] = (*_ONE, "multi_label_classification")
-_VALUE: tuple[Problem, ...] = ("regression",)
+_ONE: tuple[ProblemType, ...] = ("single_label_classification",)
+_ANY: tuple[ProblemType, ...] = (*_ONE, "multi_label_classification")
+_VALUE: tuple[ProblemType, ...] = ("regression",)
 
 SCORES: Mapping[str, ScoreFunction] = {
     "accuracy": ScoreFunction(sk.accuracy_score, _ANY, "Fraction of examples right in every class"),
     "f1_macro": ScoreFunction(partial(_f1, average="macro"), _ANY, "Mean over classes of their F1"),
-    "f1_binary": ScoreFunction(partial(_f1, average="binary"), _ONE, "F1 of the second class"),
+    "f1_binary": ScoreFunction(partial(_f1, average="binary"), _ONE, "F1 of the positive class"),
     "matthews_correlation": ScoreFunction(sk.matthews_corrcoef, _ONE, "Correlation of classes"),
     "pearson": ScoreFunction(lambda r, p: stats.pearsonr(p, r)[0], _VALUE, "Correlation of values"),
     "spearman": ScoreFunction(lambda r, p: stats.spearmanr(p, r)[0], _VALUE, "The same of ranks"),
@@ -45,12 +45,16 @@ class LocalMetric(evaluate.Metric):
     Args:
         name: A key of `SCORES`.
         multi_label: Whether predictions and references are 0/1 vectors, `[examples, classes]`.
+        positive: The positive class of `f1_binary`.
     """
 
     name = ""
 
-    def __init__(self, name: str, multi_label: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, name: str, multi_label: bool = False, positive: int = 1, **kwargs: Any
+    ) -> None:
         self.name, self._score, self._multi_label = name, SCORES[name], multi_label
+        self._options = {"pos_label": positive} if name == "f1_binary" else {}
         super().__init__(**kwargs)
 
     def _info(self) -> evaluate.MetricInfo:
@@ -63,7 +67,8 @@ class LocalMetric(evaluate.Metric):
         )
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        score = self._score.compute(np.asarray(references), np.asarray(predictions))
+        values = np.asarray(references), np.asarray(predictions)
+        score = self._score.compute(*values, **self._options)
         return {self.name: float(score)}
 
 
@@ -72,12 +77,12 @@ METRICS: Mapping[str, Callable[..., LocalMetric]] = {
 }
 
 
-def usual_metric(problem: Problem) -> str:
+def usual_metric(problem: ProblemType) -> str:
     """Return the first metric that suits a problem."""
     return next(name for name, score in SCORES.items() if problem in score.problems)
 
 
-def decide(logits: np.ndarray, problem: Problem) -> np.ndarray:
+def decide(logits: np.ndarray, problem: ProblemType) -> np.ndarray:
     """Return the predictions of logits `[examples, classes]`.
 
     They are classes `[examples]`, 0/1 vectors `[examples, classes]` or values `[examples]`.
@@ -90,9 +95,11 @@ def decide(logits: np.ndarray, problem: Problem) -> np.ndarray:
 
 
 def compute_metrics(
-    name: str, problem: Problem, classes: int
+    name: str, problem: ProblemType, classes: int, positive: int = 1
 ) -> Callable[[EvalPrediction], dict[str, float]]:
     """Return the Trainer's `compute_metrics` for a metric, a key of `METRICS`.
+
+    `positive` is the positive class of `f1_binary`.
 
     Raises:
         ValueError: The metric does not suit the problem.
@@ -111,7 +118,7 @@ def compute_metrics(
     def compute(prediction: EvalPrediction) -> dict[str, float]:
         outputs = prediction.predictions
         logits = outputs[0] if isinstance(outputs, tuple) else outputs
-        metric = METRICS[name](multi_label=multi_label)
+        metric = METRICS[name](multi_label=multi_label, positive=positive)
         references = np.asarray(prediction.label_ids)
         if multi_label:
             references = references.astype(np.int32)

@@ -10,7 +10,11 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
+<<<<<<< HEAD
 from hfslim.anatomy.model_state import check_head
+=======
+from hfslim.anatomy.outputs import label_names
+>>>>>>> 80c0c1b (Pair the labels of data, models and teachers by one function, and check the pairing by the model's own answers)
 from hfslim.tasks.base import Task
 from hfslim.tasks.data import did_you_mean
 from hfslim.tasks.labels import Labels
@@ -71,7 +75,7 @@ def load_model(
     Args:
         task: Kind of classification.
         source: Hub id or local folder.
-        labels: Labels of the data, in the model's order where the names match.
+        labels: Labels of the data, paired with the model's outputs unless it gets a new head.
         new_head: Whether a new head is allowed, because the model is trained next.
         processor: Its padding token is taken into a config that has none.
 
@@ -80,15 +84,13 @@ def load_model(
             token is outside of the vocabulary.
     """
     config = AutoConfig.from_pretrained(source)
-    names = tuple(config.id2label.values())
-    same = [n.casefold() for n in names] == [n.casefold() for n in labels.names]
-    generic = names == tuple(f"LABEL_{i}" for i in range(len(labels.names)))
-    if not (same or generic or new_head):
+    names = label_names(config)
+    if not new_head and (len(names) != len(labels.names) or labels.by is None):
         raise ValueError(
             f"{source} has the labels {list(names)}, the data have {list(labels.names)}: "
             "begin with a `transfer` stage, which trains a new head"
         )
-    if not same:
+    if names != labels.names:
         logger.warning("%s: labels %s become %s", source, list(names), list(labels.names))
     config = AutoConfig.from_pretrained(source, **labels.config)
     set_padding(config, processor)

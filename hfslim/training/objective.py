@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig, Trainer
+from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
 
+<<<<<<< HEAD
 from hfslim.anatomy.adapters import base_of
 from hfslim.tasks.padding import check_padding
 from hfslim.training.batch_shares import (
@@ -27,46 +28,14 @@ from hfslim.training.batch_shares import (
     running,
     share_of,
 )
+=======
+from hfslim.anatomy.outputs import ProblemType, problem_type
+from hfslim.training.batch_shares import Share, keep_first, real_examples, running, share_of
+>>>>>>> 80c0c1b (Pair the labels of data, models and teachers by one function, and check the pairing by the model's own answers)
 
 __all__ = ["IGNORED_LABEL", "MeanLossMixin", "ProblemType", "hard_loss", "problem_type"]
 
-ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
 IGNORED_LABEL = -100
-
-
-def problem_type(config: PreTrainedConfig, labels: Tensor | None = None) -> ProblemType:
-    """Return a classifier's problem type, by the rule of transformers.
-
-    `config.problem_type` decides where it is set. Otherwise one label means regression, integer
-    labels mean one class per example, and other labels a yes-or-no question per class.
-
-    Args:
-        config: The classifier's.
-        labels: Labels of a batch; without them an unset type counts as single-label.
-
-    Raises:
-        ValueError: `config.problem_type` is none of the three.
-
-    Examples:
-        >>> from transformers import BertConfig
-        >>> problem_type(BertConfig(num_labels=1))
-        'regression'
-        >>> problem_type(BertConfig(num_labels=3), torch.tensor([[1.0, 0.0, 1.0]]))
-        'multi_label_classification'
-    """
-    declared = config.problem_type
-    if declared is None:
-        if config.num_labels == 1:
-            return "regression"
-        if labels is None or not labels.is_floating_point():
-            return "single_label_classification"
-        return "multi_label_classification"
-    known = get_args(ProblemType)
-    if declared not in known:
-        raise ValueError(
-            f"config.problem_type is {declared!r}; expected one of {', '.join(known)}."
-        )
-    return declared
 
 
 def hard_loss(

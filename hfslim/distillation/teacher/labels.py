@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import Any
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.utils import logging
+
+from hfslim.anatomy.outputs import label_names, pair_names
 
 __all__ = ["align_labels"]
 
@@ -20,7 +19,7 @@ def align_labels(
 ) -> Tensor | None:
     """Return the teacher's index of each of the student's labels.
 
-    Names are compared without case and surrounding blanks. Models with one output are regression
+    They pair by name, number or position, as in `hfslim.anatomy.outputs.pair_names`. Models with one output are regression
     models, without labels to align.
 
     Args:
@@ -49,35 +48,27 @@ def align_labels(
         )
     if student.num_labels == teacher.num_labels == 1:
         return None
-    names = {}
-    for role, config in (("student", student), ("teacher", teacher)):
-        labels = _names(config)
-        names[role] = [str(label).strip().casefold() for label in labels]
-        twice = [label for label, count in Counter(names[role]).items() if count > 1]
-        if twice:
-            raise ValueError(
-                f"The {role}'s labels {labels} hold {twice[0]!r} more than once, so that they "
-                "cannot be told apart; make config.id2label unique."
-            )
-    lacking = set(names["student"]) - set(names["teacher"])
-    more = set(names["teacher"]) - set(names["student"])
-    if lacking or (more and not allow_subset):
-        fix = (
-            "Set teacher_subset=True to leave out the labels that the student lacks."
-            if more and not lacking
-            else "Give both the same names in config.id2label, in the order in which each was "
-            "trained."
-        )
+    own, theirs = label_names(student), label_names(teacher)
+    fault = f"The labels of teacher and student do not match. Student: {list(own)}. Teacher: "
+    fault += f"{list(theirs)}."
+    try:
+        places, by = pair_names(own, theirs)
+    except ValueError as error:
         raise ValueError(
-            "The labels of teacher and student do not match. Student: "
-            f"{_names(student)}. Teacher: {_names(teacher)}. {fix}"
+            f"{fault} Give both the same unique names in config.id2label, in the order in which "
+            f"each was trained: {error}."
+        ) from error
+    if len(theirs) > len(own) and not allow_subset:
+        raise ValueError(
+            f"{fault} Set teacher_subset=True to leave out the labels that the student lacks."
         )
-    if names["student"] == names["teacher"]:
+    if by != "name":
+        logger.warning(
+            f"The teacher's labels {list(theirs)} are taken by {by} for the student's {list(own)}; "
+            "the check of the teacher on labelled examples confirms it."
+        )
+    if places == tuple(range(len(theirs))):
         return None
-    order = torch.tensor([names["teacher"].index(label) for label in names["student"]])
+    order = torch.tensor(places)
     logger.info(f"The teacher's labels are reordered to the student's: {order.tolist()}.")
     return order
-
-
-def _names(config: Any) -> list[str]:
-    return [config.id2label[i] for i in range(config.num_labels)]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from hfslim.tasks.label_check import CLEAR, fit_of
 from hfslim.training.objective import IGNORED_LABEL, ProblemType, hard_loss
 
 __all__ = ["OVERRIDE", "UntrainedTeacherError", "check_quality"]
@@ -73,11 +74,19 @@ def check_quality(
         name, chance = "correlation with the labels", 0.0
         score = ((x * y).sum(0) / norms).mean().item()
         error = 1 / math.sqrt(len(target))
+    fit = fit_of(logits.double().cpu().numpy(), labels.cpu().numpy(), problem)
+    fits = "" if fit.best is None else f"; in the order {list(fit.best)} its outputs would fit"
+    if fit.gain > CLEAR:
+        raise UntrainedTeacherError(
+            f"The {name} of {teacher} on {len(labels)} examples is {score:.3f}{fits}: set "
+            "config.id2label of the teacher to the names of its outputs, in their order, or "
+            "allow_untrained_teacher=True."
+        )
     if not score > chance + 2 * error:
         raise UntrainedTeacherError(
             f"The {name} of {teacher} on {len(labels)} examples is {score:.3f}, which is chance "
             f"level ({chance:.3f} ± {2 * error:.3f}). Check that it was trained on these labels, "
-            f"in this order. {OVERRIDE}"
+            f"in this order{fits}. {OVERRIDE}"
         )
     logger.info(f"{teacher}: {name} {score:.3f} on {len(labels)} examples (chance {chance:.3f}).")
     return score

@@ -45,7 +45,11 @@ class TaughtStage(Stage):
         self, state: RunState, model: Any, args: Any, *callbacks: TrainerCallback
     ) -> DistillationTrainer:
         """Return a Trainer that distils the teachers into a model."""
-        parts = state.taught_parts(self.teachers(state))
+        sources = self.teachers(state)
+        parts = state.taught_parts(sources)
+        parts["teacher"] = [
+            state.teacher(one, model, args.allow_untrained_teacher) for one in sources
+        ]
         return DistillationTrainer(model=model, args=args, callbacks=[*callbacks], **parts)
 
 

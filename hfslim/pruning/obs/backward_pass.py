@@ -41,13 +41,14 @@ def run_backward(
     examples = 0
     with _hooks(modules, on_gradient), evaluating(model), frozen(model), torch.enable_grad():
         for batch in track(batches, title, disable=not progress, transient=True):
-            inputs = {k: v for k, v in placed(model, batch).items() if k not in ("labels", "label")}
+            inputs = dict(placed(model, batch))
+            labels = inputs.pop("labels", inputs.pop("label", None))
             logits = logits_of(model(**inputs))
             after_forward()
             check_finite(model, inputs, logits)
             check_gradients(model, logits)
             examples += len(logits)
-            factors = decision_factors(logits, problem_type(model.config)).sum(0)
+            factors = decision_factors(logits, problem_type(model.config, labels)).sum(0)
             for number, factor in enumerate(factors, 1):
                 factor.backward(retain_graph=number < len(factors))
     return examples

@@ -10,6 +10,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from transformers import PreTrainedConfig
 
+from hfslim.anatomy.outputs import label_names
 from hfslim.training.objective import IGNORED_LABEL, ProblemType, problem_type
 
 logger = logging.getLogger(__name__)
@@ -51,14 +52,12 @@ def class_numbers(config: PreTrainedConfig, classes: Sequence[int | str]) -> tup
     """Return the numbers of classes, given by number or name; raise a ValueError on others."""
     if problem_type(config) == "regression":
         raise ValueError("classes: the model predicts values, not classes")
-    known: Mapping[Any, str] = config.id2label or {}
-    numbers: list[Any] = [
-        (config.label2id or {}).get(c, -1) if isinstance(c, str) else c for c in classes
-    ]
-    unknown = [c for c, number in zip(classes, numbers, strict=True) if number not in known]
-    if unknown or not numbers:
+    known = label_names(config)
+    named = dict(zip(known, range(len(known)), strict=True))
+    numbers = [named.get(c, -1) if isinstance(c, str) else c for c in classes]
+    if not numbers or not {*numbers} <= {*range(len(known))}:
         raise ValueError(
-            f"classes {list(classes)!r}: expected some of {list(known.values())}, or their numbers"
+            f"classes {list(classes)!r}: expected some of {list(known)}, or their numbers"
         )
     return tuple(dict.fromkeys(numbers))
 

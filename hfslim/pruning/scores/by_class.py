@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hfslim.anatomy.discovery import find_units
+from hfslim.anatomy.outputs import label_names
 from hfslim.anatomy.structure import KINDS, Key, Kind
 from hfslim.pruning.gates.gates import Gates
 from hfslim.pruning.scores.batches import Batches
@@ -95,8 +96,7 @@ def importance_by_class(
                 f"criterion {name} for {kind} does not score example by example, so it has no "
                 f"importance by class: use one of {by_example}"
             )
-    known: Any = model.config.id2label
-    names = tuple(known[number] for number in range(len(known)))
+    names = label_names(model.config)
     collector = Collector(Gates(model, found.of(kinds)), criteria, classes=len(names))
     run(model, collector, Batches(data, max_examples), progress)
     scores = collector.result(model, seed=0)
