@@ -85,11 +85,17 @@ def load_model(
     """
     config = AutoConfig.from_pretrained(source)
     names = label_names(config)
-    if not new_head and (len(names) != len(labels.names) or labels.by is None):
-        raise ValueError(
-            f"{source} has the labels {list(names)}, the data have {list(labels.names)}: "
-            "begin with a `transfer` stage, which trains a new head"
-        )
+    if not new_head:
+        try:
+            labels = labels if labels.by else labels.paired(names)
+            fits = len(names) == len(labels.names)
+        except ValueError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"{source} has the labels {list(names)}, the data have {list(labels.names)}: "
+                "begin with a `transfer` stage, which trains a new head"
+            )
     if names != labels.names:
         logger.warning("%s: labels %s become %s", source, list(names), list(labels.names))
     config = AutoConfig.from_pretrained(source, **labels.config)

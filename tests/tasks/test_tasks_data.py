@@ -66,10 +66,34 @@ def test_labels_are_read_off_the_column(values, feature, problem, names, encoded
 
 def test_labels_follow_the_order_of_a_model_that_knows_them() -> None:
     labels = find_labels(column(["neg", "pos"]), "label")
-    ordered = labels.ordered_like(["POS", "NEG"])
-    assert ordered is not None
+    ordered = labels.paired(["POS", "NEG"])
     assert ordered.encode(["neg", "pos"]) == [1, 0]
-    assert labels.ordered_like(["pos", "other"]) is None
+    assert (ordered.names, ordered.by, ordered.positive) == (("pos", "neg"), "name", 0)
+    with pytest.raises(ValueError, match=r"\['neg', 'pos'\] are not among \['pos', 'other'\]"):
+        labels.paired(["pos", "other"])
+
+
+def test_integers_that_are_ids_of_outputs_are_ids() -> None:
+    labels = find_labels(column([0, 1, 1]), "label").paired(["NEGATIVE", "POSITIVE"])
+    assert (labels.names, labels.by) == (("NEGATIVE", "POSITIVE"), "id")
+    assert labels.encode([0, 1]) == [0, 1]
+    flipped = find_labels(column([0, 1]), "label").paired(["POSITIVE", "NEGATIVE"], [1, 0])
+    assert (flipped.names, flipped.by) == (("POSITIVE", "NEGATIVE"), "given")
+    assert flipped.encode([0, 1]) == [1, 0]
+
+
+def test_columns_of_vectors_follow_the_order_that_is_given() -> None:
+    labels = find_labels(column([[0, 1, 1], [1, 0, 0]]), "label")
+    ordered = labels.paired(["a", "b", "c"], [2, 0, 1])
+    assert ordered.names == ("a", "b", "c")
+    assert ordered.encode([[0, 1, 0]]) == [[0.0, 0.0, 1.0]]
+    assert labels.paired(["a", "b", "c"]).encode([[0, 1, 0]]) == [[0.0, 1.0, 0.0]]
+
+
+def test_whole_numbers_are_values_for_a_model_with_one_output() -> None:
+    labels = find_labels(column([1, 5, 3]), "label").paired(["LABEL_0"])
+    assert labels.problem == "regression"
+    assert labels.encode([5]) == [5.0]
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,8 @@ def align_labels(
         places, by = pair_names(own, theirs)
     except ValueError as error:
         raise ValueError(
-            f"{fault} Give both the same unique names in config.id2label, in the order in which "
-            f"each was trained: {error}."
+            f"{fault} Give both the same names in config.id2label, in the order in which each was "
+            f"trained: {error}."
         ) from error
     if len(theirs) > len(own) and not allow_subset:
         raise ValueError(

@@ -30,6 +30,29 @@ def test_labels_are_found_by_name_whatever_their_case_and_order() -> None:
     assert order.tolist() == [1, 2, 0]
 
 
+def test_outputs_without_names_are_those_of_the_student_by_position() -> None:
+    for names in (("LABEL_0", "LABEL_1"), ("0", "1")):
+        assert align_labels(config("no", "yes"), config(*names)) is None
+        assert align_labels(config(*names), config("no", "yes")) is None
+    assert align_labels(config("no", "yes"), config("1", "0")).tolist() == [1, 0]
+
+
+def test_keys_of_id2label_may_be_strings() -> None:
+    student = config("b", "a")
+    student.id2label = {"1": "a", "0": "b"}
+    assert align_labels(student, config("a", "b")).tolist() == [1, 0]
+    student.id2label = {1: "a", 2: "b"}
+    with pytest.raises(ValueError, match=r"keys \[1, 2\]; expected .* 0 to 1"):
+        align_labels(student, config("a", "b"))
+
+
+def test_a_teacher_whose_order_another_would_fit_is_told_that_order() -> None:
+    labels = torch.arange(90) % 3
+    swapped = torch.eye(3)[torch.tensor([0, 2, 1])[labels]]
+    with pytest.raises(UntrainedTeacherError, match=r"order \[0, 2, 1\].*config.id2label"):
+        check_skill(swapped, labels, "single_label_classification")
+
+
 def test_labels_in_the_same_order_need_no_reordering() -> None:
     assert align_labels(config("a", "b"), config("A", "B")) is None
     assert align_labels(config("LABEL_0", "LABEL_1"), config("LABEL_0", "LABEL_1")) is None
@@ -39,7 +62,7 @@ def test_regression_models_have_nothing_to_align() -> None:
     assert align_labels(config("score"), config("LABEL_0")) is None
 
 
-@pytest.mark.parametrize("names", [("a", "c"), ("a", "b", "c"), ("LABEL_0", "LABEL_1")])
+@pytest.mark.parametrize("names", [("a", "c"), ("a", "b", "c"), ("LABEL_1", "LABEL_2")])
 def test_labels_that_do_not_match_are_an_error_that_lists_both(names: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match="do not match") as error:
         align_labels(config("a", "b"), config(*names))
