@@ -234,8 +234,9 @@ class TaskExamples:
     def stated_data(self) -> str:
         """The evaluation examples as reports name them, with the positive class of `f1_binary`."""
         labels = self.examples.labels
-        positive = f", positive: {labels.names[labels.positive]}"
-        end = positive if self.metric == "f1_binary" else ""
+        end = ""
+        if self.metric == "f1_binary":
+            end = f", positive: {labels.names[labels.positive]}"
         return f"evaluation, {len(self.eval):,} examples{end}"
 
     def trainer_parts(self) -> dict[str, Any]:

@@ -39,11 +39,7 @@ def examples(kind: str) -> Dataset:
         inputs = {"input_ids": [[1 + c, *draw.integers(4, 16, 5).tolist()] for c in labels]}
     elif kind == "image":
         noise = draw.normal(0, 0.1, (48, 3, 8, 8))
-        inputs = {
-            "pixel_values": [
-                n + np.eye(3)[c][:, None, None] for n, c in zip(noise, labels, strict=True)
-            ]
-        }
+        inputs = {"pixel_values": list(noise + np.eye(3)[labels][:, :, None, None])}
     else:
         time = np.arange(1600) / 1600
         inputs = {"input_values": [np.sin(2 * np.pi * 40 * 4**c * time) for c in labels]}

@@ -236,7 +236,7 @@ def test_a_column_of_numbers_is_measured_by_pearson(places, tmp_path) -> None:
     assert set(stage["metrics"]) == {"pearson", "loss"}
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["quality"][0]["metric"] == "pearson"
-    with pytest.raises(RecipeError, match="accuracy.* does not suit regression"):
+    with pytest.raises(RecipeError, match=r"accuracy.* does not suit regression"):
         run(parse_recipe({**recipe, "metric": "accuracy", "output_dir": str(tmp_path / "b")}))
 
 

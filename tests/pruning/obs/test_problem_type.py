@@ -29,5 +29,5 @@ def test_float_labels_make_a_multi_label_problem(declared, monkeypatch) -> None:
 
     monkeypatch.setattr("hfslim.pruning.obs.backward_pass.decision_factors", watched)
     batch = {"input_ids": torch.ones(2, 4, dtype=torch.long), "labels": torch.ones(2, 3)}
-    run_backward(model, {}, [batch], lambda *_: None)
+    run_backward(model, {"classifier": model.classifier}, [batch], lambda *_: None)
     assert seen == [problem_type(config, batch["labels"])] == ["multi_label_classification"]
