@@ -10,11 +10,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
-<<<<<<< HEAD
 from hfslim.anatomy.model_state import check_head
-=======
 from hfslim.anatomy.outputs import label_names
->>>>>>> 80c0c1b (Pair the labels of data, models and teachers by one function, and check the pairing by the model's own answers)
 from hfslim.tasks.base import Task
 from hfslim.tasks.data import did_you_mean
 from hfslim.tasks.labels import Labels

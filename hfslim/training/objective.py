@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
 
-<<<<<<< HEAD
 from hfslim.anatomy.adapters import base_of
+from hfslim.anatomy.outputs import ProblemType, problem_type
 from hfslim.tasks.padding import check_padding
 from hfslim.training.batch_shares import (
     Share,
@@ -28,10 +28,6 @@ from hfslim.training.batch_shares import (
     running,
     share_of,
 )
-=======
-from hfslim.anatomy.outputs import ProblemType, problem_type
-from hfslim.training.batch_shares import Share, keep_first, real_examples, running, share_of
->>>>>>> 80c0c1b (Pair the labels of data, models and teachers by one function, and check the pairing by the model's own answers)
 
 __all__ = ["IGNORED_LABEL", "MeanLossMixin", "ProblemType", "hard_loss", "problem_type"]
 
