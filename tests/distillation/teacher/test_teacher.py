@@ -50,7 +50,7 @@ def test_a_teacher_whose_order_another_would_fit_is_told_that_order() -> None:
     labels = torch.arange(90) % 3
     swapped = torch.eye(3)[torch.tensor([0, 2, 1])[labels]]
     with pytest.raises(UntrainedTeacherError, match=r"order \[0, 2, 1\].*config.id2label"):
-        check_skill(swapped, labels, "single_label_classification")
+        check_quality(swapped, labels, "single_label_classification")
 
 
 def test_labels_in_the_same_order_need_no_reordering() -> None:
