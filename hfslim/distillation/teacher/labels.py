@@ -19,8 +19,8 @@ def align_labels(
 ) -> Tensor | None:
     """Return the teacher's index of each of the student's labels.
 
-    They pair by name, number or position, as in `hfslim.anatomy.outputs.pair_names`. Models with one output are regression
-    models, without labels to align.
+    They pair by name, number or position, as in `hfslim.anatomy.outputs.pair_names`. Models
+    with one output are regression models, without labels to align.
 
     Args:
         student: Config with `id2label`.
