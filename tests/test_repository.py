@@ -130,3 +130,15 @@ def test_an_editable_install_is_found_from_the_folder_above_a_clone(tmp_path: Pa
 def test_an_editable_install_is_by_path() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert settings["package-dir"] == {"": "."}
+
+
+def test_the_package_keeps_its_shape() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "support" / "shape.py")],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -147,8 +147,12 @@ def counts() -> list[Count]:
     ]
 
 
-LINES = 27_000
-"""A feature that needs more raises this in its own commit, and says what the lines are for."""
+LINES = 31_000
+"""A feature that needs more raises this in its own commit, and says what the lines are for.
+
+The goal for the features of 0.1.0 was 27,000; the rebuilt package had 28,640 with them. The faults
+from the field and FSDP2 took 2,140 more.
+"""
 
 
 if __name__ == "__main__":
