@@ -21,7 +21,7 @@ AUDIO_SAMPLES = 16_000
 CHARACTERS = 256
 """Number of code points for models that read characters."""
 _POSITIONS = re.compile(
-    r"(?!.*(?:vision|visual|image|audio))"
+    r"(?!.*(?:vision|visual|image|audio|output_position))"
     r"(.*(?:position_embeddings?|position_ids|embed_positions|positions_embed|wpe))(\.weight)?"
 )
 """Names of tables of a text's positions, without and with `.weight`."""

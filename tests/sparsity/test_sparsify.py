@@ -387,5 +387,5 @@ def test_a_module_on_which_nothing_depends_is_named():
 
 def test_a_wrapper_is_refused():
     model = tiny("bert")
-    with pytest.raises(TypeError, match="got DataParallel: pass the model inside"):
+    with pytest.raises(TypeError, match="DataParallel is a wrapper: pass the model inside"):
         sparsify(nn.DataParallel(model), _batches(model), 0.5)

@@ -306,7 +306,9 @@ def test_other_families_keep_their_pattern_over_a_reload(tmp_path, family):
     trainer.train()
     trainer.save_model(str(tmp_path / "final"))
     reloaded = type(model).from_pretrained(tmp_path / "final")
-    assert _all(reloaded).pattern == "2:4"
+    # The first convolution of wav2vec2 has one input.
+    incomplete = " but for incomplete groups" if family == "wav2vec2" else ""
+    assert _all(reloaded).pattern == f"2:4{incomplete}"
     _equal(reloaded.state_dict(), model.state_dict())
 
 
@@ -342,7 +344,7 @@ def test_a_pattern_holds_for_what_the_structure_leaves(tmp_path):
     trainer.train()
     sizes = {trainer.model.bert.encoder.layer[i].output.dense.in_features for i in range(3)}
     assert any(size % 4 for size in sizes)
-    assert _all(trainer.model).pattern == "2:4"
+    assert _all(trainer.model).pattern == "2:4 but for incomplete groups"
     assert _all(trainer.model).sparsity == pytest.approx(0.5, abs=0.02)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hfslim.anatomy.inputs import example_inputs
+from hfslim.anatomy.inputs import example_inputs, text_positions
 from hfslim.anatomy.structure import Structure
 from hfslim.anatomy.units import Units
 from hfslim.measuring.timing import evaluating
@@ -47,8 +47,10 @@ def probe_logits(model: PreTrainedModel) -> torch.Tensor:
 
 
 def probe_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return small random inputs of a model."""
+    """Return small random inputs of a model, no longer than its table of positions."""
     length = PROBE_LENGTH.get(model.main_input_name)
+    if length is not None and model.main_input_name == "input_ids":
+        length = min(length, text_positions(model) or length)
     return example_inputs(model, batch_size=PROBE_EXAMPLES, length=length)
 
 
