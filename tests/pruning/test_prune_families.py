@@ -76,5 +76,5 @@ def test_a_model_without_gradients_inside_is_refused_with_what_fits(options):
 
 def test_a_model_that_is_no_classifier_is_refused_with_how_to_load_it():
     model = AutoModel.from_config(zoo.tiny_config("bert")).eval()
-    with pytest.raises(ValueError, match="for text encoding.*AutoModelForSequenceClassification"):
+    with pytest.raises(ValueError, match=r"for text encoding.*AutoModelForSequenceClassification"):
         hfslim.prune(model, batches(model), target={"macs": 0.8}, progress=False)

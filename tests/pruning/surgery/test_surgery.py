@@ -91,7 +91,7 @@ def test_a_weight_that_the_class_does_not_build_has_to_be_folded_in_first():
     model = tiny("bert")
     dense = model.bert.encoder.layer[0].intermediate.dense
     torch.nn.utils.parametrizations.weight_norm(dense)
-    with Unchanged(model), pytest.raises(ValueError, match="dense.*remove_parametrizations"):
+    with Unchanged(model), pytest.raises(ValueError, match=r"dense.*remove_parametrizations"):
         hfslim.shrink(model, uneven(model, kinds=["heads"]))
     torch.nn.utils.parametrize.remove_parametrizations(dense, "weight")
     hfslim.shrink(model, uneven(model, kinds=["heads"]))
