@@ -211,7 +211,8 @@ class Inputless(nn.Module):
         if torch.is_grad_enabled():
             # Parameters and inputs take part, so that their gradients are zero, not missing.
             result = result + weight.sum() + inputs.sum()
-        return result.expand(*inputs.shape[:-1], -1)
+        # A copy, because Falcon adds to it in place.
+        return result.expand(*inputs.shape[:-1], -1).clone()
 
 
 def has_no_inputs(module: nn.Module) -> bool:

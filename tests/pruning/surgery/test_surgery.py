@@ -3,8 +3,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+import zoo
 from models import tiny
 from structures import Unchanged, uneven
+from transformers import AutoModelForSequenceClassification
 
 import hfslim
 from hfslim.anatomy.discovery import find_units
@@ -122,3 +124,11 @@ def test_hidden_states_and_attention_weights_can_be_asked_for(family):
     outputs = model(**inputs, output_hidden_states=True, output_attentions=True)
     stages = family == "swin"
     assert len(outputs.hidden_states) == (whole if stages else whole - 1)
+
+
+def test_what_a_layer_without_heads_returns_can_be_added_to_in_place():
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(zoo.tiny_config("falcon")).eval()
+    hfslim.shrink(model, uneven(model))
+    assert any(type(m).__name__.startswith("Inputless") for m in model.modules())
+    assert torch.isfinite(model(**example_inputs(model)).logits).all()
